@@ -1,0 +1,42 @@
+# Every target builds .venv by itself when it is missing or older than setup.cfg.
+PYTHON ?= python3
+BIN := .venv/bin
+CONFIG ?= configs/shapes.yaml
+RUN ?= runs/shapes
+
+.PHONY: help venv demo test check lint types clean
+help:
+	@echo "make demo    train configs/shapes.yaml from nothing, sample, score, write $(RUN)/report/index.html"
+	@echo "make test    the whole test suite"
+	@echo "make check   lint, types and the fast tests"
+	@echo "make venv    build .venv (PYTHON=$(PYTHON), needs >= 3.10)"
+
+venv: .venv/.installed
+.venv/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.10; name another one: make venv PYTHON=python3.11"; exit 1; }
+	@echo "building .venv (PyTorch and its libraries, about 5 GB, a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,emoji,plots]"
+	@touch $@
+
+demo: venv
+	$(BIN)/python train.py $(CONFIG) run=$(RUN)
+	$(BIN)/python evaluate.py $(RUN)
+	@echo "open $(RUN)/report/index.html"
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: venv
+	$(BIN)/python -m flake8
+	$(BIN)/python -m isort --check-only --diff .
+
+types: venv
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf build *.egg-info .mypy_cache .pytest_cache
