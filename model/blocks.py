@@ -1,0 +1,190 @@
+"""The pieces of which the UNet and the autoencoder are made.
+
+Axis letters: B batch, C channels, H height, W width, N = H W image tokens, L context tokens, d width of a head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import CrossAttention, SelfAttention
+
+
+def zero_init(module: nn.Module) -> nn.Module:
+    """Zeroes the parameters, so that the residual branch the module ends starts as no branch at all."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+def check_groups(channels: tuple[int, ...], groups: int) -> None:
+    """Raises ValueError unless every count of channels divides into `groups` groups."""
+    for count in channels:
+        if groups < 1 or count < 1 or count % groups:
+            raise ValueError(f"norm_groups: {groups} does not divide {count} of channels {channels}; valid: a divisor")
+
+
+def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
+    """Sinusoids of t (B,) -> float32 (B, width), cosines first (Ho et al. 2020 after Vaswani et al. 2017, 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies  # (B, half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, width)
+
+
+class TimeMLP(nn.Module):
+    """Timestep -> the vector that every residual block adds, SiLU included so that it is computed once."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.channels = channels
+        self.linear1 = nn.Linear(channels, width)
+        self.linear2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t (B,) -> (B, width) in `dtype`."""
+        x = timestep_embedding(t, self.channels).to(dtype)
+        return F.silu(self.linear2(F.silu(self.linear1(x))))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, conv, + time, norm, SiLU, conv, + input (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int | None = None,
+                 dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.time = None if time_width is None else nn.Linear(time_width, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
+        """x (B, c_in, H, W); time (B, time_width), after SiLU. Returns (B, c_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
+        if self.time is not None:
+            h = h + self.time(time)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Downsample(nn.Module):
+    """Strided convolution, (B, C, H, W) -> (B, C, H/2, W/2).
+
+    The autoencoder of latent diffusion pads on the right and below only, the UNet on every side.
+    """
+
+    def __init__(self, channels: int, symmetric: bool = True):
+        super().__init__()
+        self.symmetric = symmetric
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of tokens, (B, N, c_in) -> (B, N, c_out): the weights of SD-1.x, the work of a Linear."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class GEGLU(nn.Module):
+    """Feed-forward layer gated by a GELU (Shazeer 2020, equation 6), hidden width 4 C."""
+
+    def __init__(self, width: int, dropout: float = 0.0):
+        super().__init__()
+        self.proj = nn.Linear(width, 8 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, C)."""
+        value, gate = self.proj(x).chunk(2, dim=-1)  # each (B, N, 4C)
+        return self.out(self.dropout(value * F.gelu(gate)))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input."""
+
+    def __init__(self, width: int, heads: int, context_width: int, qk_norm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = SelfAttention(width, heads, qk_norm=qk_norm)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = CrossAttention(width, heads, context_width, qk_norm=qk_norm)
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = GEGLU(width, dropout)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """x (B, N, C); k, v (B, heads, L, d) of the context; mask (B, 1, 1, L) or None. Returns (B, N, C)."""
+        x = x + self.self_attention(self.norm1(x))
+        x = x + self.cross_attention(self.norm2(x), k, v, mask)
+        return x + self.feed_forward(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the pixels of a feature map (Rombach et al. 2022, appendix E.2.1)."""
+
+    def __init__(self, width: int, heads: int, depth: int, context_width: int, groups: int,
+                 linear_projection: bool, qk_norm: bool = False, dropout: float = 0.0):
+        super().__init__()
+        projection = nn.Linear if linear_projection else PointwiseConv
+        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.proj_in = projection(width, width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, context_width, qk_norm, dropout) for _ in range(depth)
+        )
+        self.proj_out = zero_init(projection(width, width))
+
+    def forward(self, x: Tensor, keys_values: tuple[tuple[Tensor, Tensor], ...], mask: Tensor | None) -> Tensor:
+        """x (B, C, H, W); keys_values one pair (B, heads, L, d) a block; mask (B, 1, 1, L). Returns (B, C, H, W)."""
+        height, width = x.shape[2:]
+        h = to_tokens(self.norm(x))  # (B, N, C)
+        h = self.proj_in(h)
+        for block, (k, v) in zip(self.blocks, keys_values, strict=True):
+            h = block(h, k, v, mask)
+        return x + to_image(self.proj_out(h), height, width)
+
+
+class ImageAttention(nn.Module):
+    """Self-attention over the pixels of a feature map, one head, added to its input (the autoencoder's)."""
+
+    def __init__(self, channels: int, groups: int, eps: float):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.attention = SelfAttention(channels, heads=1, bias=True)
+        zero_init(self.attention.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + to_image(self.attention(to_tokens(self.norm(x))), *x.shape[2:])
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H W, C); no copy when x is channels_last."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, H W, C) -> (B, C, H, W), a channels_last view."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)

@@ -1,0 +1,261 @@
+"""The denoiser: a UNet whose feature maps attend to the prompt, shaped like SD-1.x or SD-2.x by configuration.
+
+Rombach et al. 2022, section 3.3. Axis letters: B batch, C channels, H height, W width, L tokens, D context width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import ContextCache, CrossAttention, key_mask
+from model.blocks import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, check_groups, zero_init
+
+EPS = 1e-5  # of every GroupNorm outside the transformers
+Pairs = Iterator[tuple[Tensor, Tensor]]  # keys and values (B, heads, L, d) of the context, one pair a layer, in order
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a UNet; one entry of `channels` and of `attention` a level, the finest first."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    blocks: int = 2  # residual blocks a level on the way down; one more on the way up
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels look at the context
+    mid_attention: bool = True
+    depth: int = 1  # transformer blocks a transformer
+    head_width: int = 64
+    heads: int | None = None  # when given, this many heads at every level, whatever their width
+    context_width: int = 768
+    linear_projection: bool = True  # shape of the weights around a transformer: Linear, or 1x1 convolution as in SD-1.x
+    norm_groups: int = 32
+    qk_norm: bool = False
+    dropout: float = 0.0
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "out_channels", "blocks", "depth", "head_width", "context_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: at least 1")
+        if not self.channels or len(self.attention) != len(self.channels):
+            raise ValueError(f"attention: {self.attention}; valid: one entry for each of channels {self.channels}")
+        if self.channels[0] % 2:
+            raise ValueError(f"channels: {self.channels}; valid: an even first count, half sines and half cosines")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: {self.dropout}; valid: 0 <= dropout < 1")
+        check_groups(self.channels, self.norm_groups)
+        for level, width in enumerate(self.channels):
+            if self.attends(level):
+                self.heads_at(level)
+
+    def attends(self, level: int) -> bool:
+        """Whether a transformer works on the channels of this level (the last one is also the middle's)."""
+        return self.attention[level] or (level == len(self.channels) - 1 and self.mid_attention)
+
+    def heads_at(self, level: int) -> int:
+        """Heads of the transformers of a level. Raises ValueError if its channels do not divide into them."""
+        width = self.channels[level]
+        if self.heads is not None:
+            if self.heads < 1 or width % self.heads:
+                raise ValueError(f"heads: {self.heads} does not divide {width} of channels {self.channels}")
+            return self.heads
+        if width % self.head_width:
+            raise ValueError(f"head_width: {self.head_width} does not divide {width} of channels {self.channels}")
+        return width // self.head_width
+
+    @classmethod
+    def sd1(cls) -> "UNetConfig":
+        """Stable Diffusion 1.x: 859,520,964 parameters."""
+        return cls(heads=8, context_width=768, linear_projection=False)
+
+    @classmethod
+    def sd2(cls) -> "UNetConfig":
+        """Stable Diffusion 2.x: 865,910,724 parameters."""
+        return cls(head_width=64, context_width=1024, linear_projection=True)
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, each followed by a transformer where the level attends."""
+
+    def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int,
+                 resample: nn.Module | None = None):
+        super().__init__()
+        c = config
+        self.depth = c.depth
+        self.gradient_checkpointing = c.gradient_checkpointing
+        self.resblocks = nn.ModuleList(
+            ResBlock(c_in, c_out, c.norm_groups, EPS, 4 * c.channels[0], c.dropout) for c_in, c_out in widths
+        )
+        self.transformers = nn.ModuleList(
+            SpatialTransformer(c.channels[level], c.heads_at(level), c.depth, c.context_width, c.norm_groups,
+                               c.linear_projection, c.qk_norm, c.dropout)
+            for _ in range(transformers)
+        )
+        self.resample = resample
+
+    def run(self, module: nn.Module, *args) -> Tensor:
+        """module(*args), keeping no activations inside it when gradient checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(module, *args, use_reentrant=False)
+        return module(*args)
+
+    def block(self, index: int, x: Tensor, time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+        """Residual block `index` and the transformer after it, (B, c_in, H, W) -> (B, c_out, H, W)."""
+        x = self.run(self.resblocks[index], x, time)
+        if index < len(self.transformers):
+            x = self.run(self.transformers[index], x, tuple(islice(pairs, self.depth)), mask)
+        return x
+
+
+class DownLevel(Level):
+    """On the way down every result is also kept for the way up."""
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+        """x (B, c_in, H, W); appends to `skips`. Returns (B, c_out, H/2, W/2), at the last level (B, c_out, H, W)."""
+        for index in range(len(self.resblocks)):
+            x = self.block(index, x, time, pairs, mask)
+            skips.append(x)
+        if self.resample is not None:
+            x = self.resample(x)
+            skips.append(x)
+        return x
+
+
+class MidLevel(Level):
+    """Residual block, transformer, residual block at the coarsest resolution."""
+
+    def forward(self, x: Tensor, time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        for index in range(len(self.resblocks)):
+            x = self.block(index, x, time, pairs, mask)
+        return x
+
+
+class UpLevel(Level):
+    """On the way up every block first takes back one result of the way down."""
+
+    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), at the finest level (B, c_out, H, W)."""
+        for index in range(len(self.resblocks)):
+            x = torch.cat([x, skips.pop()], dim=1)  # (B, c_in + c_skip, H, W)
+            x = self.block(index, x, time, pairs, mask)
+        return x if self.resample is None else self.resample(x)
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or x_0, or v) in a latent, given the timestep and the prompt."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        self.trainings = 0  # how often training mode was entered
+        channels, blocks, last = config.channels, config.blocks, len(config.channels) - 1
+
+        self.time = TimeMLP(channels[0], 4 * channels[0])
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        skips = [channels[0]]  # widths of what the way up will take back
+        for level, c in enumerate(channels):
+            widths = [(skips[-1], c)] + [(c, c)] * (blocks - 1)
+            skips += [c] * (blocks + (level < last))
+            transformers = blocks if config.attention[level] else 0
+            self.down.append(DownLevel(config, level, widths, transformers, Downsample(c) if level < last else None))
+
+        c = channels[-1]
+        self.mid = MidLevel(config, last, [(c, c), (c, c)], int(config.mid_attention))
+
+        self.up = nn.ModuleList()
+        for level, width in reversed(list(enumerate(channels))):
+            widths = []
+            for _ in range(blocks + 1):
+                widths.append((c + skips.pop(), width))
+                c = width
+            transformers = blocks + 1 if config.attention[level] else 0
+            self.up.append(UpLevel(config, level, widths, transformers, Upsample(c) if level else None))
+        self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=EPS)
+        self.conv_out = zero_init(nn.Conv2d(c, config.out_channels, 3, padding=1))
+
+    def cross_attentions(self) -> list[CrossAttention]:
+        """The layers that look at the context, in the order in which they run."""
+        levels = [*self.down, self.mid, *self.up]
+        transformers = [transformer for level in levels for transformer in level.transformers]
+        return [block.cross_attention for transformer in transformers for block in transformer.blocks]
+
+    def train(self, mode: bool = True) -> "UNet":
+        """As in every module; entering training mode makes the caches of contexts stale."""
+        self.trainings += mode
+        return super().train(mode)
+
+    def context_cache(self, context: Tensor, mask: Tensor | None = None) -> ContextCache:
+        """Everything the UNet computes from the prompt alone, to be passed as `cache` at every sampling step.
+
+        context (B, L, context_width); mask bool (B, L), True = real token, or None. Raises ValueError on other shapes
+        and in training mode.
+        """
+        if self.training:
+            raise ValueError("cache: the network is in training mode; valid: after eval()")
+        self.check_context(context)
+        return ContextCache.of(self.cross_attentions(), context, mask, self.trainings)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
+                cache: ContextCache | None = None) -> Tensor:
+        """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
+
+        context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
+        `context_cache`. Both ways give the same bits. Returns (B, out_channels, H, W). Raises ValueError on other
+        shapes, on a cache beside a context, in training mode, and on one that the weights may have outlived.
+        """
+        self.check_input(x, t)
+        pairs, mask = self.context_pairs(x, context, mask, cache)
+
+        time = self.time(t, x.dtype)  # (B, 4 channels[0])
+        x = self.conv_in(x)  # (B, channels[0], H, W)
+        skips = [x]
+        for down in self.down:
+            x = down(x, skips, time, pairs, mask)
+        x = self.mid(x, time, pairs, mask)
+        for up in self.up:
+            x = up(x, skips, time, pairs, mask)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+
+    def check_input(self, x: Tensor, t: Tensor) -> None:
+        """Raises ValueError unless x is (B, in_channels, H, W) with sizes that halve at every level, and t is (B,)."""
+        multiple = 2 ** (len(self.config.channels) - 1)
+        if x.ndim != 4 or x.shape[1] != self.config.in_channels or x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(
+                f"x: {tuple(x.shape)}; valid: (B, {self.config.in_channels}, H, W), H and W multiples of {multiple}"
+            )
+        if t.shape != x.shape[:1]:
+            raise ValueError(f"t: {tuple(t.shape)}; valid: {tuple(x.shape[:1])}, one timestep an image")
+
+    def check_context(self, context: Tensor | None, batch: int | None = None) -> None:
+        """Raises ValueError unless the context is (batch, L, context_width); any batch when None."""
+        width = self.config.context_width
+        if context is None:
+            raise ValueError(f"context: None; valid: (B, L, {width}) or a cache, this network attends to a prompt")
+        if context.ndim != 3 or context.shape[2] != width or batch not in (None, context.shape[0]):
+            raise ValueError(f"context: {tuple(context.shape)}; valid: ({'B' if batch is None else batch}, L, {width})")
+
+    def context_pairs(self, x: Tensor, context: Tensor | None, mask: Tensor | None,
+                      cache: ContextCache | None) -> tuple[Pairs, Tensor | None]:
+        """Keys and values for every cross-attention in turn, and their mask (B, 1, 1, L) or None."""
+        layers = self.cross_attentions()
+        if cache is not None:
+            if context is not None or mask is not None:
+                raise ValueError("cache: given beside a context or a mask; valid: one or the other")
+            if self.training:
+                raise ValueError("cache: the network is in training mode; valid: after eval()")
+            cache.check(layers, x, self.trainings)
+            return iter(cache.layers), cache.mask
+        if not layers:
+            return iter(()), None
+        self.check_context(context, x.shape[0])
+        assert context is not None
+        pairs = [layer.keys_values(context) for layer in layers]
+        return iter(pairs), key_mask(mask, *context.shape[:2])

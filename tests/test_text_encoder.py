@@ -1,0 +1,211 @@
+"""The text encoder equals transformers' CLIP text model from the same weights, and ignores padding."""
+
+import pytest
+import torch
+
+from model.pretrained import text_encoder_from_transformers, text_encoder_to_transformers
+from model.text_encoder import TextEncoder, TextEncoderConfig, pooled
+
+transformers = pytest.importorskip("transformers")
+
+CASES = {
+    "clip": TextEncoderConfig(vocab_size=99, length=12, width=32, layers=3, heads=4, mlp_width=128,
+                              activation="quick_gelu"),
+    "openclip": TextEncoderConfig(vocab_size=99, length=12, width=48, layers=2, heads=3, mlp_width=64,
+                                  activation="gelu"),
+    "penultimate": TextEncoderConfig(vocab_size=99, length=12, width=30, layers=3, heads=2, mlp_width=50,
+                                     activation="gelu", skip_last=1),
+}
+END = 98  # the largest id
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Networks left at their initial weights have the same ones in every run."""
+    torch.manual_seed(0)
+
+
+def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every parameter away from its initial value, at a sane size."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+    return network
+
+
+def prompts(lengths=(12, 5, 8)) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask (B, 12): random tokens, the end token, then padding."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, END, (len(lengths), 12), generator=generator)
+    mask = torch.arange(12) < torch.tensor(lengths)[:, None]
+    for row, length in enumerate(lengths):
+        ids[row, length - 1] = END
+    return ids.where(mask, 0), mask
+
+
+def reference_encoder(config: TextEncoderConfig) -> torch.nn.Module:
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, max_position_embeddings=config.length,
+        hidden_act=config.activation, bos_token_id=0, eos_token_id=END,
+    ))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request):
+    """(ours, transformers') with the same weights."""
+    config = CASES[request.param]
+    theirs = randomize(reference_encoder(config)).eval()
+    ours = TextEncoder(config).eval()
+    ours.load_state_dict(text_encoder_from_transformers(theirs.state_dict(), config))
+    return ours, theirs
+
+
+def encoder(causal: bool) -> TextEncoder:
+    config = TextEncoderConfig(**{**CASES["openclip"].__dict__, "causal": causal})
+    return randomize(TextEncoder(config)).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_states_equal_transformers(pair, masked):
+    ours, theirs = pair
+    ids, mask = prompts()
+    result = theirs(ids, attention_mask=mask.long() if masked else None, output_hidden_states=True)
+    expected = result.last_hidden_state
+    if ours.config.skip_last:
+        norm = theirs.text_model.final_layer_norm if hasattr(theirs, "text_model") else theirs.final_layer_norm
+        expected = norm(result.hidden_states[-1 - ours.config.skip_last])
+    context = ours(ids, mask if masked else None)
+    assert (context - expected).abs().max() <= 1e-5 * expected.std()
+    if not ours.config.skip_last:
+        assert (pooled(context, mask) - result.pooler_output).abs().max() <= 1e-5 * expected.std()
+
+
+def test_gradients_of_the_embeddings_equal_transformers(pair):
+    ours, theirs = pair
+    if ours.config.skip_last:
+        pytest.skip("transformers runs every layer")
+    ids, _ = prompts()
+    for network in (ours, theirs):
+        network.zero_grad()
+    weights = torch.randn(3, 12, ours.config.width, generator=torch.Generator().manual_seed(1))
+    (ours(ids) * weights).sum().backward()
+    (theirs(ids).last_hidden_state * weights).sum().backward()
+    expected = next(p.grad for n, p in theirs.named_parameters() if n.endswith("token_embedding.weight"))
+    assert (ours.token_embedding.weight.grad - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_weights_go_to_transformers_and_back_unchanged(pair):
+    ours, theirs = pair
+    original = {name.removeprefix("text_model."): tensor for name, tensor in theirs.state_dict().items()}
+    exported = text_encoder_to_transformers(ours.state_dict(), ours.config)
+    assert exported.keys() == original.keys() - {"embeddings.position_ids"}
+    assert all(torch.equal(exported[name], original[name]) for name in exported)
+
+
+def test_older_names_are_read():
+    config = CASES["clip"]
+    state = text_encoder_to_transformers(TextEncoder(config).state_dict(), config)
+    old = {f"text_model.{name}": tensor for name, tensor in state.items()}
+    old["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    read = text_encoder_from_transformers(old, config)
+    assert all(torch.equal(read[name], t) for name, t in text_encoder_from_transformers(state, config).items())
+
+
+def test_weights_that_do_not_fit_are_named():
+    config = CASES["clip"]
+    state = text_encoder_to_transformers(TextEncoder(config).state_dict(), config)
+    del state["encoder.layers.2.self_attn.k_proj.bias"]
+    state["extra"] = torch.zeros(1)
+    with pytest.raises(ValueError) as error:
+        text_encoder_from_transformers(state, config)
+    assert str(error.value) == "weights: missing: encoder.layers.2.self_attn.k_proj.bias; unexpected: extra"
+
+
+@pytest.mark.parametrize("config, count", [
+    (TextEncoderConfig.clip_l(), 123_060_480),
+    (TextEncoderConfig.sd2(), 340_387_840),
+    (TextEncoderConfig.openclip_h(), 352_984_064),
+])
+def test_published_sizes(config, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in TextEncoder(config).parameters()) == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_padded_tokens_change_no_real_token(causal):
+    network, (ids, mask) = encoder(causal), prompts()
+    changed = ids.where(mask, 55)
+    assert torch.equal(network(ids, mask)[mask], network(changed, mask)[mask])
+    assert torch.equal(network(ids)[mask], network(changed)[mask]) is causal  # without the mask only causality helps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_padded_prompt_is_the_short_prompt(causal):
+    network, (ids, mask) = encoder(causal), prompts()
+    torch.testing.assert_close(network(ids, mask)[1, :5], network(ids[1:2, :5])[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_causal_tokens_see_no_later_token():
+    ids, _ = prompts()
+    changed = ids.clone()
+    changed[:, 7] = 42
+    causal, bidirectional = ((n(ids) != n(changed)).any(dim=-1).any(dim=0) for n in (encoder(True), encoder(False)))
+    assert not causal[:7].any() and causal[7:].all()
+    assert bidirectional.all()
+
+
+@torch.no_grad()
+def test_padding_on_the_left_stays_finite():
+    ids, mask = prompts()
+    states = encoder(causal=True)(ids.flip(1), mask.flip(1))
+    assert states.isfinite().all()
+
+
+@torch.no_grad()
+def test_embeddings_of_tokens_give_what_the_tokens_give():
+    network, (ids, mask) = encoder(causal=True), prompts()
+    assert torch.equal(network.encode_embeddings(network.token_embedding(ids), mask), network(ids, mask))
+
+
+def test_pooled_takes_the_last_real_token():
+    context, mask = torch.arange(24.0).view(2, 4, 3), torch.tensor([[True, True, False, False], [True] * 4])
+    assert torch.equal(pooled(context, mask), torch.stack([context[0, 1], context[1, 3]]))
+    with pytest.raises(ValueError, match=r"mask: \(2, 3\); valid: \(2, 4\)"):
+        pooled(context, mask[:, :3])
+
+
+def test_states_have_unit_size_at_initialisation_whatever_the_depth():
+    ids, mask = prompts()
+    for layers in (1, 12):
+        config = TextEncoderConfig(**{**CASES["openclip"].__dict__, "layers": layers})
+        states = TextEncoder(config)(ids, mask)
+        assert 0.8 < states.std() < 1.2 and len(states.flatten(0, 1).unique(dim=0)) > 20  # tokens tell apart
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"heads": 5}, "width: 48 does not divide into 5 heads"),
+    ({"skip_last": 2}, "skip_last: 2; valid: 0 to layers - 1 = 1"),
+    ({"activation": "relu"}, "activation: 'relu'; valid: 'quick_gelu', 'gelu'"),
+    ({"length": 0}, "length: 0; valid: at least 1"),
+])
+def test_wrong_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TextEncoderConfig(**{**CASES["openclip"].__dict__, **change})
+
+
+def test_wrong_inputs_are_refused():
+    network, (ids, mask) = encoder(causal=True), prompts()
+    with pytest.raises(ValueError, match=r"ids: \(3, 24\); valid: \(B, L\), L from 1 to 12"):
+        network(torch.cat([ids, ids], dim=1))
+    with pytest.raises(ValueError, match=r"mask: torch.bool \(3, 11\); valid: torch.bool \(3, 12\)"):
+        network(ids, mask[:, 1:])
