@@ -1,0 +1,1 @@
+"""Sources of captioned images, and what turns them into batches. Import from the submodules."""

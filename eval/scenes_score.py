@@ -1,0 +1,181 @@
+"""Scores of pictures against the facts their prompts promised, with intervals, a chance row and the reader's own error.
+
+Facts are a plain dict: "count", "objects" [{"colour", "shape", "size"}], "relations" [[subject, relation, object]],
+"background", "mood", "tags"; None is what the prompt left free (`data.captions` writes them).
+
+A score is {attribute: [right or wrong, one for each promise]}:
+
+    colour shape size relation background mood    each promise of that name
+    count       the number of objects is the promised one
+    object      colour and shape of one promised object, both
+    scene       everything the prompt promised
+
+A promised object that has no counterpart in the picture fails every promise about it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from eval.scenes import Scene, SceneReader, Vocabulary
+
+Facts = dict[str, Any]
+Score = dict[str, list[bool]]
+
+ATTRIBUTES = ("colour", "shape", "size", "count", "relation", "background", "mood")  # these make the mean
+MEASURES = ("attributes", "scene", "object", *ATTRIBUTES)
+WEIGHTS = {"colour": 1.0, "shape": 0.9, "size": 0.4}  # of a mismatch, when objects are matched
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of promises kept, its bootstrap interval over prompts, and how many promises there were."""
+
+    value: float
+    low: float
+    high: float
+    promises: int
+
+
+Table = dict[str, dict[str, Rate]]  # group -> measure -> rate
+
+
+def match_objects(scene: Scene, facts: Facts) -> list[int | None]:
+    """For each promised object the index of its counterpart in the picture, or None: the assignment with the fewest
+    weighted mismatches of colour, shape and size."""
+    promised = facts["objects"]
+    cost = np.zeros((len(promised), len(scene.objects)))
+    for i, thing in enumerate(promised):
+        for j, seen in enumerate(scene.objects):
+            cost[i, j] = sum(weight for name, weight in WEIGHTS.items()
+                             if thing[name] is not None and thing[name] != getattr(seen, name))
+    matched: list[int | None] = [None] * len(promised)
+    for row, column in zip(*linear_sum_assignment(cost)):
+        matched[int(row)] = int(column)
+    return matched
+
+
+def score_scene(scene: Scene, facts: Facts) -> Score:
+    """Every promise of a prompt, kept or not. An attribute that nothing was promised about has an empty list."""
+    score: Score = {name: [] for name in ("scene", "object", *ATTRIBUTES)}
+    matched = match_objects(scene, facts)
+    for thing, index in zip(facts["objects"], matched):
+        kept = {name: index is not None and getattr(scene.objects[index], name) == thing[name]
+                for name in WEIGHTS if thing[name] is not None}
+        for name, right in kept.items():
+            score[name].append(right)
+        score["object"].append(index is not None and kept.get("colour", True) and kept.get("shape", True))
+    for subject, relation, other in facts["relations"]:
+        i, j = matched[subject], matched[other]
+        score["relation"].append(i is not None and j is not None and scene.holds(i, relation, j))
+    if facts["count"] is not None:
+        score["count"].append(len(scene.objects) == facts["count"])
+    for name in ("background", "mood"):
+        if facts[name] is not None:
+            score[name].append(getattr(scene, name) == facts[name])
+    score["scene"].append(all(right for name in ATTRIBUTES for right in score[name]))
+    return score
+
+
+def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: int = 1000) -> Table:
+    """Accuracies of "all" prompts and of each tag's, with 95 % percentile bootstrap intervals over prompts
+    (Efron, "Bootstrap methods", 1979).
+
+    Returns group -> measure -> Rate, measures as in MEASURES; "attributes" is the mean over all promised attributes.
+    A measure that nothing was promised about is left out.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows: 0 scored pictures; valid: at least 1")
+    kept, made = (np.zeros((len(rows), len(MEASURES))) for _ in range(2))
+    for row, (_, score) in enumerate(rows):
+        for column, measure in enumerate(MEASURES):
+            names = ATTRIBUTES if measure == "attributes" else (measure,)
+            kept[row, column] = sum(sum(score[name]) for name in names)
+            made[row, column] = sum(len(score[name]) for name in names)
+    groups = {"all": np.arange(len(rows))}
+    for tag in sorted({tag for facts, _ in rows for tag in facts["tags"]}):
+        groups[tag] = np.array([row for row, (facts, _) in enumerate(rows) if tag in facts["tags"]])
+    generator = np.random.default_rng(seed)
+    return {name: _rates(kept[members], made[members], generator, resamples) for name, members in groups.items()}
+
+
+def _rates(kept: np.ndarray, made: np.ndarray, generator: np.random.Generator, resamples: int) -> dict[str, Rate]:
+    """kept, made: promises of each prompt and measure, (N, M)."""
+    number = len(kept)
+    times = generator.multinomial(number, np.full(number, 1 / number), size=resamples)  # (resamples, N)
+    with np.errstate(invalid="ignore"):
+        draws = (times @ kept) / (times @ made)                                         # (resamples, M)
+    rates = {}
+    for column, measure in enumerate(MEASURES):
+        total = made[:, column].sum()
+        if total:
+            low, high = np.nanpercentile(draws[:, column], [2.5, 97.5])
+            rates[measure] = Rate(float(kept[:, column].sum() / total), float(low), float(high), int(total))
+    return rates
+
+
+@dataclass(frozen=True)
+class SceneReport:
+    """Three tables: the pictures', that of the same pictures against each other's prompts, and the reader's own."""
+
+    score: Table
+    chance: Table
+    calibration: Table
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {name: {group: {measure: vars(rate) for measure, rate in rates.items()}
+                       for group, rates in getattr(self, name).items()}
+                for name in ("score", "chance", "calibration")}
+
+    def __str__(self) -> str:
+        """A Markdown table in percent: one row a group, then chance, then the reader on the renderer's own pictures."""
+        shown = [measure for measure in MEASURES if measure in self.score["all"]]
+        lines = ["| prompts | n | " + " | ".join(shown) + " |", "|---|---" + "|---" * len(shown) + "|"]
+        tables = [*self.score.items(), ("chance: shuffled pictures", self.chance["all"]),
+                  ("reader: drawn pictures", self.calibration["all"])]
+        for group, rates in tables:
+            cells = [_cell(rates.get(measure)) for measure in shown]
+            lines.append(f"| {group} | {rates['scene'].promises} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def _cell(rate: Rate | None) -> str:
+    return "" if rate is None else f"{100 * rate.value:.1f} ({100 * rate.low:.0f}-{100 * rate.high:.0f})"
+
+
+def read_scenes(images: Iterable[Any], vocabulary: Vocabulary) -> list[Scene]:
+    """The scene of each image, uint8 (3, S, S)."""
+    reader = SceneReader(vocabulary)
+    return [reader(image) for image in images]
+
+
+def calibrate(pairs: Iterable[tuple[Any, Facts]], vocabulary: Vocabulary, seed: int = 0) -> Table:
+    """The reader's own accuracy: `pairs` are pictures the renderer drew with the facts they truly hold."""
+    images, facts = zip(*pairs)
+    return score_table(zip(facts, map(score_scene, read_scenes(images, vocabulary), facts)), seed)
+
+
+def scene_report(images: Sequence[Any], facts: Sequence[Facts], drawn: Iterable[tuple[Any, Facts]],
+                 vocabulary: Vocabulary, seed: int = 0) -> SceneReport:
+    """Score `images`, uint8 (3, S, S), against `facts`, what their prompts promised.
+
+    drawn: pictures of the renderer with their facts, for the reader's own error; seed: of shuffle and bootstrap.
+
+    Raises:
+        ValueError: the two lengths differ, or there are fewer than 2 images (nothing to shuffle).
+    """
+    if len(images) != len(facts) or len(images) < 2:
+        raise ValueError(f"images, facts: {len(images)} and {len(facts)}; valid: equal lengths, at least 2")
+    scenes = read_scenes(images, vocabulary)
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    strangers = {int(row): scenes[int(other)] for row, other in zip(order, np.roll(order, 1))}  # never its own
+    return SceneReport(score_table(zip(facts, map(score_scene, scenes, facts)), seed),
+                       score_table([(fact, score_scene(strangers[row], fact)) for row, fact in enumerate(facts)], seed),
+                       calibrate(drawn, vocabulary, seed))
