@@ -1,0 +1,82 @@
+"""Made-up emoji packages with the layout of the real ones, for the tests of the emoji data set."""
+
+import io
+import json
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+from data.emoji_build import PACKAGES, Package, integrity, slug
+
+SIZE = 32
+TINTS = ("red", "lime", "navy", "silver", "gold", "violet", "coral", "teal", "maroon", "olive")
+THINGS = ("apple", "box", "fox", "berry", "kite", "drum", "bell", "otter", "umbrella", "lamp", "house", "mouse")
+# Solid, so that things can be counted in a picture, and different in each style.
+SHAPES = {"noto": '<circle cx="16" cy="16" r="14" fill="{}"/>',
+          "twemoji": '<rect x="3" y="3" width="26" height="26" fill="{}"/>',
+          "openmoji": '<circle cx="16" cy="16" r="12" fill="{}" stroke="black" stroke-width="3"/>',
+          "fluent": '<ellipse cx="16" cy="16" rx="14" ry="11" fill="{}"/>',
+          "flat": '<path d="M16 2L30 30H2Z" fill="{}"/>'}
+TONES = {"light": "1F3FB", "medium-dark": "1F3FE", "dark": "1F3FF"}
+
+
+def tgz(path: Path, members: dict) -> str:
+    """Writes an npm-like archive of JSON members and returns its integrity string."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            data = json.dumps(content).encode()
+            info = tarfile.TarInfo(f"package/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return integrity(path)
+
+
+def entries() -> list[dict]:
+    """Labels as emojibase writes them: plain things, a person with skin tones and a mirrored drawing."""
+    found = [{"label": f"{tint} {thing}", "hexcode": f"{0xE000 + 16 * i + k:04X}-FE0F",
+              "tags": [tint, thing, "made up"], "group": 3, "subgroup": 7}
+             for i, tint in enumerate(TINTS) for k, thing in enumerate(THINGS)]
+    person = {"label": "person walking", "hexcode": "1F6B6", "tags": ["walk"], "group": 1, "subgroup": 2}
+    person["skins"] = [{"label": f"person walking: {tone} skin tone", "hexcode": f"1F6B6-{code}", "group": 1,
+                        "subgroup": 2} for tone, code in TONES.items()]
+    mirrored = {"label": "person walking: facing right", "hexcode": "1F6B6-200D-27A1", "tags": [], "group": 1,
+                "subgroup": 2}
+    keycap = {"label": "keycap: *", "hexcode": "002A-20E3", "tags": [], "group": 8, "subgroup": 9}
+    given_up = {"label": "given up", "hexcode": "F0000", "tags": [], "group": 3, "subgroup": 7}
+    return [*found, person, mirrored, keycap, given_up]
+
+
+def icon_sets(style: str) -> tuple[dict, dict]:
+    """(icons.json, chars.json) of a style: names and code points as that package has them."""
+    icons, chars = {}, {}
+    suffix = "" if style in ("fluent", "flat") else "-skin-tone"  # fluent writes tones shorter
+    for i, entry in enumerate(entries()):
+        for k, version in enumerate([entry, *entry.get("skins", [])]):
+            name = slug(version["label"]).replace("-skin-tone", suffix)
+            fill = f"#{(i * 37 + 40) % 200:02x}{(k * 60 + i) % 256:02x}{(200 - i) % 256:02x}"
+            icons[name] = {"body": SHAPES[style].format(fill)}
+            chars[version["hexcode"].lower().replace("-fe0f", "")] = name
+    icons["given-up"]["hidden"] = True
+    icons["a-brand"] = {"body": SHAPES[style].format("#654321")}  # no code point: not a Unicode emoji
+    icons["keycap-asterisk"] = dict(icons["red-apple"])  # the same drawing under two names
+    return {"icons": icons, "width": 32, "height": 32}, chars
+
+
+def write_packages(folder: Path) -> tuple[Package, ...]:
+    """Writes the .tgz files and returns their table, with their own hashes."""
+    table = []
+    for package in PACKAGES:
+        if package.style:
+            icons, chars = icon_sets(package.style)
+            members = {"icons.json": icons, "chars.json": {} if package.style == "fluent" else chars}
+        else:
+            members = {"en/data.json": entries(), "en/messages.json": {
+                "groups": [{"order": 1, "message": "people & body"}, {"order": 3, "message": "animals & nature"}],
+                "subgroups": [{"order": 2, "message": "activities"}, {"order": 7, "message": "mammals"}]}}
+        table.append(replace(package, integrity=tgz(folder / package.file, members)))
+    return tuple(table)
+
+
+def items_of(root: Path) -> list[dict]:
+    """The items of a built folder."""
+    return [json.loads(line) for line in (root / "items.jsonl").read_text().splitlines()]
