@@ -1,0 +1,28 @@
+"""Gaussian noise with one generator per image, so that image k of a batch never depends on its neighbours."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PerImageNoise:
+    """Each call returns the next draw (B, C, H, W) in fp32; the first is x_T, later ones feed stochastic samplers.
+
+    seeds: one integer per image. Image k of every draw is a function of seeds[k] and of how many draws came before.
+    shape: (C, H, W) of one image.
+    Draws happen on the CPU, so the same seed gives the same picture on every device.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+        if len(seeds) == 0:
+            raise ValueError("seeds: value []; valid: one integer per image")
+        self.shape = tuple(shape)
+        self.device = torch.device(device)
+        self.generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+    def __call__(self) -> Tensor:
+        draw = torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])  # (B, C, H, W)
+        if self.device.type == "cuda":
+            draw = draw.pin_memory()  # a pinned copy is queued; a pageable one makes the host wait
+        return draw.to(self.device, non_blocking=True)

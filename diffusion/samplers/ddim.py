@@ -1,0 +1,51 @@
+"""Denoising diffusion implicit models. Song, Meng & Ermon 2021.
+
+The marginals x_t = alpha_t x_0 + sigma_t eps do not say how x_s and x_t are joined. DDIM keeps the predicted noise
+instead of drawing a new one, or any mixture of the two with standard deviation c (their eq. 12 and 16):
+
+    x_s = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps + c z        c = eta sqrt(variance of the DDPM step)
+
+eta = 0 is deterministic, a first-order solver of the probability-flow ODE; eta = 1 is DDPM.
+"""
+
+import math
+
+from torch import Tensor
+
+from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, required, steps
+from diffusion.schedule import Schedule
+
+
+def ddim(
+    denoise: Denoise,
+    x_T: Tensor,
+    timesteps: Times,
+    schedule: Schedule,
+    prediction_type: str,
+    noise: Noise | None = None,
+    *,
+    trace: list | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. eta in 0 .. 1 needs `noise` when it is not 0."""
+    check_prediction_type(schedule, prediction_type)
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta: value {eta}; valid: 0 (deterministic) .. 1 (ddpm)")
+    draw = required(noise, "ddim with eta > 0") if eta > 0.0 else None
+    x = initial_state(x_T)
+    for t, s in steps(timesteps):
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = level(schedule, t), level(schedule, s)
+        prediction = predict(denoise, x, t)
+        x_0 = x_0_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)
+        eps = epsilon_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)
+        if trace is not None:
+            trace.append(x_0)
+        # Song et al. 2021, eq. 16; b is the noise the chain adds between s and t
+        b = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
+        c = eta * math.sqrt(b) * sigma_s / sigma_t
+        # Song et al. 2021, eq. 12
+        x = alpha_s * x_0 + math.sqrt(max(sigma_s**2 - c**2, 0.0)) * eps
+        if draw is not None and s is not None:
+            x = x + c * draw()
+    return x

@@ -1,0 +1,189 @@
+"""DPM-Solver++: exponential integrators in the log SNR. Lu et al. 2022, "DPM-Solver++" (arXiv 2211.01095).
+
+In lambda = log(alpha / sigma) the probability-flow ODE has an exact solution around the predicted x_0 (prop. 4.1):
+
+    x_s = (sigma_s / sigma_t) x_t + alpha_s * integral over the step of exp(lambda - lambda_s) x_0(lambda) d lambda
+
+Write x_0 as a polynomial in the part of the step that is done, D0 + D1 tau + D2 tau^2 with tau from 0 to 1, where the
+D come from differences of earlier predictions (multistep) or of predictions inside the step (singlestep). Then
+
+    x_s = (sigma_s / sigma_t) x_t + alpha_s (w_0 D0 + w_1 D1 + w_2 D2)
+    w_j = h * integral of exp(-h (1 - tau)) tau^j:        w_0 = 1 - exp(-h),  w_j = 1 - j w_{j-1} / h
+
+The SDE has the same form with u = 2 h in place of h in the weights, a further factor exp(-h) on x_t, and noise of
+variance sigma_s^2 (1 - exp(-2 h)) (their section 5). Order 2 takes w_0 / 2 for w_1, as the authors do ("midpoint").
+
+From pure noise (lambda = -inf) h is infinite: w_0 = 1, the differences vanish, the step is first order and exact for a
+constant x_0. The step to x_0 is first order as well.
+"""
+
+import math
+
+from torch import Tensor
+
+from diffusion.prediction import check_prediction_type, x_0_from_prediction
+from diffusion.samplers.common import (
+    Denoise,
+    Noise,
+    Times,
+    half_log_snr,
+    initial_state,
+    level,
+    predict,
+    required,
+    steps,
+    steps_left,
+)
+from diffusion.schedule import Schedule
+
+Level = tuple[float, float]
+Point = tuple[float, Tensor]  # (lambda, predicted x_0)
+
+
+def dpm_solver_multistep(
+    denoise: Denoise,
+    x_T: Tensor,
+    timesteps: Times,
+    schedule: Schedule,
+    prediction_type: str,
+    noise: Noise | None = None,
+    *,
+    trace: list | None = None,
+    order: int = 2,
+) -> Tensor:
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. DPM-Solver++(1M, 2M, 3M), one network call a step."""
+    return multistep(denoise, x_T, timesteps, schedule, prediction_type, None, trace, order)
+
+
+def dpm_solver_sde(
+    denoise: Denoise,
+    x_T: Tensor,
+    timesteps: Times,
+    schedule: Schedule,
+    prediction_type: str,
+    noise: Noise | None = None,
+    *,
+    trace: list | None = None,
+    order: int = 2,
+) -> Tensor:
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. SDE-DPM-Solver++(1M, 2M, 3M), one network call a step."""
+    draw = required(noise, "dpm_solver_sde")
+    return multistep(denoise, x_T, timesteps, schedule, prediction_type, draw, trace, order)
+
+
+def multistep(
+    denoise: Denoise,
+    x_T: Tensor,
+    timesteps: Times,
+    schedule: Schedule,
+    prediction_type: str,
+    draw: Noise | None,
+    trace: list | None,
+    order: int,
+) -> Tensor:
+    """The loop of both multistep forms; `draw` makes it the SDE."""
+    check_prediction_type(schedule, prediction_type)
+    check_order(order)
+    x = initial_state(x_T)
+    history: list[Point] = []  # newest first
+    for i, (t, s, left) in enumerate(steps_left(timesteps)):
+        here, there = level(schedule, t), level(schedule, s)
+        x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
+        if trace is not None:
+            trace.append(x_0)
+        history = [(half_log_snr(*here), x_0), *history[: order - 1]]
+        # Short runs are unstable in high order: come down to order 1 at the end, over two steps below 15 times.
+        usable = 1 if s is None else min(len(history), left) if i + left < 15 else len(history)
+        x = multistep_update(x, history[:usable], here, there, stochastic=draw is not None)
+        if draw is not None and s is not None:
+            h = half_log_snr(*there) - history[0][0]
+            x = x + there[1] * math.sqrt(-math.expm1(-2.0 * h)) * draw()
+    return x
+
+
+def multistep_update(x: Tensor, history: list[Point], here: Level, there: Level, stochastic: bool) -> Tensor:
+    """The deterministic part of a step from level `here` to level `there`, of the order of the history (1 to 3)."""
+    alpha_s, sigma_s = there
+    lambda_t, D0 = history[0]
+    h = half_log_snr(*there) - lambda_t
+    w_0, w_1, w_2 = polynomial_weights(2.0 * h if stochastic else h)
+    x_s = (sigma_s / here[1] * (math.exp(-h) if stochastic else 1.0)) * x + alpha_s * w_0 * D0
+    if len(history) == 1:
+        return x_s
+    h_0 = lambda_t - history[1][0]
+    first = (h / h_0) * (D0 - history[1][1])  # slope over the step before
+    if len(history) == 2:
+        # Lu et al. 2022, algorithm 2
+        return x_s + (alpha_s * 0.5 * w_0) * first
+    h_1 = history[1][0] - history[2][0]
+    second = (h / h_1) * (history[1][1] - history[2][1])  # slope over the one before that
+    # Newton's divided differences: the parabola through the three predictions, at tau = 0
+    D1 = first + (h_0 / (h_0 + h_1)) * (first - second)
+    D2 = (h / (h_0 + h_1)) * (first - second)
+    # The authors' code, and its ports, use w_2 / 2 here, which leaves a second-order method (and for the SDE
+    # w_2 / 2 - 1 in diffusers, which does not vanish with the step). The integral above gives w_2.
+    return x_s + (alpha_s * w_1) * D1 + (alpha_s * w_2) * D2
+
+
+def polynomial_weights(u: float) -> tuple[float, float, float]:
+    """(w_0, w_1, w_2): exact weights of 1, tau and tau^2 under an exponential of length u > 0."""
+    w_0 = -math.expm1(-u)
+    w_1 = 1.0 - w_0 / u
+    return w_0, w_1, 1.0 - 2.0 * w_1 / u
+
+
+def dpm_solver_singlestep(
+    denoise: Denoise,
+    x_T: Tensor,
+    timesteps: Times,
+    schedule: Schedule,
+    prediction_type: str,
+    noise: Noise | None = None,
+    *,
+    trace: list | None = None,
+    order: int = 2,
+) -> Tensor:
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. DPM-Solver++(2S, 3S), one network call a time.
+
+    Times are taken in groups of `order`. Inside a group every step starts again from the first state and uses one
+    prediction more, so only the last of a group has the full order. Order 3 holds where the third time lies at two
+    thirds of the group in lambda, as on the "exponential" grid; elsewhere the method is of order 2.
+    """
+    check_prediction_type(schedule, prediction_type)
+    check_order(order)
+    x = initial_state(x_T)
+    group: list[Point] = []  # since the start of the group, oldest first
+    start, start_level = x, (1.0, 0.0)
+    for t, s in steps(timesteps):
+        here, there = level(schedule, t), level(schedule, s)
+        x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
+        if trace is not None:
+            trace.append(x_0)
+        if s is None or len(group) == order or (group and group[0][0] == -math.inf):
+            group = []
+        if not group:
+            start, start_level = x, here
+        group.append((half_log_snr(*here), x_0))
+        x = singlestep_update(start, group, start_level, there)
+    return x
+
+
+def singlestep_update(start: Tensor, group: list[Point], here: Level, there: Level) -> Tensor:
+    """State at level `there` from the state at the start of the group, of the order of the group (1 to 3)."""
+    alpha_s, sigma_s = there
+    lambda_t, D0 = group[0]
+    h = half_log_snr(*there) - lambda_t
+    w_0, w_1, _ = polynomial_weights(h)
+    x_s = (sigma_s / here[1]) * start + alpha_s * w_0 * D0
+    if len(group) == 1:
+        return x_s
+    lambda_r, x_0_r = group[-1]
+    D1 = (h / (lambda_r - lambda_t)) * (x_0_r - D0)
+    # Lu et al. 2022, algorithm 1 for order 2; Lu et al. 2022 (DPM-Solver), algorithm 2 for order 3, for x_0
+    return x_s + (alpha_s * (0.5 * w_0 if len(group) == 2 else w_1)) * D1
+
+
+def check_order(order: int) -> None:
+    """Raises ValueError for an order that does not exist."""
+    if order not in (1, 2, 3):
+        raise ValueError(f"order: value {order}; valid: 1, 2, 3")
