@@ -1,0 +1,95 @@
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), trained here on the captions of the corpus.
+
+Every string has a token sequence, since the alphabet is the 256 bytes; nothing is unknown. A sequence is
+``<|start|> tokens <|end|> <|pad|> ...``, cut to ``length`` in front of the end token, as CLIP's text encoder expects.
+Axis letters: B captions, L tokens.
+"""
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Size of the vocabulary (with the 256 bytes and 3 special tokens), tokens a caption is padded or cut to."""
+
+    vocab_size: int = 1024
+    length: int = 32
+
+    def __post_init__(self):
+        if not 260 <= self.vocab_size <= 200_000:
+            raise ValueError(f"vocab_size: {self.vocab_size}; valid: 260 (256 bytes, 3 special tokens) to 200000")
+        if not 4 <= self.length <= 4096:
+            raise ValueError(f"length: {self.length}; valid: 4 to 4096 tokens")
+
+
+class Tokenizer:
+    """Captions to padded token ids and back. Lower-cases and normalises Unicode (NFC), as CLIP's tokenizer does."""
+
+    def __init__(self, bpe: BPE, length: int):
+        self.bpe, self.length = bpe, length
+        # a caption that spells a special token gets its bytes, not the token
+        bpe.encode_special_tokens = True
+        special = [number for number in map(bpe.token_to_id, (START, END, PAD)) if number is not None]
+        if len(special) < 3:
+            raise ValueError(f"the tokenizer lacks one of its special tokens {START} {END} {PAD}")
+        self.start_id, self.end_id, self.pad_id = special
+
+    @classmethod
+    def train(cls, captions: Iterable[str], config: TokenizerConfig) -> "Tokenizer":
+        """A tokenizer fitted to ``captions``."""
+        bpe = BPE(models.BPE())
+        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_size, special_tokens=[START, END, PAD],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False,
+        )
+        bpe.train_from_iterator(captions, trainer)
+        return cls(bpe, config.length)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids; smaller than configured when the corpus has too few pairs to merge."""
+        return self.bpe.get_vocab_size()
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, L) int64 and mask (B, L) bool, True at start, tokens and end. A long caption is cut."""
+        ids = torch.full((len(captions), self.length), self.pad_id, dtype=torch.int64)  # (B, L)
+        mask = torch.zeros(len(captions), self.length, dtype=torch.bool)  # (B, L)
+        for row, encoding in enumerate(self.bpe.encode_batch(captions, add_special_tokens=False)):
+            tokens = [self.start_id, *encoding.ids[: self.length - 2], self.end_id]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            mask[row, : len(tokens)] = True
+        return ids, mask
+
+    def lost(self, caption: str) -> str:
+        """The end of ``caption`` that does not fit into ``length`` tokens; empty when all of it is read."""
+        ids = self.bpe.encode(caption, add_special_tokens=False).ids
+        return self.bpe.decode(ids[self.length - 2:]).strip()
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        """The captions of token ids (B, L), special tokens left out."""
+        return [text.strip() for text in self.bpe.decode_batch(ids.tolist(), skip_special_tokens=True)]
+
+    def to_json(self) -> str:
+        """The whole tokenizer as JSON: the layout of the `tokenizers` library, and the padded length."""
+        return json.dumps({"length": self.length, "tokenizer": json.loads(self.bpe.to_str())}, ensure_ascii=False)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read what ``to_json`` gave; raises ValueError for a file that holds something else."""
+        text = Path(path).read_bytes()
+        try:
+            data = json.loads(text)
+            return cls(BPE.from_str(json.dumps(data["tokenizer"])), int(data["length"]))
+        except Exception as error:  # the library raises bare Exception for what it cannot read
+            raise ValueError(f"{path} is not a tokenizer written by this program: {error!r}") from None

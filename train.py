@@ -1,0 +1,100 @@
+"""Train the stages of a config in order: python train.py configs/shapes.yaml [run=DIR] [key.path=value ...]
+
+A finished stage is skipped, an interrupted one continues. Ctrl-C or SIGTERM saves the state first.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from data.source import Source, build_source, data_key
+from data.tokenizer import Tokenizer
+from eval.grid import save_grid
+from model.autoencoder import Autoencoder
+from pipeline import TextToImage
+from training.autoencoder import train_autoencoder
+from training.checkpoint import load_weights, write_text
+from training.config import from_dict, to_dict
+from training.denoiser import Networks, train_denoiser
+from training.device import default_device, frozen, placed
+from training.experiment import Experiment, load_experiment
+from training.loop import Interrupted, TrainingError
+from training.run import RunFolder
+
+CORPUS = 50_000  # items whose captions the tokenizer is fitted to
+
+
+def train_tokenizer(experiment: Experiment, source: Source, run: RunFolder) -> None:
+    """Fit the byte-pair encoding to the captions of the training split and write tokenizer.json."""
+    items = range(min(len(source), CORPUS))
+    tokenizer = Tokenizer.train((caption for i in items for caption in source.captions(i)), experiment.tokenizer)
+    cut = sum(bool(tokenizer.lost(caption)) for i in items[:2000] for caption in source.captions(i))
+    write_text(run.path / "tokenizer.json", tokenizer.to_json())
+    run.record(tokenizer={"vocab_size": tokenizer.vocab_size, "length": tokenizer.length, "cut_of_first_2000": cut})
+    if cut:
+        print(f"warning: {cut} captions of the first 2000 items are longer than tokenizer.length = {tokenizer.length}")
+
+
+def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.device) -> None:
+    """Train one stage to its end and write what it leaves in the run folder."""
+    source, validation = (build_source(experiment.data, split) for split in ("train", "validation"))
+    for split, items in (("train", source), ("validation", validation)):
+        if not len(items):
+            raise ValueError(f"data.{experiment.data.source}: its {split} split is empty; valid: at least one item")
+    if stage == "tokenizer":
+        return train_tokenizer(experiment, source, run)
+    if stage == "autoencoder":
+        return train_autoencoder(experiment.autoencoder, source, validation, run, experiment.seed, device)
+    run.require("tokenizer", "autoencoder")
+    tokenizer = Tokenizer.load(run.path / "tokenizer.json")
+    autoencoder = Autoencoder(experiment.autoencoder.model)
+    load_weights(autoencoder, run.weights("autoencoder"))
+    frozen(placed(autoencoder, device))
+
+    def preview(networks: Networks, step: int) -> None:
+        system = TextToImage(experiment, tokenizer, networks.text_encoder, networks.unet, autoencoder)
+        items = range(min(16, len(validation)))
+        prompts = list(experiment.preview_prompts) or [validation.captions(i)[0] for i in items]
+        images = system.images(prompts, range(len(prompts)))
+        save_grid(images, run.path / "samples" / f"denoiser_{step:06d}.png", prompts,
+                  title=f"step {step}, guidance {experiment.sampling.guidance.scale:g}, {experiment.sampling.steps} "
+                        f"{experiment.sampling.sampler} steps, averaged weights")
+
+    train_denoiser(experiment.denoiser, source, validation, data_key(experiment.data), tokenizer, autoencoder, run,
+                   experiment.seed, device, preview)
+
+
+def main(arguments: list[str]) -> None:
+    """Parse the command line and run what is not finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a file in configs/, or the config.yaml of a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value",
+                        help="any key of the config; run=DIR names the run folder (runs/NAME)")
+    options = parser.parse_args(arguments)
+    folders = [text.partition("=")[2] for text in options.overrides if text.startswith("run=")]
+    experiment = load_experiment(options.config, [text for text in options.overrides if not text.startswith("run=")])
+    if "" in folders:
+        raise ValueError("run= is empty; valid: run=DIR, the run folder to write")
+    run = RunFolder.create(folders[-1] if folders else Path("runs") / experiment.name, to_dict(experiment),
+                           complete=lambda data: to_dict(from_dict(Experiment, data)))
+    run.record(seed=experiment.seed, data=data_key(experiment.data))
+    device = default_device()
+    for stage in experiment.stages:
+        if run.finished(stage):
+            print(f"{stage}: finished before, skipped")
+            continue
+        began = time.perf_counter()
+        run_stage(stage, experiment, run, device)
+        print(f"{stage}: done in {time.perf_counter() - began:.0f} s")
+    print(f"trained: {run.path}; sample with: python sample.py --run {run.path} \"a prompt\"")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError, TrainingError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except (Interrupted, KeyboardInterrupt) as error:
+        raise SystemExit(f"stopped: {error or 'by the keyboard, before the first checkpoint'}") from None

@@ -1,0 +1,1 @@
+"""Training: the run folder, the loop, and one file a stage."""

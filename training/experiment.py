@@ -1,0 +1,77 @@
+"""What one YAML file in configs/ describes: data, stages, and how to sample."""
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.source import DataConfig
+from data.tokenizer import TokenizerConfig
+from diffusion.prediction import check_prediction_type
+from diffusion.sampling import SamplingConfig, check_sampling
+from diffusion.schedule import Schedule
+from training.autoencoder import AutoencoderStage
+from training.config import apply_overrides, from_dict, read_yaml
+from training.denoiser import DenoiserStage
+
+STAGES = ("tokenizer", "autoencoder", "denoiser")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The whole configuration of a run. ``preview_prompts`` are drawn in the sample grids during training."""
+
+    name: str
+    seed: int = 0
+    stages: tuple[str, ...] = STAGES
+    preview_prompts: tuple[str, ...] = ()
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    denoiser: DenoiserStage = field(default_factory=DenoiserStage)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self):
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name: '{self.name}'; valid: letters, digits, '_', '-' and '.', it names the run folder")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed}; valid: 0 to 2^63 - 1")
+        if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
+            raise ValueError(f"stages: {list(self.stages)}; valid: some of {', '.join(STAGES)}, in this order")
+        text, tokens, unet = self.denoiser.text_encoder, self.tokenizer, self.denoiser.unet
+        if text.vocab_size < tokens.vocab_size:
+            raise ValueError(f"denoiser.text_encoder.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
+                             f"{tokens.vocab_size} up")
+        if text.length != tokens.length:
+            raise ValueError(f"denoiser.text_encoder.length: {text.length}; valid: tokenizer.length = {tokens.length}")
+        channels = self.autoencoder.model.latent_channels
+        if unet.in_channels != channels or unet.out_channels != channels:
+            raise ValueError(f"denoiser.unet.in_channels, out_channels: {unet.in_channels}, {unet.out_channels}; "
+                             f"valid: autoencoder.model.latent_channels = {channels}")
+        factor = self.autoencoder.model.factor * 2 ** (len(unet.channels) - 1)
+        if self.data.size % factor:
+            raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, the "
+                             f"autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the UNet - 1)")
+        self._check_process()
+
+    def _check_process(self) -> None:
+        """Raise now what sampling would raise after training: a target, grid or sampler that the schedule lacks."""
+        schedule = Schedule(self.denoiser.schedule)
+        try:
+            check_prediction_type(schedule, self.denoiser.prediction_type)
+        except ValueError as error:
+            raise ValueError(f"denoiser.{error}") from None
+        try:
+            check_sampling(schedule, self.denoiser.prediction_type, self.sampling)
+        except ValueError as error:
+            raise ValueError(f"sampling (sampler {self.sampling.sampler}, steps {self.sampling.steps}, spacing "
+                             f"{self.sampling.spacing}): {error}") from None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latent of one picture."""
+        side = self.data.size // self.autoencoder.model.factor
+        return self.autoencoder.model.latent_channels, side, side
+
+
+def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment:  # type: ignore[assignment]
+    """The experiment of a YAML file with ``key.path=value`` overrides; raises ConfigError naming what is wrong."""
+    return from_dict(Experiment, apply_overrides(read_yaml(path), list(overrides)))

@@ -1,0 +1,92 @@
+"""Muon for matrices and convolution filters, AdamW for everything else, in one optimizer.
+
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal matrix, so that every direction of
+the update has the same size. Its update is scaled to the size of an AdamW update (Liu et al. 2025, equation 4), so
+both kinds of parameter share a learning rate. Axis letters: M matrices of one shape, R rows, C columns.
+"""
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+# Coefficients of the quintic iteration (Jordan et al. 2024): singular values in (0, 1] end between about 0.7 and 1.2
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (M, R, C) with every singular value moved close to 1, by Newton-Schulz; same shape.
+
+    The iteration X <- (a I + b G + c G^2) X with G = X X^T is a polynomial in the first G times the first X, so it runs
+    on G alone, of the short side, and touches the long side twice instead of ten times: the same result, 1.2 to 2 times
+    faster on filters (measured on two cores).
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices  # (M, R, C), R <= C
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).float()
+    # fp32: rounding makes small eigenvalues negative, the iteration multiplies those by 12 a step, and bf16 diverges
+    gram = x @ x.mT  # (M, R, R)
+    identity = torch.eye(gram.shape[-1], device=gram.device)
+    product = identity
+    for _ in range(steps):
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor  # all are polynomials of one matrix, so they commute
+    x = product.to(torch.bfloat16) @ x.to(torch.bfloat16)  # (M, R, C)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps parameter groups marked ``muon`` by orthogonalized Nesterov momentum, the others by fused AdamW."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], momentum: float = 0.95):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "momentum": momentum, "muon": False,
+                                  "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """One update from the gradients; parameters without one are left alone."""
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters and group["muon"]:
+                self._step_muon(parameters, group)
+            elif parameters:
+                self._step_adamw(parameters, group)
+
+    def _step_muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        shapes: dict[tuple[int, int], list[Tensor]] = {}
+        for p in parameters:
+            shapes.setdefault((p.shape[0], p.numel() // p.shape[0]), []).append(p)
+        for (rows, columns), alike in shapes.items():
+            updates = []
+            for p in alike:
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                gradient = p.grad if p.grad is not None else torch.zeros_like(p)
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                updates.append(gradient.lerp(momentum, group["momentum"]).reshape(rows, columns))
+            size = 0.2 * max(rows, columns) ** 0.5  # root mean square of the update as AdamW's, about 0.2
+            for p, update in zip(alike, orthogonalized(torch.stack(updates))):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * size)
+
+    def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
+        states = [self.state[p] for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        adamw(parameters, gradients, [s["first"] for s in states], [s["second"] for s in states], [],
+              [s["step"] for s in states], fused=True, amsgrad=False, beta1=group["betas"][0],
+              beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
+              maximize=False)
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups: filters and matrices to Muon; embeddings, first and last layers' biases and gains to AdamW."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    return [{"params": matrices, "weight_decay": weight_decay, "muon": True}, {"params": others}]

@@ -1,0 +1,62 @@
+"""The optimizer and its learning-rate schedule: AdamW (Loshchilov and Hutter 2019) or Muon, warm-up, then a decay."""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from training.muon import Muon, muon_groups
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """``learning_rate`` is the peak; ``warmup`` in steps; ``decay`` is the share of the run that the final decay of
+    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) takes; ``clip`` bounds the norm of the whole gradient."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    warmup: int = 100
+    schedule: Literal["constant", "cosine", "wsd"] = "cosine"
+    decay: float = 0.3
+    clip: float = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate: {self.learning_rate}; valid: above 0 and below 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: {self.betas}; valid: two numbers in [0, 1)")
+        for name in ("warmup", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: from 0 up")
+        if self.clip <= 0:
+            raise ValueError(f"clip: {self.clip}; valid: above 0")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay: {self.decay}; valid: a share of the run in [0, 1]")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Muon or fused AdamW; weight decay acts on matrices and filters, not on biases and gains of norms."""
+    if config.optimizer == "muon":
+        return Muon(muon_groups(model, config.weight_decay), config.learning_rate, config.betas)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # fused=True must be asked for: on a CPU the default is a Python loop over tensors
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The rate of step ``step`` (0 .. steps-1): linear warm-up, then constant, cosine to 0 or a linear decay."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(1, steps - config.warmup)
+        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    if config.schedule == "wsd" and config.decay > 0:
+        return config.learning_rate * min(1.0, (steps - step) / (config.decay * steps))
+    return config.learning_rate

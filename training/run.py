@@ -1,0 +1,114 @@
+"""The run folder: everything ``sample.py`` and ``evaluate.py`` need, and what a resume needs.
+
+    config.yaml manifest.json tokenizer.json *.safetensors metrics.jsonl samples/ report/ state/STAGE/ cache/
+"""
+import datetime
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from training.checkpoint import write_text
+from training.config import ConfigError, read_yaml
+
+WEIGHTS = {"tokenizer": ("tokenizer.json",), "autoencoder": ("autoencoder.safetensors",),
+           "denoiser": ("text_encoder.safetensors", "denoiser.safetensors")}
+
+
+class RunFolder:
+    """Paths and records of one run. Use ``create`` to train and ``open`` to sample or evaluate."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.manifest = self.path / "manifest.json"
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any],
+               complete: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> "RunFolder":
+        """The folder of ``config``, new or begun before with the same one; raises ConfigError if it differs.
+
+        ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key.
+        """
+        run = cls(path)
+        before = run.path / "config.yaml"
+        if before.exists():
+            changed = _differences(complete(read_yaml(before)), config)
+            if changed:
+                raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
+                                  "name another folder with run=DIR, or remove this one")
+        else:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(before, yaml.safe_dump(config, sort_keys=False))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run folder; raises ConfigError when there is none at ``path``."""
+        run = cls(path)
+        if not (run.path / "config.yaml").is_file():
+            parent = run.path.parent
+            known = sorted(str(p.parent) for p in parent.glob("*/config.yaml")) if parent.is_dir() else []
+            raise ConfigError(f"no run folder {run.path}; " + (f"found: {', '.join(known)}" if known else
+                              "train one first: python train.py configs/shapes.yaml"))
+        return run
+
+    def state(self, stage: str) -> Path:
+        """Where the checkpoints of an unfinished stage lie."""
+        return self.path / "state" / stage
+
+    def weights(self, name: str) -> Path:
+        """``NAME.safetensors`` of the run."""
+        return self.path / f"{name}.safetensors"
+
+    def finished(self, stage: str) -> bool:
+        """Whether the files that a stage leaves behind are all there."""
+        return all((self.path / name).is_file() for name in WEIGHTS[stage])
+
+    def require(self, *stages: str) -> None:
+        """Raise ConfigError naming the first stage that is not finished."""
+        for stage in stages:
+            if not self.finished(stage):
+                raise ConfigError(f"{self.path}: the stage '{stage}' is not finished; continue it with: "
+                                  f"python train.py {self.path / 'config.yaml'} run={self.path}")
+
+    def record(self, **values: Any) -> None:
+        """Merge ``values`` into manifest.json, beside what ran: revision, versions, device and command."""
+        known = json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
+        known = {**environment(), **known, **values}
+        write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the configuration: code revision, library versions, device, command, time."""
+    try:
+        here = Path(__file__).parent
+        revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True,
+                                  timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    packages = ("torch", "torchvision", "numpy", "tokenizers", "scipy", "safetensors")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
+    return {
+        "revision": revision,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "device": device, "threads": torch.get_num_threads(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [line for key in keys
+                for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if before == now else [f"{path}: {before!r} then, {now!r} now"]
