@@ -22,6 +22,7 @@ from eval.report import draw_curves, markdown_table, page, pictures, read_metric
 from eval.scenes_score import SceneReport, read_scenes, scene_report, score_scene, score_table
 from pipeline import TextToImage, with_options
 from training.checkpoint import write_text
+from training.device import default_device
 from training.run import RunFolder
 
 SHOWN = 64  # pictures of the page
@@ -162,7 +163,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate and write report/index.html."""
     options = parse(arguments)
     run = RunFolder.open(Path(options.run))
-    system = TextToImage.load(run.path)
+    system = TextToImage.load(run.path, default_device())
     if system.experiment.data.source == "shapes":
         sections = evaluate_shapes(system, run, options)
     else:

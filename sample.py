@@ -19,6 +19,7 @@ from eval.grid import save_grid, to_picture
 from pipeline import TextToImage, with_options
 from training.checkpoint import file_hash, whole_file
 from training.config import to_dict
+from training.device import default_device
 from training.run import RunFolder
 
 LARGEST = 100_000  # pictures of one call
@@ -67,7 +68,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     parser.add_argument("--run", default="runs/shapes", metavar="DIR", help="run folder (%(default)s)")
-    parser.add_argument("--out", metavar="DIR", help="where the pictures go (DIR of the run/samples/out)")
+    parser.add_argument("--out", metavar="DIR", help="where the pictures go (samples/out in the run folder)")
     parser.add_argument("--n", type=int, default=1, help="pictures a prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next has the next (0)")
     parser.add_argument("--steps", type=int, help="sampler steps")
@@ -94,7 +95,8 @@ def warn_of_cut(system: TextToImage, prompts: list[str]) -> None:
 
 def settings_of(config: SamplingConfig, run: RunFolder, options: argparse.Namespace) -> dict:
     """What every picture of this call shares: all that is needed to make it again."""
-    weights = {name: file_hash(run.weights(name))[:16] for name in ("autoencoder", "text_encoder", "denoiser")}
+    files = [run.path / "tokenizer.json", *map(run.weights, ("autoencoder", "text_encoder", "denoiser"))]
+    weights = {path.stem: file_hash(path)[:16] for path in files}
     return {"run": run.path.name, "negative": options.negative, **to_dict(config), "weights": weights}
 
 
@@ -106,7 +108,7 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"{len(prompts)} pictures asked for; valid: up to {LARGEST} a call")
     seeds = list(range(options.seed, options.seed + len(prompts)))
     check_text([*prompts, options.negative])
-    system = TextToImage.load(options.run)
+    system = TextToImage.load(options.run, default_device())
     config = with_options(system.experiment.sampling, options.sampler, options.steps, options.guidance)
     check_sampling(system.schedule, system.experiment.denoiser.prediction_type, config)
     warn_of_cut(system, [*dict.fromkeys(prompts), options.negative])

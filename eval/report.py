@@ -47,8 +47,10 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     figure = Figure(figsize=(4.2 * len(panels), 3), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (stage, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        points = [(row["step"], row[key]) for row in metrics if row["stage"] == stage and key in row]
-        axes.plot(*zip(*points), marker="" if key == "loss" else ".", color="#3457d5", linewidth=1.3)
+        # by step: after a crash some steps are logged twice
+        points = {row["step"]: row[key] for row in metrics if row["stage"] == stage and key in row}
+        axes.plot(list(points), list(points.values()), marker="" if key == "loss" else ".", color="#3457d5",
+                  linewidth=1.3)
         axes.set(title=f"{stage}: {key.replace('_', ' ')}" + (" (dB)" if "psnr" in key else ""), xlabel="step")
         if key != "validation_psnr":
             axes.set_yscale("log")

@@ -12,7 +12,7 @@ import torch
 from data.order import Order
 from data.source import Source, image_batch
 from eval.grid import save_grid
-from model.autoencoder import Autoencoder, AutoencoderConfig
+from model.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from training.checkpoint import save_weights
 from training.device import autocast_dtype, placed
 from training.loop import TrainConfig, fit
@@ -71,7 +71,8 @@ def train_autoencoder(config: AutoencoderStage, source: Source, validation: Sour
 
     def loss_at(model: Autoencoder, step: int) -> dict[str, torch.Tensor]:
         images = image_batch(source, order.indices(step, config.train.batch)).to(device)  # (B, 3, H, W)
-        posterior = model.moments(images)
+        raw = model.moments(images)
+        posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
         noise = torch.randn(posterior.mean.shape, generator=generator(seed, "autoencoder", step)).to(device)
         decoded = model.decode_raw(posterior.sample(noise))  # (B, 3, H, W)
         reconstruction = reconstruction_loss(decoded, images, config)
@@ -93,7 +94,7 @@ def train_autoencoder(config: AutoencoderStage, source: Source, validation: Sour
         save_grid(torch.cat(rows), run.path / "samples" / f"autoencoder_{step:06d}.png", columns=len(worst),
                   title=f"original above reconstruction; the worst of {len(held_out)}, then the first")
 
-    average = fit("autoencoder", model, loss_at, config.train, run, validate, preview)
+    average = fit("autoencoder", model, loss_at, config.train, run, seed, validate, preview)
     steps = max(1, min(MEASURED, len(source)) // config.train.batch)
     average.measure(image_batch(source, order.indices(step, config.train.batch)).to(device) for step in range(steps))
     quality = validate(average)["psnr"]

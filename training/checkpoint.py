@@ -49,11 +49,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def save_weights(module: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write every parameter and buffer of ``module`` as safetensors, in fp32 and plain memory order."""
+    """Write every parameter and buffer of ``module`` as safetensors, in plain memory order."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     try:
         with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
+            os.chmod(temporary, 0o644)  # the library writes 0600; a run folder is meant to be read by others
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"could not write {path}: {error} ({_free(path)})") from None
 
@@ -130,12 +131,6 @@ class Checkpoints:
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 print(f"warning: checkpoint {path} is refused ({reason}); using the one before")
         return None
-
-    def clear(self) -> None:
-        """Remove every state: the stage is finished and its weights are written."""
-        for path in self._files():
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("step_*.pt"), reverse=True)

@@ -136,7 +136,7 @@ def train_denoiser(config: DenoiserStage, source: Source, validation: Source, da
                  for i in range(0, len(x_0), batch)]
         return {"loss": float(torch.cat(parts).mean())}
 
-    average = fit("denoiser", networks, loss_at, config.train, run, validate, preview)
+    average = fit("denoiser", networks, loss_at, config.train, run, seed, validate, preview)
     save_weights(average.text_encoder, run.weights("text_encoder"))
     save_weights(average.unet, run.weights("denoiser"))  # last: its presence says that the stage is finished
     run.record(denoiser={"validation_loss": round(validate(average)["loss"], 5),

@@ -1,8 +1,8 @@
 """The training loop every stage shares: one function, read top to bottom.
 
-A step is a function of (weights, step number): ``loss_at(step)`` draws its data order, noise and timesteps from the
-seed and the step alone. So a resumed run does what an uninterrupted one would have done, and a checkpoint holds no
-generator state.
+A step is a function of (weights, step number): ``loss_at(model, step)`` draws its data order, noise and timesteps
+from the seed and the step alone. So a resumed run does what an uninterrupted one would have done, and a checkpoint
+holds no generator state.
 """
 import signal
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from training.ema import M, PowerEma, gamma_from_std
 from training.logger import Logger
 from training.optim import OptimConfig, build_optimizer, learning_rate
 from training.run import RunFolder
+from training.seed import step_seed
 
 
 class TrainingError(RuntimeError):
@@ -52,7 +53,7 @@ class TrainConfig:
 
 
 def fit(stage: str, model: M, loss_at: Callable[[M, int], dict[str, torch.Tensor]], config: TrainConfig,
-        run: RunFolder, validate: Callable[[M], dict[str, float]], preview: Callable[[M, int], None]) -> M:
+        run: RunFolder, seed: int, validate: Callable[[M], dict[str, float]], preview: Callable[[M, int], None]) -> M:
     """Train ``model`` for ``config.steps`` steps, from the newest checkpoint if there is one; returns the average.
 
     ``loss_at(model, step)`` gives a dictionary of scalars, of which ``loss`` is minimised. ``validate`` and ``preview``
@@ -71,6 +72,7 @@ def fit(stage: str, model: M, loss_at: Callable[[M, int], dict[str, torch.Tensor
             rate = learning_rate(step, config.steps, config.optim)
             for group in optimizer.param_groups:
                 group["lr"] = rate
+            torch.manual_seed(step_seed(seed, stage, step))  # dropout draws from the global generator
             with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
                 losses = loss_at(model, step)
             losses["loss"].backward()

@@ -34,7 +34,7 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
         factor = a * identity + b * gram + c * gram @ gram
         product = factor @ product
         gram = factor @ gram @ factor  # all are polynomials of one matrix, so they commute
-    x = product.to(torch.bfloat16) @ x.to(torch.bfloat16)  # (M, R, C)
+    x = product @ x  # (M, R, C)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -83,10 +83,9 @@ class Muon(torch.optim.Optimizer):
               maximize=False)
 
 
-def muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: filters and matrices to Muon; embeddings, first and last layers' biases and gains to AdamW."""
+def matrices_and_others(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Trainable filters and matrices, and the rest: embeddings, biases and gains."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
-    others = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
-    return [{"params": matrices, "weight_decay": weight_decay, "muon": True}, {"params": others}]
+    return matrices, [p for p in parameters if p.ndim < 2 or id(p) in embeddings]

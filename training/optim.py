@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from training.muon import Muon, muon_groups
+from training.muon import Muon, matrices_and_others
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Muon or fused AdamW; weight decay acts on matrices and filters, not on biases and gains of norms."""
+    """Muon or fused AdamW; weight decay acts on matrices and filters, not on embeddings, biases and gains."""
+    matrices, others = matrices_and_others(model)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.optimizer == "muon":
-        return Muon(muon_groups(model, config.weight_decay), config.learning_rate, config.betas)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        groups[0]["muon"] = True
+        return Muon(groups, config.learning_rate, config.betas)
     # fused=True must be asked for: on a CPU the default is a Python loop over tensors
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 

@@ -1,0 +1,110 @@
+"""Every shipped config loads, its networks fit together at full size, and its stages run once on a few pictures."""
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+from data.emoji import STYLES
+from data.emoji_build import FORMAT
+from diffusion.schedule import Schedule
+from model.autoencoder import Autoencoder
+from model.text_encoder import TextEncoder
+from model.unet import UNet
+from training.experiment import STAGES, load_experiment
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LARGEST = 150e6  # parameters that are stepped as they are; a larger config needs an entry in SMALLER
+SMALLER: dict[str, list[str]] = {}
+ONCE = ["autoencoder.train.steps=1", "autoencoder.train.batch=2", "autoencoder.validation=2", "denoiser.train.steps=1",
+        "denoiser.train.batch=2", "denoiser.images=4", "denoiser.validation=2", "sampling.steps=2",
+        "preview_prompts=[a red star, two hats]"]
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+def emoji_folder(root: Path, size: int) -> Path:
+    """A folder as `python -m data.emoji` writes it, with thirty things in every style, each a disc of its colour."""
+    items, pictures = [], []
+    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
+    alpha = np.where(x**2 + y**2 < (0.4 * size) ** 2, 255, 0)
+    for style in STYLES:
+        for number in range(30):
+            colour = np.array([number * 8, 255 - number * 8, number * 37 % 256])
+            items.append({"id": f"{style}/thing-{number}", "name": f"thing-{number}", "base": f"thing-{number}",
+                          "tone": "", "style": style, "label": f"thing {number}", "tags": ["made up"],
+                          "group": "objects", "subgroup": "tool", "licence": "MIT", "rgb": colour.tolist()})
+            pictures.append(np.stack([*(channel * alpha // 255 for channel in colour), alpha]))
+    root.mkdir()
+    np.save(root / "images.npy", np.stack(pictures).astype(np.uint8))
+    text = "".join(json.dumps(item) + "\n" for item in items)
+    (root / "items.jsonl").write_text(text)
+    (root / "manifest.json").write_text(json.dumps({"format": FORMAT, "size": size, "count": len(items), "items_sha256":
+                                                    hashlib.sha256(text.encode()).hexdigest()}))
+    return root
+
+
+def networks(experiment) -> dict[str, torch.nn.Module]:
+    with torch.device("meta"):
+        return {"autoencoder": Autoencoder(experiment.autoencoder.model), "unet": UNet(experiment.denoiser.unet),
+                "text": TextEncoder(experiment.denoiser.text_encoder)}
+
+
+def test_there_are_configs():
+    assert {"shapes", "emoji"} <= {path.stem for path in CONFIGS}
+
+
+def test_it_opens_with_its_command_its_cost_and_its_result(path):
+    head = path.read_text(encoding="utf-8").split("\nname:")[0]
+    assert all(line.startswith("#") for line in head.splitlines() if line)
+    assert f"python train.py configs/{path.name}" in head
+    for word in ("Command", "Cost", "Expected"):
+        assert re.search(rf"^# {word}: +\S", head, re.MULTILINE), word
+
+
+def test_it_loads_and_its_networks_fit_together_at_full_size(path):
+    """On the meta device: every shape is computed, nothing else."""
+    experiment = load_experiment(path)
+    assert experiment.name == path.stem and experiment.stages == STAGES
+    found, size, batch = networks(experiment), experiment.data.size, 2
+    images = torch.empty(batch, 3, size, size, device="meta")
+    posterior = found["autoencoder"].encode(images)
+    assert posterior.mean.shape == (batch, *experiment.latent_shape)
+    assert found["autoencoder"].decode(posterior.mean).shape == images.shape
+    ids = torch.zeros(batch, experiment.tokenizer.length, dtype=torch.int64, device="meta")
+    context = found["text"](ids, torch.ones_like(ids, dtype=torch.bool))
+    t = torch.zeros(batch, device="meta")
+    assert found["unet"](posterior.mean, t, context).shape == posterior.mean.shape
+    schedule = Schedule(experiment.denoiser.schedule)
+    assert len(schedule.timesteps(experiment.sampling.steps, experiment.sampling.spacing)) == experiment.sampling.steps
+
+
+def test_it_is_stepped_once_and_sampled(path, tmp_path):
+    """The real stages with the real networks, one step on two pictures each, then the real command for sampling."""
+    experiment = load_experiment(path)
+    size = sum(p.numel() for network in networks(experiment).values() for p in network.parameters())
+    assert size < LARGEST or path.stem in SMALLER, f"{size / 1e6:.0f} million parameters: shrink it in SMALLER"
+    overrides = [*ONCE, *SMALLER.get(path.stem, [])]
+    if experiment.data.source == "emoji":
+        overrides += [f"data.emoji.root={emoji_folder(tmp_path / 'emoji', experiment.data.size)}",
+                      "data.emoji.held_out_scenes=4"]
+    else:
+        overrides += ["data.shapes.train=40", "data.shapes.validation=4", "data.shapes.test=4"]
+    run = tmp_path / "run"
+    train.main([str(path), f"run={run}", *overrides])
+    for stage in ("autoencoder", "denoiser"):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        loss, validation = (line for line in lines if line["stage"] == stage)
+        assert loss["step"] == 1 and np.isfinite(loss["loss"]) and loss["gradient_norm"] > 0
+        assert all(np.isfinite(value) for key, value in validation.items() if key.startswith("validation_"))
+    sample.main(["--run", str(run), "--out", str(tmp_path / "out"), "a red star", "--steps", "2"])
+    assert len(list((tmp_path / "out").glob("*_seed0.png"))) == 1

@@ -1,0 +1,216 @@
+"""What the documents say about files, commands, flags and links is true."""
+import argparse
+import importlib
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.experiment import load_experiment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+UNLISTED = {"README.md", "build", "dist", "runs", "__pycache__"}  # the page itself, and what work leaves behind
+LISTED = re.compile(r"[\w./-]+\.(?:py|yaml|md|cfg|toml)|[\w-]+/|Makefile|LICENSE")
+
+
+def blocks(text: str, kind: str) -> list[str]:
+    """The fenced blocks of a kind."""
+    return re.findall(rf"^```{kind}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+# ---- the tree
+
+def tree_of(block: str) -> dict[str, set[str]]:
+    """{folder: names listed in it}; "" is the top. Two spaces a level; a line of file names only may hold several."""
+    listed: dict[str, set[str]] = {"": set()}
+    folders: list[str] = []
+    for line in block.splitlines():
+        depth, words = (len(line) - len(line.lstrip())) // 2, line.split()
+        names = words if all(LISTED.fullmatch(word) for word in words) else words[:1]
+        assert LISTED.fullmatch(names[0]), f"not a file or folder: {line}"
+        where = "".join(folders[:depth])
+        for name in names:
+            listed.setdefault(where, set()).add(name)
+            if name.endswith("/"):
+                folders[depth:] = [name]
+    return listed
+
+
+def there(folder: str) -> set[str]:
+    """Files and folders that exist in a folder of the project; `__init__.py` and hidden names are not worth a line."""
+    return {path.name + "/" * path.is_dir() for path in (ROOT / folder).iterdir()
+            if not path.name.startswith((".", "__")) and path.name not in UNLISTED
+            and not path.name.endswith(".egg-info") and path.suffix != ".pyc"}
+
+
+def wrong_in_tree(block: str) -> list[str]:
+    """Names that are listed and do not exist, and names that exist and are not listed."""
+    found = []
+    for folder, names in tree_of(block).items():
+        exist = there(folder) if (ROOT / folder).is_dir() else set()
+        found += [f"{folder}{name} is listed and does not exist" for name in sorted(names - exist)]
+        found += [f"{folder}{name} is not listed" for name in sorted(exist - names)]
+    return found
+
+
+def test_the_tree_is_what_exists():
+    [block] = blocks(README, "text")
+    assert wrong_in_tree(block) == []
+
+
+def test_a_wrong_tree_is_caught():
+    [block] = blocks(README, "text")
+    assert wrong_in_tree(block.replace("  loop.py ", "  loops.py ")) == [
+        "training/loops.py is listed and does not exist", "training/loop.py is not listed"]
+    assert wrong_in_tree(block + "nothing/\n  a.py\n") == [
+        "nothing/ is listed and does not exist", "nothing/a.py is listed and does not exist"]
+    assert wrong_in_tree(block.replace(" ddim.py", "")) == ["diffusion/samplers/ddim.py is not listed"]
+
+
+# ---- commands
+
+def commands(text: str) -> list[list[str]]:
+    """Every command of the shell blocks and of inline code, as words."""
+    lines = [line for block in blocks(text, "(?:sh|bash|console)") for line in block.splitlines()]
+    lines += re.findall(r"`((?:make|python) [^`]+)`", text)
+    lines = [re.sub(r"^\s*\$ ", "", line) for line in lines]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^([a-z][\w-]*):", text, re.MULTILINE))
+
+
+def parsed(module: str, arguments: list[str], monkeypatch) -> argparse.Namespace:
+    """What the parser of a module makes of the arguments, without running it; ends in SystemExit for a wrong flag."""
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        raise Parsed(parse(self, args, namespace))
+
+    main = importlib.import_module(module).main
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [module, *arguments])
+        with pytest.raises(Parsed) as caught:
+            main(arguments) if inspect.signature(main).parameters else main()
+    return caught.value.args[0]
+
+
+def check(words: list[str], monkeypatch) -> None:
+    """Raise unless a command names what exists."""
+    if words[0] == "make":
+        names = [word for word in words[1:] if "=" not in word and not word.startswith("-")]
+        assert set(names) <= targets(), f"no such target: {words}"
+    elif words[0] == "python":
+        module, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+        path = ROOT / (module.replace(".", "/") + ".py")
+        assert path.is_file(), f"no such file: {words}"
+        options = parsed(module, arguments, monkeypatch)
+        if module == "train":
+            load_experiment(ROOT / options.config, [text for text in options.overrides if not text.startswith("run=")])
+    else:
+        assert words[0] in ("source", "cd", "pip", "git", "npm"), f"not checked by this test: {words}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_exists(page, monkeypatch, capsys):
+    for words in commands(page.read_text(encoding="utf-8")):
+        if not any(re.fullmatch(r"[A-Z]+|.*\b(DIR|FILE|NAME)\b.*|\.\.\.", word) for word in words):  # placeholders
+            check(words, monkeypatch)
+
+
+def test_the_readme_shows_every_command(monkeypatch):
+    shown = {words[1] if words[0] == "python" else " ".join(words[:2]) for words in commands(README)}
+    assert {"train.py", "sample.py", "evaluate.py", "make demo", "make test", "make check"} <= shown
+    said = subprocess.run(["make", "help"], cwd=ROOT, text=True, capture_output=True, check=True).stdout
+    assert set(re.findall(r"make (\w+)", said)) <= targets()
+
+
+@pytest.mark.parametrize("command", ["make demos", "python trane.py configs/shapes.yaml", "python sample.py a --foo 3",
+                                     "python train.py configs/shape.yaml", "python train.py configs/shapes.yaml a.b=3",
+                                     "python evaluate.py", "python -m data.emojis --out x", "rm -rf x"])
+def test_a_wrong_command_is_caught(command, monkeypatch, capsys):
+    with pytest.raises((AssertionError, SystemExit, ValueError)):
+        check(shlex.split(command), monkeypatch)
+
+
+# ---- links and names
+
+def anchors(text: str) -> set[str]:
+    """The anchors GitHub makes of the headings."""
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def broken_links(text: str, folder: Path) -> list[str]:
+    """Relative links of a page that lead nowhere; links to the web are not followed."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose) + re.findall(r'(?:src|href)="([^"]+)"', prose):
+        if re.match(r"[a-z]+:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        path = (folder / file) if file else None
+        if path is not None and not path.exists():
+            broken.append(link)
+        elif anchor and anchor not in anchors(path.read_text(encoding="utf-8") if path else text):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    assert broken_links(page.read_text(encoding="utf-8"), page.parent) == []
+
+
+def test_a_broken_link_is_caught():
+    text = "# A title\n[a](LICENSE) [b](docs/none.md) [c](#a-title) [d](#none) ![e](x.png) [f](https://example.org/x)"
+    assert broken_links(text, ROOT) == ["docs/none.md", "#none", "x.png"]
+
+
+def test_every_page_is_linked_from_the_readme():
+    assert [page.name for page in PAGES[1:] if f"]({page.relative_to(ROOT)})" not in README] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_in_the_text_exist(page):
+    """`training/loop.py` and the like, in inline code; what a run writes is not a file of the project."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    named = {word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split()
+             if re.fullmatch(r"[\w/-]+\.(py|yaml|md)|(\w+/)+", word) and not word.startswith("runs/")}
+    written = {"config.yaml", "ATTRIBUTION.md", "state/", "samples/", "cache/", "report/"}  # by runs and builds
+    missing = {name for name in named - written if not (ROOT / name).exists() and not (page.parent / name).exists()}
+    assert {name for name in missing if not list(ROOT.glob(f"[!.]*/**/{name}"))} == set()
+
+
+# ---- the product speaks of itself, not of the machine it was made on
+
+MACHINE = re.compile(r"(?<![\w.~-])/(?:work|root|home|Users|mnt|tmp)/|\bshared/|\.pyenv|site-packages")
+
+
+def texts() -> list[Path]:
+    """Every text file of the project but this one."""
+    kinds = (".py", ".md", ".yaml", ".cfg", ".toml", "")
+    tops = [ROOT / "README.md", *(ROOT / name for name in there(""))]
+    found = [path for top in tops for path in ([top] if top.is_file() else top.rglob("*"))]
+    return [path for path in found if path.is_file() and path.suffix in kinds and path != Path(__file__)]
+
+
+def test_no_path_of_a_machine():
+    found = texts()
+    assert {"README.md", "train.py", "Makefile", "setup.cfg"} <= {path.name for path in found}
+    wrong = [f"{path.relative_to(ROOT)}:{number}: {line.strip()}" for path in found
+             for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if MACHINE.search(line)]
+    assert wrong == []
+    assert MACHINE.search("see /home/a/b") and MACHINE.search("in shared/x.md") and not MACHINE.search("a/root/b")
