@@ -14,28 +14,49 @@ from torch.optim.adamw import adamw
 # Coefficients of the quintic iteration (Jordan et al. 2024): singular values in (0, 1] end between about 0.7 and 1.2
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+LONG = 4  # columns to rows from which the second form below is the faster one (two cores, bf16 at twice fp32's speed)
+
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     """Matrices (M, R, C) with every singular value moved close to 1, by Newton-Schulz; same shape.
 
-    The iteration X <- (a I + b G + c G^2) X with G = X X^T is a polynomial in the first G times the first X, so it runs
-    on G alone, of the short side, and touches the long side twice instead of ten times: the same result, 1.2 to 2 times
-    faster on filters (measured on two cores).
+    The iteration is X <- (a I + b G + c G^2) X with G = X X^T. Two forms of it, whichever is faster: on X in bf16, or,
+    for long filters, on G alone, of the short side, which touches the long side twice instead of ten times.
     """
-    a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices  # (M, R, C), R <= C
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).float()
-    # fp32: rounding makes small eigenvalues negative, the iteration multiplies those by 12 a step, and bf16 diverges
-    gram = x @ x.mT  # (M, R, R)
-    identity = torch.eye(gram.shape[-1], device=gram.device)
-    product = identity
-    for _ in range(steps):
-        factor = a * identity + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor  # all are polynomials of one matrix, so they commute
-    x = product @ x  # (M, R, C)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = iterated_on_gram(x, steps) if x.shape[-1] >= LONG * x.shape[-2] else iterated(x, steps)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def iterated(x: Tensor, steps: int) -> Tensor:
+    """The iteration on X (M, R, C) itself, in bf16."""
+    a, b, c = NEWTON_SCHULZ
+    x = x.to(torch.bfloat16)
+    for _ in range(steps):
+        gram = x @ x.mT  # (M, R, R)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def iterated_on_gram(x: Tensor, steps: int) -> Tensor:
+    """The same polynomial, gathered in a matrix (R, R) for each X of (M, R, C) and applied once at the end, in fp32.
+
+    bf16 would not do: its rounding makes small eigenvalues of G negative and the iteration multiplies those by a^2 = 12
+    a step. One matrix at a time, which here is faster than a batch.
+    """
+    a, b, c = NEWTON_SCHULZ
+    results = []
+    for matrix in x.float():
+        gram, product = matrix @ matrix.mT, None
+        for _ in range(steps):
+            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # (R, R)
+            factor.diagonal().add_(a)
+            product = factor if product is None else factor @ product
+            gram = factor @ gram @ factor  # all are polynomials of one matrix, so they commute
+        results.append(product @ matrix)
+    return torch.stack(results)
 
 
 class Muon(torch.optim.Optimizer):
