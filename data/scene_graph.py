@@ -181,7 +181,8 @@ def split_of(scene: Scene) -> Split:
     return "test" if position < VALIDATION_SHARE + TEST_SHARE else "train"
 
 
-def draw_scene(rng: Random, split: Split, mix: SceneMix, mood_share: float, unseen_share: float) -> Scene:
+def draw_scene(rng: Random, split: Split, mix: SceneMix, mood_share: float, unseen_share: float,
+               lattice: int = 0) -> Scene:
     """A placed scene of `split`; in the test, `unseen_share` of them hold a pair that training never shows."""
     unseen = split == "test" and rng.random() < unseen_share
     while True:
@@ -189,7 +190,7 @@ def draw_scene(rng: Random, split: Split, mix: SceneMix, mood_share: float, unse
         if unseen:
             _force_unseen(rng, scene)
         if split_of(scene) == split and any(map(is_unseen, scene["objects"])) == unseen:
-            return place(rng, scene)
+            return place(rng, scene, lattice)
 
 
 def _force_unseen(rng: Random, scene: Scene) -> None:
@@ -205,12 +206,40 @@ def _force_unseen(rng: Random, scene: Scene) -> None:
             thing["colour"], thing["shape"] = colour, shape
 
 
-def place(rng: Random, scene: Scene) -> Scene:
-    """Add centre and radius to every object: nothing overlaps (but what is inside), every relation holds."""
+def place(rng: Random, scene: Scene, lattice: int = 0) -> Scene:
+    """Add centre and radius to every object: nothing overlaps (but what is inside), every relation holds.
+
+    With a ``lattice`` centres lie on multiples of 1 / lattice and radii are those of SIZES: no two drawings of an object
+    differ by a fraction of a pixel.
+    """
+    while True:
+        _place_freely(rng, scene, 0.0 if lattice else RADIUS_JITTER)
+        if not lattice or _snapped(scene, lattice):
+            return scene
+
+
+def _snapped(scene: Scene, lattice: int) -> bool:
+    """Move every centre to the lattice, what is inside along with what holds it; whether all still fits."""
+    objects = scene["objects"]
+    for thing in objects:
+        thing["centre"] = [round(round(value * lattice) / lattice, 5) for value in thing["centre"]]
+    if scene["kind"] == "inside":
+        inner, outer = objects
+        inner["centre"] = [round(value + outer["radius"] * shift, 5)
+                           for value, shift in zip(outer["centre"], CONTAINERS[outer["shape"]])]
+        return True
+    reaches = [EXTENT * thing["radius"] for thing in objects]
+    inside = all(reach <= value <= 1 - reach for thing, reach in zip(objects, reaches) for value in thing["centre"])
+    pairs = [(i, j) for j in range(len(objects)) for i in range(j)]
+    return inside and all(max(abs(a - b) for a, b in zip(objects[i]["centre"], objects[j]["centre"]))
+                          >= reaches[i] + reaches[j] + GAP / 2 for i, j in pairs)
+
+
+def _place_freely(rng: Random, scene: Scene, jitter: float) -> None:
     objects, kind = scene["objects"], scene["kind"]
     for thing in objects:
         radius = CONTAINER_RADIUS if kind == "inside" and thing is objects[1] else SIZES[thing["size"]]
-        thing["radius"] = radius * (1 + RADIUS_JITTER * (2 * rng.random() - 1))
+        thing["radius"] = radius * (1 + jitter * (2 * rng.random() - 1))
     if kind == "inside":
         _place_inside(rng, *objects)
     elif len(objects) == 1:
@@ -226,7 +255,6 @@ def place(rng: Random, scene: Scene) -> Scene:
     for thing in objects:
         thing["centre"] = [round(value, 5) for value in thing["centre"]]
         thing["radius"] = round(thing["radius"], 5)
-    return scene
 
 
 def _spread(rng: Random, reaches: Sequence[float]) -> list[float]:

@@ -17,20 +17,24 @@ from data.shapes_draw import render
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """size: side of the picture in pixels; train, validation, test: items of each split."""
+    """size: side of the picture in pixels; train, validation, test: items of each split; lattice: 0 places objects
+    anywhere, n on multiples of 1/n of the picture's side with exact sizes, which is far easier to learn to draw."""
 
     size: int = 64
     train: int = 100_000
     validation: int = 2_000
     test: int = 2_000
     seed: int = 0
+    lattice: int = 0
     mix: SceneMix = SceneMix()
     mood_share: float = 0.2
     unseen_share: float = 0.25  # of the test split: scenes with a pair of colour and shape that training never shows
 
     def __post_init__(self) -> None:
-        if self.size < 16:
-            raise ValueError(f"size: value {self.size}; valid: an integer >= 16")
+        if not 16 <= self.size <= 2048:
+            raise ValueError(f"size: value {self.size}; valid: 16 to 2048 pixels")
+        if self.lattice != 0 and not 12 <= self.lattice <= 64:
+            raise ValueError(f"lattice: value {self.lattice}; valid: 0 for none, or 12 to 64")
         for split in SPLITS:
             if getattr(self, split) < 0:
                 raise ValueError(f"{split}: value {getattr(self, split)}; valid: an integer >= 0")
@@ -59,7 +63,8 @@ class Shapes:
         """The scene graph of an item, as described in data/scene_graph.py."""
         config, index = self.config, self._checked(index)
         rng = stream("shapes", config.seed, self.split, index)
-        return draw_scene(rng, self.split, config.mix, config.mood_share, config.unseen_share)
+        return draw_scene(rng, self.split, config.mix, config.mood_share, config.unseen_share,
+                          config.lattice)
 
     def prompts(self, index: int) -> list[tuple[str, Facts]]:
         """Every phrasing of an item with the facts it promises, without drawing the picture."""
