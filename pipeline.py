@@ -1,38 +1,65 @@
-"""Prompts to pictures: tokenizer, text encoder, denoiser and autoencoder of a run folder, put together.
+"""Prompts to pictures: tokenizer, text encoder, denoiser and autoencoder of a run folder or of a published checkpoint.
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from data.clip_tokenizer import ClipTokenizer
 from data.source import to_uint8
 from data.tokenizer import Tokenizer
 from diffusion.noise import PerImageNoise
+from diffusion.published import process_of_scheduler, scheduler_of_process
 from diffusion.sampling import SamplingConfig, sample_latents
 from diffusion.schedule import Schedule
 from model.autoencoder import Autoencoder
+from model.decode import decode_sliced, decode_tiled
+from model.pretrained_files import kind_of
+from model.pretrained_folder import read_diffusers_folder, write_diffusers_folder
+from model.pretrained_single import read_single_file
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from training.checkpoint import load_weights
+from training.denoiser import DenoiserStage
 from training.device import frozen, placed
 from training.experiment import Experiment, load_experiment
 from training.run import RunFolder
 
 Progress = Callable[[list], Iterable]
+WHOLE = 256 * 256  # pixels of a picture up to which a batch is decoded at once; above, one at a time costs no speed
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a published checkpoint says of itself, under the names that an experiment has for it."""
+
+    denoiser: DenoiserStage
+    sampling: SamplingConfig
+    latent_shape: tuple[int, int, int]  # (C, H, W)
 
 
 class TextToImage:
-    """A trained system. ``images(prompts, seeds)`` is all that sampling needs."""
+    """A trained system. ``images(prompts, seeds)`` is all that sampling needs.
 
-    def __init__(self, experiment: Experiment, tokenizer: Tokenizer, text_encoder: TextEncoder, unet: UNet,
-                 autoencoder: Autoencoder):
-        self.experiment, self.tokenizer = experiment, tokenizer
+    ``masked`` says whether the denoiser was trained to see no padding; published ones see it. ``files`` are those that
+    it came from, by what they hold; ``tiled`` may be set to decode with less memory, approximately.
+    """
+
+    def __init__(self, experiment: Experiment | Checkpoint, tokenizer: Tokenizer | ClipTokenizer,
+                 text_encoder: TextEncoder, unet: UNet, autoencoder: Autoencoder, masked: bool = True):
+        self.experiment: Any = experiment  # only that of a run has data and stages
+        self.tokenizer, self.masked = tokenizer, masked
         self.text_encoder, self.unet, self.autoencoder = text_encoder, unet, autoencoder
         self.schedule = Schedule(experiment.denoiser.schedule)
+        self.latent_shape = experiment.latent_shape
         self.device = next(unet.parameters()).device
+        self.files: dict[str, Path] = {}
+        self.tiled = False
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TextToImage":
@@ -48,7 +75,69 @@ class TextToImage:
         for name, module in (("text_encoder", text_encoder), ("denoiser", unet), ("autoencoder", autoencoder)):
             load_weights(module, run.weights(name))
             frozen(placed(module, device))
-        return cls(experiment, tokenizer, text_encoder, unet, autoencoder)
+        system = cls(experiment, tokenizer, text_encoder, unet, autoencoder)
+        system.files = {"tokenizer": run.path / "tokenizer.json",
+                        **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
+        return system
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None,
+                        prediction_type: str | None = None) -> "TextToImage":
+        """A published Stable Diffusion 1.x or 2.x: a folder of diffusers, or a single file.
+
+        ``tokenizer`` names the folder of vocab.json and merges.txt; by default the one inside the folder, or named
+        "tokenizer" beside the file. ``prediction_type`` must be given for a single file of 2.x, which does not say it.
+        Raises FileNotFoundError or ValueError naming what is missing, damaged or not supported.
+        """
+        kind = kind_of(path)
+        if kind == "clip":
+            raise ValueError(f"{path} is a CLIP model, it draws no pictures; valid: a Stable Diffusion checkpoint")
+        if kind == "diffusers":
+            parts = read_diffusers_folder(path)
+        else:
+            parts = read_single_file(path, prediction_type)
+        schedule, prediction, sampling = process_of_scheduler(
+            {**parts.scheduler, **({"prediction_type": prediction_type} if prediction_type else {})})
+        words = ClipTokenizer.load(tokenizer or parts.tokenizer or Path(path).parent / "tokenizer",
+                                   parts.text_encoder.config.length)
+        if words.vocab_size > parts.text_encoder.config.vocab_size:
+            raise ValueError(f"the tokenizer has {words.vocab_size} tokens; valid: up to "
+                             f"{parts.text_encoder.config.vocab_size}, the vocabulary of the text encoder")
+        checkpoint = Checkpoint(
+            DenoiserStage(unet=parts.unet.config, text_encoder=parts.text_encoder.config, schedule=schedule,
+                          prediction_type=prediction),
+            sampling, (parts.autoencoder.latent_channels, *parts.latent_size))
+        for module in (parts.text_encoder, parts.unet, parts.autoencoder):
+            frozen(placed(module, device))
+        system = cls(checkpoint, words, parts.text_encoder, parts.unet, parts.autoencoder, masked=False)
+        system.files = {name if len(paths) == 1 else f"{name}/{path.name}": path
+                        for name, paths in parts.files.items() for path in paths}
+        return system
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that diffusers reads. Raises FileExistsError when there is one, ValueError for a system that
+        diffusers has no counterpart of: one trained here, with its own tokenizer and a mask."""
+        tokenizer = self.tokenizer
+        if self.masked or not isinstance(tokenizer, ClipTokenizer):
+            raise ValueError("the system has its own tokenizer and masks padding; valid for diffusers: one with CLIP's "
+                             "tokenizer, that sees padding")
+        scheduler = scheduler_of_process(self.experiment.denoiser.schedule, self.experiment.denoiser.prediction_type,
+                                         self.experiment.sampling)
+
+        def write_tokenizer(folder: Path) -> tuple[int, int, int]:
+            tokenizer.save(folder)
+            return tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
+
+        write_diffusers_folder(path, self.unet, self.autoencoder, self.text_encoder, scheduler, write_tokenizer,
+                               self.experiment.latent_shape[1:])
+
+    def set_size(self, height: int, width: int) -> None:
+        """Draw pictures of this size in pixels from now on; raises ValueError unless the networks can."""
+        f = self.autoencoder.factor
+        multiple = f * 2 ** (len(self.unet.config.channels) - 1)
+        if min(height, width) < 1 or height % multiple or width % multiple:
+            raise ValueError(f"size: {height}x{width}; valid: multiples of {multiple}")
+        self.latent_shape = (self.autoencoder.latent_channels, height // f, width // f)
 
     @torch.inference_mode()
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
@@ -63,8 +152,8 @@ class TextToImage:
         guided = config.guidance.scale != 1.0
         context, mask = self.encode([negative] * len(prompts) * guided + list(prompts))  # (2B, L, D) or (B, L, D)
         both = self.unet.context_cache(context, mask)
-        alone = self.unet.context_cache(context[-len(prompts):], mask[-len(prompts):])
-        noise = PerImageNoise(seeds, self.experiment.latent_shape, self.device)
+        alone = self.unet.context_cache(context[-len(prompts):], None if mask is None else mask[-len(prompts):])
+        noise = PerImageNoise(seeds, self.latent_shape, self.device)
 
         def conditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.unet(x_t, self.schedule.network_time(t), cache=alone)
@@ -75,16 +164,23 @@ class TextToImage:
         return sample_latents(conditional, doubled, noise, self.schedule, self.experiment.denoiser.prediction_type,
                               config, progress)
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Context (B, L, D) and padding mask (B, L) of prompts."""
+    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Context (B, L, D) of prompts, and their padding mask (B, L), None where padding is read like text."""
         ids, mask = (tensor.to(self.device) for tensor in self.tokenizer.encode(prompts))
-        return self.text_encoder(ids, mask), mask
+        seen = mask if self.masked else None
+        return self.text_encoder(ids, seen), seen
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) of unit-scale latents: in tiles if ``tiled``, large ones one at a time."""
+        pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2
+        decode = self.autoencoder.decode if pixels <= WHOLE else partial(decode_sliced, self.autoencoder)
+        return decode_tiled(self.autoencoder, latents) if self.tiled else decode(latents)
 
     @torch.inference_mode()
     def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                negative: str = "", progress: Progress = iter) -> torch.Tensor:
         """Pictures (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``."""
-        return to_uint8(self.autoencoder.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
+        return to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
 
     def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                           negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Sample pictures: python sample.py "a small red star" "two blue circles" --run runs/shapes
+From published weights: python sample.py "a photo of a horse" --pretrained PATH --steps 30 --size 512
 
 Writes one PNG a picture, with the settings it was made from inside, and a labelled grid.
 """
@@ -20,7 +21,6 @@ from pipeline import TextToImage, with_options
 from training.checkpoint import file_hash, whole_file
 from training.config import to_dict
 from training.device import default_device
-from training.run import RunFolder
 
 LARGEST = 100_000  # pictures of one call
 
@@ -68,6 +68,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("prompt", nargs="*", help="one or more prompts")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     parser.add_argument("--run", default="runs/shapes", metavar="DIR", help="run folder (%(default)s)")
+    parser.add_argument("--pretrained", metavar="PATH", help="a published Stable Diffusion 1.x or 2.x instead of a "
+                        "run: a diffusers folder, or a single .safetensors or .ckpt file")
+    parser.add_argument("--tokenizer", metavar="DIR", help="vocab.json and merges.txt for a single file (tokenizer/ "
+                        "beside it)")
+    parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), help="what a single file of 2.x predicts, "
+                        "which it does not say")
+    parser.add_argument("--size", metavar="N or HxW", help="pixels of a picture (what the model was trained at)")
+    parser.add_argument("--tiled", action="store_true", help="decode in tiles: less memory, approximate")
     parser.add_argument("--out", metavar="DIR", help="where the pictures go (samples/out in the run folder)")
     parser.add_argument("--n", type=int, default=1, help="pictures a prompt (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture, the next has the next (0)")
@@ -75,14 +83,32 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sampler", help=", ".join(SAMPLERS))
     parser.add_argument("--guidance", type=float, metavar="W", help="guidance scale; 1 is off")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what guidance pushes away from")
-    parser.add_argument("--batch", type=int, default=64, help="pictures computed at a time (%(default)s)")
+    parser.add_argument("--batch", type=int, help="pictures computed at a time (64, with --pretrained 1)")
     options = parser.parse_args(arguments)
+    if options.batch is None:
+        options.batch = 1 if options.pretrained else 64
     for name in ("n", "batch"):
         if not 1 <= getattr(options, name) <= LARGEST:
             raise ValueError(f"--{name} {getattr(options, name)}; valid: 1 to {LARGEST}")
     if not 0 <= options.seed < 2**62:
         raise ValueError(f"--seed {options.seed}; valid: 0 to 2^62 - 1")
     return options
+
+
+def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
+    """The system that is asked for, drawing at the size asked for, and the folder or file that it is in."""
+    if options.pretrained:
+        source = Path(options.pretrained)
+        system = TextToImage.from_pretrained(source, default_device(), options.tokenizer, options.prediction)
+    else:
+        source = Path(options.run)
+        system = TextToImage.load(source, default_device())
+    if options.size is not None:
+        if not (size := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", options.size)):
+            raise ValueError(f"--size {options.size}; valid: N, or HxW, in pixels")
+        system.set_size(int(size[1]), int(size[2] or size[1]))
+    system.tiled = options.tiled
+    return system, source
 
 
 def warn_of_cut(system: TextToImage, prompts: list[str]) -> None:
@@ -93,11 +119,13 @@ def warn_of_cut(system: TextToImage, prompts: list[str]) -> None:
                   file=sys.stderr)
 
 
-def settings_of(config: SamplingConfig, run: RunFolder, options: argparse.Namespace) -> dict:
+def settings_of(config: SamplingConfig, system: TextToImage, source: Path, options: argparse.Namespace) -> dict:
     """What every picture of this call shares: all that is needed to make it again."""
-    files = [run.path / "tokenizer.json", *map(run.weights, ("autoencoder", "text_encoder", "denoiser"))]
-    weights = {path.stem: file_hash(path)[:16] for path in files}
-    return {"run": run.path.name, "negative": options.negative, **to_dict(config), "weights": weights}
+    weights = {name: file_hash(path)[:16] for name, path in system.files.items()}
+    asked = {"size": options.size} if options.size else {}
+    asked |= {"tiled": True} if options.tiled else {}
+    return {"pretrained" if options.pretrained else "run": source.name, "negative": options.negative, **asked,
+            **to_dict(config), "weights": weights}
 
 
 def main(arguments: list[str]) -> None:
@@ -108,13 +136,13 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"{len(prompts)} pictures asked for; valid: up to {LARGEST} a call")
     seeds = list(range(options.seed, options.seed + len(prompts)))
     check_text([*prompts, options.negative])
-    system = TextToImage.load(options.run, default_device())
+    system, source = load_system(options)
     config = with_options(system.experiment.sampling, options.sampler, options.steps, options.guidance)
     check_sampling(system.schedule, system.experiment.denoiser.prediction_type, config)
     warn_of_cut(system, [*dict.fromkeys(prompts), options.negative])
-    run = RunFolder.open(options.run)
-    shared = settings_of(config, run, options)
-    out = Path(options.out) if options.out else run.path / "samples" / "out"
+    shared = settings_of(config, system, source, options)
+    folder = Path("runs") / source.stem if options.pretrained else source
+    out = Path(options.out) if options.out else folder / "samples" / "out"
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} cannot be written to")
@@ -136,7 +164,7 @@ def main(arguments: list[str]) -> None:
             kept += list(images[: max(0, 256 - len(kept))])  # a grid of thousands is no picture to look at
     labels = [f"{prompt} · {seed}" for prompt, seed in zip(prompts, seeds)][: len(kept)]
     save_grid(torch.stack(kept), out / "grid.png", labels, columns=min(8, len(kept)),
-              title=f"{run.path.name}: {config.sampler}, {config.steps} steps, guidance {config.guidance.scale:g}")
+              title=f"{source.name}: {config.sampler}, {config.steps} steps, guidance {config.guidance.scale:g}")
     print(f"{len(prompts)} pictures and grid.png in {out}")
 
 

@@ -209,8 +209,8 @@ def _force_unseen(rng: Random, scene: Scene) -> None:
 def place(rng: Random, scene: Scene, lattice: int = 0) -> Scene:
     """Add centre and radius to every object: nothing overlaps (but what is inside), every relation holds.
 
-    With a ``lattice`` centres lie on multiples of 1 / lattice and radii are those of SIZES: no two drawings of an object
-    differ by a fraction of a pixel.
+    With a ``lattice`` centres lie on multiples of 1 / lattice and radii are those of SIZES: drawings of an
+    object differ by whole steps only.
     """
     while True:
         _place_freely(rng, scene, 0.0 if lattice else RADIUS_JITTER)

@@ -5,6 +5,7 @@ Axes: B batch, C channels, H height, W width.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ class SamplingConfig:
     eta: of ddim, 0 is deterministic; other samplers do not read it.
     order: of the dpm_solver samplers and unipc, 1 to 3; other samplers do not read it.
     offset: added to the times of "leading" spacing; 1 for published Stable Diffusion 1.x weights.
+    clean_end: of ddim and pndm. False ends at the level of time 0, which leaves a trace of noise, instead of x_0;
+        published Stable Diffusion weights ask for it (`set_alpha_to_one: false`).
     """
 
     sampler: str = "ddim"
@@ -31,6 +34,7 @@ class SamplingConfig:
     eta: float = 0.0
     order: int = 2
     offset: int = 0
+    clean_end: bool = True
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
@@ -56,10 +60,18 @@ def sample_latents(conditional: Denoise, doubled: Denoise, noise: PerImageNoise,
     denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
     times = progress(schedule.timesteps(config.steps, config.spacing, config.offset))
     sampler = get_sampler(config.sampler)
-    options = {"eta": config.eta} if config.sampler == "ddim" else {}
+    return sampler(denoise, noise(), times, schedule, prediction_type, noise, **options_of(config))
+
+
+def options_of(config: SamplingConfig) -> dict[str, Any]:
+    """The settings that the configured sampler reads."""
+    if config.sampler == "ddim":
+        return {"eta": config.eta, "clean_end": config.clean_end}
+    if config.sampler == "pndm":
+        return {"clean_end": config.clean_end}
     if config.sampler.startswith("dpm_solver") or config.sampler == "unipc":
-        options = {"order": config.order}
-    return sampler(denoise, noise(), times, schedule, prediction_type, noise, **options)
+        return {"order": config.order}
+    return {}
 
 
 def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingConfig) -> None:

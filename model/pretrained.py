@@ -1,6 +1,7 @@
 """Published weights as ours, and back: the names and shapes of diffusers and transformers beside those used here.
 
 One table a network, from our names to theirs. It is read in both directions, and every tensor must be accounted for.
+The files around the weights are read in `pretrained_folder.py`, the older single files in `pretrained_single.py`.
 """
 
 import re
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig
+from model.clip import Clip, ClipConfig
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
@@ -50,15 +52,29 @@ AUTOENCODER: Renames = (
     (r"^(post_)?quant\.", r"\1quant_conv."),
 ) + RESBLOCK
 
-TEXT_ENCODER: Renames = (
-    (r"^(token|position)_embedding\.", r"embeddings.\1_embedding."),
-    (r"^norm_out\.", "final_layer_norm."),
-    (r"^layers\.", "encoder.layers."),
+TRANSFORMER: Renames = (
     (r"\.norm(\d)\.", r".layer_norm\1."),
     (r"\.linear(\d)\.", r".mlp.fc\1."),
     (r"\.attention\.qkv\.", ".self_attn.q|k|v_proj."),
     (r"\.attention\.out\.", ".self_attn.out_proj."),
 )
+
+TEXT_ENCODER: Renames = (
+    (r"^(token|position)_embedding\.", r"embeddings.\1_embedding."),
+    (r"^norm_out\.", "final_layer_norm."),
+    (r"^layers\.", "encoder.layers."),
+) + TRANSFORMER
+
+CLIP: Renames = (
+    (r"^text\.(token|position)_embedding\.", r"text_model.embeddings.\1_embedding."),
+    (r"^text\.norm_out\.", "text_model.final_layer_norm."),
+    (r"^text\.layers\.", "text_model.encoder.layers."),
+    (r"^image\.(class|patch|position)_embedding", r"vision_model.embeddings.\1_embedding"),
+    (r"^image\.norm_in\.", "vision_model.pre_layrnorm."),  # their spelling
+    (r"^image\.norm_out\.", "vision_model.post_layernorm."),
+    (r"^image\.layers\.", "vision_model.encoder.layers."),
+    (r"^image_projection\.", "visual_projection."),
+) + TRANSFORMER
 
 # Spellings of older files -> the present one.
 OLD_AUTOENCODER: Renames = (
@@ -75,43 +91,52 @@ def unet_from_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> Stat
 
     Raises ValueError naming every tensor that is missing, unexpected or of another shape.
     """
-    return _from_theirs(state, _shapes(UNet, config), UNET)
+    return from_theirs(state, UNet, config, UNET)
 
 
 def unet_to_diffusers(state: Mapping[str, Tensor], config: UNetConfig) -> State:
     """The inverse of `unet_from_diffusers`, bit for bit."""
-    return _to_theirs(state, _shapes(UNet, config), UNET)
+    return to_theirs(state, UNet, config, UNET)
 
 
 def autoencoder_from_diffusers(state: Mapping[str, Tensor], config: AutoencoderConfig,
-                               latent_std: float = SD_LATENT_STD) -> State:
+                               latent_std: float = SD_LATENT_STD, latent_mean: float = 0.0) -> State:
     """Weights of a diffusers `AutoencoderKL` -> those of `Autoencoder(config)`.
 
-    latent_std is 1 / scaling_factor of the published configuration; the latent mean is 0. Raises ValueError naming
-    every tensor that is missing, unexpected or of another shape.
+    latent_std is 1 / scaling_factor of the published configuration, latent_mean its shift_factor. Raises ValueError
+    naming every tensor that is missing, unexpected or of another shape.
     """
-    state = {_rename(name, OLD_AUTOENCODER): tensor for name, tensor in state.items()}
-    ours = _from_theirs(state, _shapes(Autoencoder, config), AUTOENCODER)
-    ours["latent_mean"] = torch.zeros(config.latent_channels)
-    ours["latent_std"] = torch.full((config.latent_channels,), latent_std)
-    return ours
+    state = {rename(name, OLD_AUTOENCODER): tensor for name, tensor in state.items()}
+    ours = from_theirs(state, Autoencoder, config, AUTOENCODER)
+    return with_latent_scale(ours, config, latent_std, latent_mean)
+
+
+def with_latent_scale(state: State, config: AutoencoderConfig, std: float, mean: float = 0.0) -> State:
+    """`state` of an autoencoder with the same latent mean and std in every channel."""
+    return {**state, "latent_mean": torch.full((config.latent_channels,), mean),
+            "latent_std": torch.full((config.latent_channels,), std)}
+
+
+def latent_scale(state: Mapping[str, Tensor]) -> tuple[float, float]:
+    """(mean, std) of the latents of an autoencoder; raises ValueError where they differ between channels."""
+    mean, std = state["latent_mean"], state["latent_std"]
+    if bool((mean != mean[0]).any()) or bool((std != std[0]).any()):
+        raise ValueError(
+            f"latent_mean {mean.tolist()}, latent_std {std.tolist()}; valid for diffusers: one mean and one std"
+        )
+    return mean[0].item(), std[0].item()
 
 
 def autoencoder_to_diffusers(state: Mapping[str, Tensor], config: AutoencoderConfig) -> State:
-    """The inverse of `autoencoder_from_diffusers`, bit for bit, for weights whose latent scale is one number.
+    """The inverse of `autoencoder_from_diffusers`, bit for bit; the latent scale belongs into their configuration.
 
-    That number goes into the `scaling_factor` of their configuration. Raises ValueError when the latent mean is not 0,
-    when the scale differs between channels, or when the autoencoder has a space-to-depth stem.
+    Raises ValueError when the latent scale differs between channels, or when there is a space-to-depth stem.
     """
     if config.stem != 1:
         raise ValueError(f"stem: {config.stem}; valid for diffusers: 1")
-    mean, std = state["latent_mean"], state["latent_std"]
-    if bool(mean.any()) or bool((std != std[0]).any()):
-        raise ValueError(
-            f"latent_mean {mean.tolist()}, latent_std {std.tolist()}; valid for diffusers: mean 0 and one std"
-        )
+    latent_scale(state)
     weights = {name: tensor for name, tensor in state.items() if name not in ("latent_mean", "latent_std")}
-    return _to_theirs(weights, _shapes(Autoencoder, config), AUTOENCODER)
+    return to_theirs(weights, Autoencoder, config, AUTOENCODER)
 
 
 def text_encoder_from_transformers(state: Mapping[str, Tensor], config: TextEncoderConfig) -> State:
@@ -119,44 +144,63 @@ def text_encoder_from_transformers(state: Mapping[str, Tensor], config: TextEnco
 
     Raises ValueError naming every tensor that is missing, unexpected or of another shape.
     """
-    state = {_rename(name, OLD_TEXT_ENCODER): tensor for name, tensor in state.items()}
-    state.pop("embeddings.position_ids", None)  # 0, 1, 2, ... in older files
-    return _from_theirs(state, _shapes(TextEncoder, config), TEXT_ENCODER)
+    state = {rename(name, OLD_TEXT_ENCODER): tensor for name, tensor in state.items()
+             if not name.endswith("embeddings.position_ids")}  # 0, 1, 2, ... in older files
+    return from_theirs(state, TextEncoder, config, TEXT_ENCODER)
 
 
 def text_encoder_to_transformers(state: Mapping[str, Tensor], config: TextEncoderConfig) -> State:
     """The inverse of `text_encoder_from_transformers`, bit for bit."""
-    return _to_theirs(state, _shapes(TextEncoder, config), TEXT_ENCODER)
+    return to_theirs(state, TextEncoder, config, TEXT_ENCODER)
 
 
-def _shapes(network: type[nn.Module], config: object) -> dict[str, torch.Size]:
+def clip_from_transformers(state: Mapping[str, Tensor], config: ClipConfig) -> State:
+    """Weights of a transformers `CLIPModel` -> those of `Clip(config)`.
+
+    Raises ValueError naming every tensor that is missing, unexpected or of another shape.
+    """
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("embeddings.position_ids")}
+    return from_theirs(state, Clip, config, CLIP)
+
+
+def clip_to_transformers(state: Mapping[str, Tensor], config: ClipConfig) -> State:
+    """The inverse of `clip_from_transformers`, bit for bit."""
+    return to_theirs(state, Clip, config, CLIP)
+
+
+def shapes(network: type[nn.Module], config: object) -> dict[str, torch.Size]:
     """Name and shape of every parameter, without allocating one."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in network(config).named_parameters()}
 
 
-def _rename(name: str, renames: Renames) -> str:
+def rename(name: str, renames: Renames) -> str:
+    """`name` after every rule in turn."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _their_names(name: str, renames: Renames) -> list[str]:
+def their_names(name: str, renames: Renames) -> list[str]:
     """The tensors of theirs that, stacked along the first axis, are ours: one, or the parts of a fused projection."""
-    name = _rename(name, renames)
+    name = rename(name, renames)
     letters = re.search(r"\w(\|\w)+", name)  # "to_q|k|v.weight" -> to_q.weight, to_k.weight, to_v.weight
     if letters is None:
         return [name]
     return [name.replace(letters[0], letter) for letter in letters[0].split("|")]
 
 
-def _from_theirs(state: Mapping[str, Tensor], shapes: dict[str, torch.Size], renames: Renames) -> State:
+def from_theirs(state: Mapping[str, Tensor], network: type[nn.Module], config: object, renames: Renames) -> State:
+    """Weights under their names -> those of `network(config)`, by a table from our names to theirs.
+
+    Raises ValueError naming every tensor that is missing, unexpected or of another shape.
+    """
     ours: State = {}
     missing, misshapen, used = [], [], set()
-    for name, shape in shapes.items():
-        names = _their_names(name, renames)
+    for name, shape in shapes(network, config).items():
+        names = their_names(name, renames)
         used.update(names)
-        expected = torch.Size((shape[0] // len(names), *shape[1:]))
+        expected = torch.Size((shape[0] // len(names), *shape[1:])) if shape else shape
         absent = [n for n in names if n not in state]
         wrong = [f"{n} {tuple(state[n].shape)}, not {tuple(expected)}" for n in names
                  if n in state and state[n].shape != expected]
@@ -170,17 +214,20 @@ def _from_theirs(state: Mapping[str, Tensor], shapes: dict[str, torch.Size], ren
     return ours
 
 
-def _to_theirs(state: Mapping[str, Tensor], shapes: dict[str, torch.Size], renames: Renames) -> State:
+def to_theirs(state: Mapping[str, Tensor], network: type[nn.Module], config: object, renames: Renames) -> State:
+    """The inverse of `from_theirs`, bit for bit; raises the same."""
+    expected = shapes(network, config)
     _raise_unless_empty(
-        missing=[name for name in shapes if name not in state],
-        unexpected=[name for name in state if name not in shapes],
-        misshapen=[f"{name} {tuple(state[name].shape)}, not {tuple(shape)}" for name, shape in shapes.items()
+        missing=[name for name in expected if name not in state],
+        unexpected=[name for name in state if name not in expected],
+        misshapen=[f"{name} {tuple(state[name].shape)}, not {tuple(shape)}" for name, shape in expected.items()
                    if name in state and state[name].shape != shape],
     )
     theirs: State = {}
-    for name in shapes:
-        names = _their_names(name, renames)
-        theirs.update(zip(names, state[name].chunk(len(names)), strict=True))
+    for name in expected:
+        names = their_names(name, renames)
+        parts = state[name].chunk(len(names)) if len(names) > 1 else (state[name],)
+        theirs.update(zip(names, parts, strict=True))
     return theirs
 
 

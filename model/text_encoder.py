@@ -4,7 +4,7 @@ Radford et al. 2021, section 2.4. Axis letters: B batch, L tokens, D width.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,29 @@ class TextEncoderConfig:
         return cls(width=1024, layers=23, heads=16, mlp_width=4096)
 
 
+class LayerConfig(Protocol):
+    """What a layer reads of a configuration: the text encoder's, or that of CLIP's image encoder."""
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def heads(self) -> int: ...
+
+    @property
+    def mlp_width(self) -> int: ...
+
+    @property
+    def activation(self) -> Literal["quick_gelu", "gelu"]: ...
+
+
 class Layer(nn.Module):
     """Attention and a two-layer perceptron, each after a LayerNorm and added to its input."""
 
-    def __init__(self, config: TextEncoderConfig):
+    def __init__(self, config: LayerConfig):
         super().__init__()
         self.quick_gelu = config.activation == "quick_gelu"
         self.norm1 = nn.LayerNorm(config.width)
@@ -66,7 +85,7 @@ class Layer(nn.Module):
         self.linear2 = nn.Linear(config.mlp_width, config.width)
         self.init_weights(config)
 
-    def init_weights(self, config: TextEncoderConfig) -> None:
+    def init_weights(self, config: LayerConfig) -> None:
         """The scales of CLIP's own code: the residual stream keeps its size however deep the encoder."""
         inner, branch = config.width**-0.5, (2 * config.layers) ** -0.5
         for linear, std in (
@@ -78,7 +97,7 @@ class Layer(nn.Module):
             nn.init.normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, L, D); mask bool, broadcastable to (B, heads, L, L). Returns (B, L, D)."""
         x = x + self.attention(self.norm1(x), mask)
         h = self.linear1(self.norm2(x))  # (B, L, mlp_width)

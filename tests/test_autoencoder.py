@@ -133,7 +133,7 @@ def test_weights_that_do_not_fit_are_named():
 
 def test_a_scale_that_diffusers_cannot_hold_is_not_written_out(small):
     state = {**small.state_dict(), "latent_std": torch.tensor([1.0, 1.0, 2.0])}
-    with pytest.raises(ValueError, match="valid for diffusers: mean 0 and one std"):
+    with pytest.raises(ValueError, match="valid for diffusers: one mean and one std"):
         autoencoder_to_diffusers(state, SMALL)
     with pytest.raises(ValueError, match="stem: 2; valid for diffusers: 1"):
         autoencoder_to_diffusers(state, AutoencoderConfig(stem=2))

@@ -73,9 +73,11 @@ def steps_left(timesteps: Times, ahead: int = 2) -> Iterator[tuple[float, float 
         window.extend(islice(times, 1))
 
 
-def level(schedule: Schedule, t: float | None) -> tuple[float, float]:
-    """(alpha, sigma) at t; None is the end, all signal and no noise."""
-    return (1.0, 0.0) if t is None else schedule.alpha_sigma(t)
+def level(schedule: Schedule, t: float | None, clean_end: bool = True) -> tuple[float, float]:
+    """(alpha, sigma) at t; None is the end, all signal and no noise, or the level of time 0 without `clean_end`."""
+    if t is None:
+        return (1.0, 0.0) if clean_end else schedule.alpha_sigma(0)
+    return schedule.alpha_sigma(t)
 
 
 def half_log_snr(alpha: float, sigma: float) -> float:

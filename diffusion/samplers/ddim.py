@@ -27,15 +27,19 @@ def ddim(
     *,
     trace: list | None = None,
     eta: float = 0.0,
+    clean_end: bool = True,
 ) -> Tensor:
-    """x_0 (B, C, H, W); arguments as in `samplers.common`. eta in 0 .. 1 needs `noise` when it is not 0."""
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. eta in 0 .. 1 needs `noise` when it is not 0.
+
+    clean_end: False ends at the level of time 0 instead of x_0, as Stable Diffusion was published.
+    """
     check_prediction_type(schedule, prediction_type)
     if not 0.0 <= eta <= 1.0:
         raise ValueError(f"eta: value {eta}; valid: 0 (deterministic) .. 1 (ddpm)")
     draw = required(noise, "ddim with eta > 0") if eta > 0.0 else None
     x = initial_state(x_T)
     for t, s in steps(timesteps):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = level(schedule, t), level(schedule, s)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = level(schedule, t), level(schedule, s, clean_end)
         prediction = predict(denoise, x, t)
         x_0 = x_0_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)
         eps = epsilon_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)

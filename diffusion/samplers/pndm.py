@@ -36,13 +36,17 @@ def pndm(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
+    clean_end: bool = True,
 ) -> Tensor:
-    """x_0 (B, C, H, W); arguments as in `samplers.common`. n + 1 network calls for n times."""
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. n + 1 network calls for n times.
+
+    clean_end: False ends at the level of time 0 instead of x_0, as Stable Diffusion was published.
+    """
     check_prediction_type(schedule, prediction_type)
     x = initial_state(x_T)
     history: list[Tensor] = []  # eps, newest first
     for t, s in steps(timesteps):
-        here, there = level(schedule, t), level(schedule, s)
+        here, there = level(schedule, t), level(schedule, s, clean_end)
         prediction = predict(denoise, x, t)
         eps = epsilon_from_prediction(prediction, x, *here, prediction_type)
         first = not history

@@ -1,0 +1,148 @@
+"""CLIP's own tokenizer, from the vocabulary files of a checkpoint: the ids its text encoder was trained on.
+
+Byte-pair encoding as in `tokenizer.py`, with three differences: words end in `</w>` and spaces are no tokens, the
+padding is an ordinary token (the end token in SD-1.x, "!" in SD-2.x), and the networks read it: published UNets attend
+to all 77 states, padding included, so they are used with mask None. The mask given here marks the tokens up to the
+first end token; it is for finding the state that stands for the text. Axis letters: B captions, L tokens.
+"""
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Regex
+from tokenizers import Tokenizer as BPE
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77
+# What is a word, from the code of CLIP.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class ClipTokenizer:
+    """Captions to padded token ids and back; the interface of `data.tokenizer.Tokenizer`.
+
+    A caption that spells a special token gets that token, as it does in the published pipelines.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], length: int = LENGTH,
+                 pad: str | AddedToken = END, start: str | AddedToken = START, end: str | AddedToken = END):
+        if length < 3:
+            raise ValueError(f"length: {length}; valid: 3 tokens or more")
+        special = {str_of(token): added(token) for token in (start, end, pad)}
+        if absent := [name for name in special if name not in vocabulary]:
+            raise ValueError(f"the vocabulary lacks its special tokens: {' '.join(absent)}")
+        self.length, self.vocabulary, self.merges = length, vocabulary, merges
+        self.start, self.end, self.pad = str_of(start), str_of(end), str_of(pad)
+        self.start_id, self.end_id, self.pad_id = (vocabulary[name] for name in (self.start, self.end, self.pad))
+        bpe = BPE(models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
+                             fuse_unk=False, unk_token=self.end))
+        bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ])
+        bpe.decoder = decoders.ByteLevel()
+        bpe.add_special_tokens(list(special.values()))
+        self.bpe = bpe
+
+    @classmethod
+    def load(cls, folder: str | Path, length: int = LENGTH) -> "ClipTokenizer":
+        """The tokenizer of a checkpoint folder: vocab.json and merges.txt, or tokenizer.json, with the special tokens
+        of tokenizer_config.json and special_tokens_map.json. Raises FileNotFoundError or ValueError naming a file."""
+        folder = Path(folder)
+        vocabulary, merges = read_vocabulary(folder)
+        tokens = {**special_tokens(folder / "special_tokens_map.json"),
+                  **special_tokens(folder / "tokenizer_config.json")}
+        try:
+            return cls(vocabulary, merges, length, tokens.get("pad_token", END), tokens.get("bos_token", START),
+                       tokens.get("eos_token", END))
+        except ValueError:
+            raise
+        except Exception as error:  # the library raises bare Exception for merges that are not in the vocabulary
+            raise ValueError(f"{folder} is no CLIP tokenizer: {error}") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json, as transformers reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special = {"bos_token": self.start, "eos_token": self.end, "pad_token": self.pad, "unk_token": self.end}
+        config = {**special, "tokenizer_class": "CLIPTokenizer", "model_max_length": self.length,
+                  "add_prefix_space": False, "do_lower_case": True, "errors": "replace"}
+        for name, data in (("vocab.json", self.vocabulary), ("tokenizer_config.json", config),
+                           ("special_tokens_map.json", special)):
+            (folder / name).write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.bpe.get_vocab_size()
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids (B, L) int64 and mask (B, L) bool, True up to the first end token. A long caption is cut."""
+        ids = torch.full((len(captions), self.length), self.pad_id, dtype=torch.int64)  # (B, L)
+        for row, encoding in enumerate(self.bpe.encode_batch(captions, add_special_tokens=False)):
+            tokens = [self.start_id, *encoding.ids[: self.length - 2], self.end_id]
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+        ends = (ids == self.end_id).int()
+        return ids, ends.cumsum(dim=1) - ends == 0  # (B, L) each
+
+    def lost(self, caption: str) -> str:
+        """The end of ``caption`` that does not fit into ``length`` tokens; empty when all of it is read."""
+        return self.text(self.bpe.encode(caption, add_special_tokens=False).ids[self.length - 2:])
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        """The captions of token ids (B, L), special tokens left out; a space after every word and sign."""
+        return [self.text(row) for row in ids.tolist()]
+
+    def text(self, ids: list[int]) -> str:
+        """The text of some ids."""
+        return self.bpe.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
+
+
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids by token, and the merges in their order, of vocab.json and merges.txt, or of tokenizer.json."""
+    vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
+    if not (vocab.is_file() and merges.is_file()) and not whole.is_file():
+        raise FileNotFoundError(f"{folder} holds no tokenizer; valid: vocab.json and merges.txt, or tokenizer.json")
+    try:
+        if vocab.is_file() and merges.is_file():
+            return models.BPE.read_file(str(vocab), str(merges))
+        model = json.loads(whole.read_text(encoding="utf-8"))["model"]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        return model["vocab"], [(first, second) for first, second in pairs]
+    except Exception as error:  # the library raises bare Exception for what it cannot read
+        raise ValueError(f"{folder} is no CLIP tokenizer: {error!r}") from None
+
+
+def special_tokens(path: Path) -> dict[str, str | AddedToken]:
+    """The tokens that a configuration names; none where the file is missing."""
+    if not path.is_file():
+        return {}
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return {key: token_of(value) for key, value in data.items()
+                if key in ("bos_token", "eos_token", "pad_token") and value is not None}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no configuration of a tokenizer: {error!r}") from None
+
+
+def token_of(value: str | dict[str, Any]) -> str | AddedToken:
+    """A special token as a configuration writes it: its text, or its text with how it is matched."""
+    if isinstance(value, str):
+        return value
+    flags = {key: bool(value.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
+    return AddedToken(value["content"], special=True, **flags)
+
+
+def str_of(token: str | AddedToken) -> str:
+    return token if isinstance(token, str) else token.content
+
+
+def added(token: str | AddedToken) -> AddedToken:
+    """Matched before the text is normalised, unless it says otherwise."""
+    return AddedToken(token, special=True, normalized=False) if isinstance(token, str) else token

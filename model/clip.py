@@ -1,0 +1,183 @@
+"""CLIP: an image transformer and a text transformer whose vectors agree when a picture and a text belong together.
+
+Radford et al. 2021. Axis letters: B pictures, T texts, N patches, L tokens, D width of a transformer, E width of the
+shared space.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import check_heads
+from model.text_encoder import Layer, TextEncoder, TextEncoderConfig, pooled
+
+# Of the published weights: mean and standard deviation of pixels in [0, 1] over their training pictures.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LARGEST_SCALE = 100.0  # of the logits (section 2.5)
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """Shape of an image transformer, and the pixel values it expects.
+
+    mean, std: of pixels in [0, 1], a channel each; 0.5 leaves pictures in [-1, 1] as they are.
+    """
+
+    size: int = 224  # pixels along a side
+    patch: int = 32  # pixels along a side of a patch
+    channels: int = 3
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    activation: Literal["quick_gelu", "gelu"] = "gelu"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "patch", "channels", "width", "layers", "heads", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: at least 1")
+        if self.size % self.patch:
+            raise ValueError(f"patch: {self.patch} does not divide size {self.size}; valid: a divisor")
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"activation: {self.activation!r}; valid: 'quick_gelu', 'gelu'")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: a number for each of {self.channels} channels")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: {self.std}; valid: above 0")
+        check_heads(self.width, self.heads)
+
+    @property
+    def patches(self) -> int:
+        """Patches of a picture."""
+        return (self.size // self.patch) ** 2
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Shape of both encoders, the width E of the space they share, and the temperature that training starts from."""
+
+    image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    width: int = 512
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width: {self.width}; valid: at least 1")
+        if not 1 / LARGEST_SCALE <= self.temperature <= 1e3:
+            raise ValueError(f"temperature: {self.temperature}; valid: {1 / LARGEST_SCALE} to 1000")
+
+    @classmethod
+    def vit_b_32(cls) -> "ClipConfig":
+        """CLIP ViT-B/32: 151,277,313 parameters."""
+        image = ImageEncoderConfig(activation="quick_gelu", mean=PIXEL_MEAN, std=PIXEL_STD)
+        text = TextEncoderConfig(width=512, heads=8, mlp_width=2048, activation="quick_gelu")
+        return cls(image, text, width=512)
+
+    @classmethod
+    def vit_l_14(cls) -> "ClipConfig":
+        """CLIP ViT-L/14, whose text encoder conditions SD-1.x: 427,616,513 parameters."""
+        image = ImageEncoderConfig(patch=14, width=1024, layers=24, heads=16, mlp_width=4096, activation="quick_gelu",
+                                   mean=PIXEL_MEAN, std=PIXEL_STD)
+        return cls(image, TextEncoderConfig.clip_l(), width=768)
+
+
+class ImageEncoder(nn.Module):
+    """A transformer over the patches of a picture and one class token, whose last state stands for the picture.
+
+    Dosovitskiy et al. 2021, with CLIP's LayerNorm before the first layer.
+    """
+
+    def __init__(self, config: ImageEncoderConfig):
+        super().__init__()
+        self.config = config
+        scale = config.width**-0.5
+        self.patch_embedding = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
+        self.position_embedding = nn.Embedding(1 + config.patches, config.width)
+        self.norm_in = nn.LayerNorm(config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm_out = nn.LayerNorm(config.width)
+        nn.init.normal_(self.position_embedding.weight, std=scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, channels, size, size) in [-1, 1] -> (B, D). Raises ValueError on another shape."""
+        c = self.config
+        if images.shape[1:] != (c.channels, c.size, c.size):
+            raise ValueError(f"images: {tuple(images.shape)}; valid: (B, {c.channels}, {c.size}, {c.size})")
+        patches = self.patch_embedding(self.normalised(images)).flatten(2).transpose(1, 2)  # (B, N, D)
+        first = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)  # (B, 1, D)
+        x = torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, D)
+        x = self.norm_in(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm_out(x[:, 0])  # (B, D)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Pictures in [-1, 1] as the pixel values the weights expect: (pixel in [0, 1] - mean) / std."""
+        mean, std = (torch.tensor(x, dtype=images.dtype, device=images.device)[:, None, None]
+                     for x in (self.config.mean, self.config.std))  # (channels, 1, 1)
+        return (0.5 * images + 0.5 - mean) / std
+
+
+class Clip(nn.Module):
+    """Both encoders, their projections into the shared space, and the temperature of the comparison."""
+
+    def __init__(self, config: ClipConfig):
+        super().__init__()
+        self.config = config
+        self.image = ImageEncoder(config.image)
+        self.text = TextEncoder(config.text)
+        self.image_projection = nn.Linear(config.image.width, config.width, bias=False)
+        self.text_projection = nn.Linear(config.text.width, config.width, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
+        nn.init.normal_(self.image_projection.weight, std=config.image.width**-0.5)
+        nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
+
+    def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Logits (B, T): cosine over temperature of every picture with every text. Arguments as for the two below."""
+        # Radford et al. 2021, figure 3
+        return self.logit_scale.exp() * self.image_vectors(images) @ self.text_vectors(ids, mask).T
+
+    def image_vectors(self, images: Tensor) -> Tensor:
+        """images (B, channels, size, size) in [-1, 1] -> unit vectors (B, E). `resized` brings others to this size."""
+        return F.normalize(self.image_projection(self.image(images)), dim=-1)
+
+    def text_vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids int (T, L), mask bool (T, L), True up to the end token, whose state stands for the text -> (T, E)."""
+        return F.normalize(self.text_projection(pooled(self.text(ids, mask), mask)), dim=-1)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Pictures (B, channels, H, W) at the size of the image encoder: shorter side by cubic filter, then cropped."""
+        size, (height, width) = self.config.image.size, images.shape[2:]
+        if (height, width) == (size, size):
+            return images
+        ratio = size / min(height, width)
+        shape = [round(height * ratio), round(width * ratio)]
+        images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(-1, 1)
+        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+        return images[:, :, top:top + size, left:left + size]  # (B, channels, size, size)
+
+    @torch.no_grad()
+    def limit_scale(self) -> None:
+        """Call after each training step: logits are scaled by at most 100, else training diverges (section 2.5)."""
+        self.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """Logits (B, B) of B pairs -> the mean cross entropy of finding a picture's text, and a text's picture: a scalar.
+
+    Raises ValueError unless there are as many texts as pictures.
+    """
+    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
+        raise ValueError(f"logits: {tuple(logits.shape)}; valid: (B, B), one text a picture")
+    pairs = torch.arange(len(logits), device=logits.device)
+    return 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs))
