@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.shapes import Shapes
 from data.shapes_draw import vocabulary
-from data.source import Source, build_source
+from data.source import Source, build_source, to_uint8, to_unit
 from diffusion.sampling import SamplingConfig
 from eval.report import draw_curves, markdown_table, page, pictures, read_metrics
 from eval.scenes_score import SceneReport, read_scenes, scene_report, score_scene, score_table
@@ -86,6 +86,14 @@ def sample(system: TextToImage, prompts: Prompts, config: SamplingConfig, name: 
     return system.images_in_batches(prompts.captions, prompts.seeds, config, progress=progress)
 
 
+@torch.no_grad()
+def reconstructions(system: TextToImage, drawn: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Pictures, uint8 (3, H, W) each, after the autoencoder: what a perfect denoiser would be scored."""
+    model, device = system.autoencoder, next(system.autoencoder.parameters()).device
+    return [picture for part in torch.stack(drawn).split(64)
+            for picture in to_uint8(model.decode(model.encode(to_unit(part.to(device))).mean)).cpu()]
+
+
 def evaluate_shapes(system: TextToImage, run: RunFolder, options: argparse.Namespace) -> list[tuple[str, str]]:
     """Choose guidance, sample, score, write metrics.json; returns the sections of the page."""
     trained = captions_of_training(system)
@@ -96,7 +104,8 @@ def evaluate_shapes(system: TextToImage, run: RunFolder, options: argparse.Names
     config = with_options(base, scale=scale)
     prompts = unseen_prompts(test, trained, options.count)
     images = sample(system, prompts, config, f"test, guidance {scale:g}")
-    report = scene_report(list(images), prompts.facts, zip(prompts.drawn, prompts.facts), vocabulary())
+    report = scene_report(list(images), prompts.facts, zip(prompts.drawn, prompts.facts), vocabulary(),
+                          reconstructed=zip(reconstructions(system, prompts.drawn), prompts.facts))
     missed = [not score_scene(scene, facts)["scene"][0]
               for scene, facts in zip(read_scenes(images[:SHOWN], vocabulary()), prompts.facts)]
     write_text(run.path / "report" / "metrics.json", json.dumps(
@@ -115,12 +124,14 @@ def evaluate_shapes(system: TextToImage, run: RunFolder, options: argparse.Names
 
 def summary(report: SceneReport, count: int, config: SamplingConfig) -> str:
     """One sentence with the headline figures, the floor and the reader's own accuracy."""
-    rates, reader = report.score["all"], report.calibration["all"]
+    assert report.ceiling is not None
+    rates, reader, ceiling = report.score["all"], report.calibration["all"], report.ceiling["all"]
     return (f"{count} unseen prompts, {config.steps} {config.sampler} steps, guidance {config.guidance.scale:g}: "
             f"attributes {100 * rates['attributes'].value:.1f} %, whole scenes {100 * rates['scene'].value:.1f} %; "
             f"by chance {100 * report.chance['all']['attributes'].value:.1f} and "
             f"{100 * report.chance['all']['scene'].value:.1f} %; the reader itself on drawn pictures "
-            f"{100 * reader['attributes'].value:.1f} and {100 * reader['scene'].value:.1f} %.")
+            f"{100 * reader['attributes'].value:.1f} and {100 * reader['scene'].value:.1f} %, after the autoencoder "
+            f"{100 * ceiling['attributes'].value:.1f} and {100 * ceiling['scene'].value:.1f} % (ceiling).")
 
 
 def show_held_out(system: TextToImage, source: Source, run: RunFolder,

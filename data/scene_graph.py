@@ -14,6 +14,7 @@ Only `Random.random()` is called: its stream is the one Python promises to keep 
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 from random import Random
 from typing import Any, Literal, Sequence, TypeVar
@@ -216,6 +217,13 @@ def place(rng: Random, scene: Scene, lattice: int = 0) -> Scene:
         _place_freely(rng, scene, 0.0 if lattice else RADIUS_JITTER)
         if not lattice or _snapped(scene, lattice):
             return scene
+
+
+def has_room(lattice: int) -> bool:
+    """Whether two large objects, the pair that needs most, find places side by side on multiples of 1 / lattice."""
+    reach = EXTENT * SIZES["large"]
+    first = math.ceil(reach * lattice) / lattice
+    return 1 - 2 * first >= 2 * reach + GAP / 2
 
 
 def _snapped(scene: Scene, lattice: int) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data.captions import Facts, phrasings
-from data.scene_graph import SPLITS, Scene, SceneMix, Split, draw_scene, pick, stream
+from data.scene_graph import SPLITS, Scene, SceneMix, Split, draw_scene, has_room, pick, stream
 from data.shapes_draw import render
 
 
@@ -33,8 +33,9 @@ class ShapesConfig:
     def __post_init__(self) -> None:
         if not 16 <= self.size <= 2048:
             raise ValueError(f"size: value {self.size}; valid: 16 to 2048 pixels")
-        if self.lattice != 0 and not 12 <= self.lattice <= 64:
-            raise ValueError(f"lattice: value {self.lattice}; valid: 0 for none, or 12 to 64")
+        valid = [lattice for lattice in range(1, 65) if has_room(lattice)]
+        if self.lattice and self.lattice not in valid:
+            raise ValueError(f"lattice: value {self.lattice}; valid: 0 for none, or {', '.join(map(str, valid))}")
         for split in SPLITS:
             if getattr(self, split) < 0:
                 raise ValueError(f"{split}: value {getattr(self, split)}; valid: an integer >= 0")

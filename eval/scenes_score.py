@@ -122,17 +122,20 @@ def _rates(kept: np.ndarray, made: np.ndarray, generator: np.random.Generator, r
 
 @dataclass(frozen=True)
 class SceneReport:
-    """Three tables: the pictures', that of the same pictures against each other's prompts, and the reader's own."""
+    """The pictures' table, that of the same pictures against each other's prompts, the reader's own on drawn pictures,
+    and, where there is an autoencoder, that of its reconstructions of them: no denoiser gets above this ceiling."""
 
     score: Table
     chance: Table
     calibration: Table
+    ceiling: Table | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
+        tables = {"score": self.score, "chance": self.chance, "calibration": self.calibration, "ceiling": self.ceiling}
         return {name: {group: {measure: vars(rate) for measure, rate in rates.items()}
-                       for group, rates in getattr(self, name).items()}
-                for name in ("score", "chance", "calibration")}
+                       for group, rates in table.items()}
+                for name, table in tables.items() if table is not None}
 
     def __str__(self) -> str:
         """A Markdown table in percent: one row a group, then chance, then the reader on the renderer's own pictures."""
@@ -140,6 +143,8 @@ class SceneReport:
         lines = ["| prompts | n | " + " | ".join(shown) + " |", "|---|---" + "|---" * len(shown) + "|"]
         tables = [*self.score.items(), ("chance: shuffled pictures", self.chance["all"]),
                   ("reader: drawn pictures", self.calibration["all"])]
+        if self.ceiling is not None:
+            tables.append(("ceiling: drawn pictures through the autoencoder", self.ceiling["all"]))
         for group, rates in tables:
             cells = [_cell(rates.get(measure)) for measure in shown]
             lines.append(f"| {group} | {rates['scene'].promises} | " + " | ".join(cells) + " |")
@@ -163,10 +168,12 @@ def calibrate(pairs: Iterable[tuple[Any, Facts]], vocabulary: Vocabulary, seed: 
 
 
 def scene_report(images: Sequence[Any], facts: Sequence[Facts], drawn: Iterable[tuple[Any, Facts]],
-                 vocabulary: Vocabulary, seed: int = 0) -> SceneReport:
+                 vocabulary: Vocabulary, seed: int = 0,
+                 reconstructed: Iterable[tuple[Any, Facts]] | None = None) -> SceneReport:
     """Score `images`, uint8 (3, S, S), against `facts`, what their prompts promised.
 
-    drawn: pictures of the renderer with their facts, for the reader's own error; seed: of shuffle and bootstrap.
+    drawn: pictures of the renderer with their facts, for the reader's own error; reconstructed: the same after an
+    autoencoder, for the ceiling it sets; seed: of shuffle and bootstrap.
 
     Raises:
         ValueError: the two lengths differ, or there are fewer than 2 images (nothing to shuffle).
@@ -178,4 +185,5 @@ def scene_report(images: Sequence[Any], facts: Sequence[Facts], drawn: Iterable[
     strangers = {int(row): scenes[int(other)] for row, other in zip(order, np.roll(order, 1))}  # never its own
     return SceneReport(score_table(zip(facts, map(score_scene, scenes, facts)), seed),
                        score_table([(fact, score_scene(strangers[row], fact)) for row, fact in enumerate(facts)], seed),
-                       calibrate(drawn, vocabulary, seed))
+                       calibrate(drawn, vocabulary, seed),
+                       None if reconstructed is None else calibrate(reconstructed, vocabulary, seed))

@@ -34,8 +34,8 @@ class AutoencoderConfig:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: at least 1")
         if not self.channels:
             raise ValueError("channels: (); valid: at least one count")
-        if self.stem not in (1, 2, 4):
-            raise ValueError(f"stem: {self.stem}; valid: 1, 2 or 4")
+        if not 1 <= self.stem <= 16:
+            raise ValueError(f"stem: {self.stem}; valid: 1 to 16")
         check_groups(self.channels, self.norm_groups)
 
     @property

@@ -255,6 +255,11 @@ def test_report_has_score_chance_and_the_readers_own_error(drawn):
     assert set(report.score["all"]) == set(MEASURES)
     again = calibrate([(picture, fact) for _, fact, picture in drawn[80:120]], vocabulary())
     assert again == report.calibration
+    assert report.ceiling is None and "ceiling" not in text and "ceiling" not in report.as_dict()
+    blurred = [(ndimage.gaussian_filter(picture, (0, 3, 3)), fact) for _, fact, picture in drawn[:40]]
+    worse = scene_report(pictures[:2], facts[:2], [(pictures[0], facts[0])], vocabulary(), reconstructed=blurred)
+    assert worse.ceiling is not None and worse.ceiling["all"]["shape"].value < 0.9 and "| ceiling" in str(worse)
+    assert worse.as_dict()["ceiling"]["all"]["shape"]["value"] == worse.ceiling["all"]["shape"].value
     with pytest.raises(ValueError, match="images, facts: 1 and 2"):
         scene_report(pictures[:1], facts[:2], [], vocabulary())
 

@@ -217,6 +217,23 @@ def test_vocabulary_names_everything_scenes_use(splits):
                 assert abs(thing["radius"] / words.sizes[thing["size"]] - 1) < 0.041
 
 
+@pytest.mark.parametrize("lattice", [8, 12, 13, 15, 17, 64])
+def test_a_lattice_places_every_kind_of_scene_on_its_points(lattice):
+    source = Shapes(ShapesConfig(lattice=lattice), "train")
+    scenes = [source.scene(index) for index in range(300)]
+    assert {scene["kind"] for scene in scenes} == set(KINDS)
+    assert any([thing["size"] for thing in scene["objects"]] == ["large", "large"] for scene in scenes)
+    for scene in scenes:
+        for thing in scene["objects"][scene["kind"] == "inside":]:  # what is inside keeps its place in what holds it
+            assert all(abs(value * lattice - round(value * lattice)) < 1e-3 for value in thing["centre"])
+
+
+def test_a_lattice_without_room_for_two_large_objects_is_refused():
+    for lattice in (7, 9, 10, 11, 14, 18, 65):
+        with pytest.raises(ValueError, match=f"lattice: value {lattice}; valid: 0 for none, or 8, 12, 13, 15"):
+            ShapesConfig(lattice=lattice)
+
+
 def test_wrong_settings_are_refused():
     for wrong, message in (({"size": 8}, "size: value 8"), ({"test": -1}, "test: value -1"),
                            ({"mood_share": 1.5}, "mood_share: value 1.5")):
