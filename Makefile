@@ -17,7 +17,7 @@ venv: .venv/.installed
 		|| { echo "error: $(PYTHON) is older than Python 3.10; name another one: make venv PYTHON=python3.11"; exit 1; }
 	@echo "building .venv (PyTorch and its libraries, about 5 GB, a few minutes the first time)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,emoji,plots]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,emoji,plots,metrics]"
 	@touch $@
 
 demo: venv

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from data.clip_tokenizer import ClipTokenizer
-from data.source import to_uint8
+from data.source import to_uint8, to_unit
 from data.tokenizer import Tokenizer
+from diffusion.denoise import Denoise
 from diffusion.noise import PerImageNoise
 from diffusion.published import process_of_scheduler, scheduler_of_process
-from diffusion.sampling import SamplingConfig, sample_latents
+from diffusion.sampling import Edit, SamplingConfig, sample_latents
 from diffusion.schedule import Schedule
 from model.autoencoder import Autoencoder
 from model.decode import decode_sliced, decode_tiled
@@ -24,6 +25,7 @@ from model.pretrained_folder import read_diffusers_folder, write_diffusers_folde
 from model.pretrained_single import read_single_file
 from model.text_encoder import TextEncoder
 from model.unet import UNet
+from prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
 from training.checkpoint import load_weights
 from training.denoiser import DenoiserStage
 from training.device import frozen, placed
@@ -140,10 +142,12 @@ class TextToImage:
         self.latent_shape = (self.autoencoder.latent_channels, height // f, width // f)
 
     @torch.inference_mode()
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
-                negative: str = "", progress: Progress = iter) -> torch.Tensor:
+    def latents(self, prompts: Sequence[str | Prompt], seeds: Sequence[int], config: SamplingConfig | None = None,
+                negative: str | Prompt = "", progress: Progress = iter, edit: Edit | None = None,
+                trace: list | None = None) -> torch.Tensor:
         """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
 
+        A plain string is read as it stands and cut where the context ends; weights and chunks come with a ``Prompt``.
         ``negative`` takes the place of the empty prompt in guidance. Raises ValueError for counts that differ.
         """
         if not prompts or len(prompts) != len(seeds):
@@ -151,9 +155,22 @@ class TextToImage:
         config = config or self.experiment.sampling
         guided = config.guidance.scale != 1.0
         context, mask = self.encode([negative] * len(prompts) * guided + list(prompts))  # (2B, L, D) or (B, L, D)
-        both = self.unet.context_cache(context, mask)
-        alone = self.unet.context_cache(context[-len(prompts):], None if mask is None else mask[-len(prompts):])
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
+        return self.sampled(context, mask, len(prompts), noise, config, progress, edit, trace)
+
+    def sampled(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
+                noise: Callable[[], torch.Tensor], config: SamplingConfig, progress: Progress = iter,
+                edit: Edit | None = None, trace: list | None = None) -> torch.Tensor:
+        """As ``latents``, from the context (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without
+        guidance, and from any source of noise (B, C, H, W); B is ``count``."""
+        conditional, doubled = self.denoisers(context, mask, count)
+        return sample_latents(conditional, doubled, noise, self.schedule, self.experiment.denoiser.prediction_type,
+                              config, progress, edit, trace)
+
+    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int) -> tuple[Denoise, Denoise]:
+        """The network bound to the prompts alone, and to all of the context."""
+        both = self.unet.context_cache(context, mask)
+        alone = self.unet.context_cache(context[-count:], None if mask is None else mask[-count:])
 
         def conditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.unet(x_t, self.schedule.network_time(t), cache=alone)
@@ -161,14 +178,35 @@ class TextToImage:
         def doubled(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.unet(x_t, self.schedule.network_time(t), cache=both)
 
-        return sample_latents(conditional, doubled, noise, self.schedule, self.experiment.denoiser.prediction_type,
-                              config, progress)
+        return conditional, doubled
 
-    def encode(self, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Context (B, L, D) of prompts, and their padding mask (B, L), None where padding is read like text."""
-        ids, mask = (tensor.to(self.device) for tensor in self.tokenizer.encode(prompts))
+    def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Context (B, L, D) of prompts, and their padding mask (B, L), None where padding is read like text.
+
+        L is the length of the text encoder, times the most chunks that a ``Prompt`` among them takes.
+        """
+        plain = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(plain) == len(prompts):
+            ids, mask = (tensor.to(self.device) for tensor in self.tokenizer.encode(plain))
+            seen = mask if self.masked else None
+            return self.text_encoder(ids, seen), seen
+        rows = [chunks_of(parse_prompt(prompt, literal=True) if isinstance(prompt, str) else prompt, self.tokenizer)
+                for prompt in prompts]
+        ids, mask, weights = (torch.cat([getattr(row, name) for row in rows]).to(self.device)
+                              for name in ("ids", "mask", "weights"))  # (sum of K, L) each
         seen = mask if self.masked else None
-        return self.text_encoder(ids, seen), seen
+        context = weighted_context(self.text_encoder(ids, seen), weights, seen)  # (sum of K, L, D)
+        return joined(context, seen, [len(row.ids) for row in rows])
+
+    @torch.inference_mode()
+    def encoded_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit-scale latents (B, C, H, W) of pictures (B, 3, H, W) uint8, without noise; raises ValueError for another
+        size than is drawn."""
+        size = tuple(side * self.autoencoder.factor for side in self.latent_shape[1:])
+        if images.shape[2:] != size:
+            raise ValueError(f"{images.shape[2]}x{images.shape[3]} pixels (HxW); valid: {size[0]}x{size[1]}, the size "
+                             "that is drawn")
+        return self.autoencoder.encode(to_unit(images).to(self.device)).mean
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) of unit-scale latents: in tiles if ``tiled``, large ones one at a time."""

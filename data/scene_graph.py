@@ -220,10 +220,17 @@ def place(rng: Random, scene: Scene, lattice: int = 0) -> Scene:
 
 
 def has_room(lattice: int) -> bool:
-    """Whether two large objects, the pair that needs most, find places side by side on multiples of 1 / lattice."""
-    reach = EXTENT * SIZES["large"]
-    first = math.ceil(reach * lattice) / lattice
-    return 1 - 2 * first >= 2 * reach + GAP / 2
+    """Whether the rows that need most, two large objects or a medium one of three, fit on multiples of 1 / lattice."""
+    rows = (("large", "large"), ("medium", "small", "small"), ("small", "medium", "small"),
+            ("small", "small", "medium"))
+    for row in rows:
+        reaches = [EXTENT * SIZES[size] for size in row]
+        centre = math.ceil(reaches[0] * lattice)
+        for left, right in zip(reaches, reaches[1:]):
+            centre += math.ceil((left + right + GAP / 2) * lattice)
+        if centre / lattice > 1 - reaches[-1]:
+            return False
+    return True
 
 
 def _snapped(scene: Scene, lattice: int) -> bool:

@@ -15,6 +15,7 @@ from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
 from diffusion.schedule import Schedule
 from diffusion.spacing import Spacing
+from diffusion.tasks import InpaintingDenoiser, image_to_image_start, remaining_times
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,42 @@ class SamplingConfig:
             raise ValueError(f"offset: value {self.offset}; valid: 0 or more")
 
 
-def sample_latents(conditional: Denoise, doubled: Denoise, noise: PerImageNoise, schedule: Schedule,
-                   prediction_type: str, config: SamplingConfig,
-                   progress: Callable[[list], Iterable] = iter) -> Tensor:
-    """x_0 (B, C, H, W) for the seeds behind ``noise``; its first draw is x_T, later ones feed stochastic samplers.
+@dataclass(frozen=True)
+class Edit:
+    """A picture to start from: x_0 (B, C, H, W).
+
+    strength: share of the steps that are taken, see `image_to_image_start`. keep: 1 where the picture is kept and 0
+    where it is painted, (B or 1, 1, H, W); painting at strength 1 starts from noise alone.
+    """
+
+    x_0: Tensor
+    strength: float
+    keep: Tensor | None = None
+
+
+def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], Tensor], schedule: Schedule,
+                   prediction_type: str, config: SamplingConfig, progress: Callable[[list], Iterable] = iter,
+                   edit: Edit | None = None, trace: list | None = None) -> Tensor:
+    """x_0 (B, C, H, W); the first draw of ``noise`` is x_T, later ones feed stochastic samplers.
 
     conditional, doubled: as in `classifier_free_guidance`. progress: wraps the list of times, for a progress bar.
-    Raises ValueError when the schedule has fewer times than steps are asked for.
+    trace: a list that receives the predicted x_0 of every step. Raises ValueError when the schedule has fewer times
+    than steps are asked for, and for a strength that leaves no step.
     """
     denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
-    times = progress(schedule.timesteps(config.steps, config.spacing, config.offset))
+    times = visited_times(schedule, config, edit.strength if edit else 1.0)
+    x = noise()
+    if edit is not None and edit.keep is not None:
+        denoise = InpaintingDenoiser(denoise, edit.x_0, x, edit.keep, schedule, prediction_type)
+    if edit is not None and not (edit.keep is not None and edit.strength == 1.0):
+        x, _ = image_to_image_start(edit.x_0, x, times, 1.0, schedule)
     sampler = get_sampler(config.sampler)
-    return sampler(denoise, noise(), times, schedule, prediction_type, noise, **options_of(config))
+    return sampler(denoise, x, progress(times), schedule, prediction_type, noise, trace=trace, **options_of(config))
+
+
+def visited_times(schedule: Schedule, config: SamplingConfig, strength: float = 1.0) -> list:
+    """The falling times of a run: the last `strength` of them when it starts from a picture."""
+    return list(remaining_times(schedule.timesteps(config.steps, config.spacing, config.offset), strength))
 
 
 def options_of(config: SamplingConfig) -> dict[str, Any]:
@@ -74,9 +99,11 @@ def options_of(config: SamplingConfig) -> dict[str, Any]:
     return {}
 
 
-def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingConfig) -> None:
+def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingConfig,
+                   strength: float | None = None) -> None:
     """Raises the ValueError that sampling with these settings would, by doing it once on a latent of four zeros."""
-    sample_latents(_zeros, _zeros, PerImageNoise([0], (1, 2, 2)), schedule, prediction_type, config)
+    edit = None if strength is None else Edit(torch.zeros(1, 1, 2, 2), strength)
+    sample_latents(_zeros, _zeros, PerImageNoise([0], (1, 2, 2)), schedule, prediction_type, config, edit=edit)
 
 
 def _zeros(x_t: Tensor, t: Tensor) -> Tensor:

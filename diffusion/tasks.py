@@ -5,7 +5,7 @@ Functions over the same callables as the samplers. Pictures here are whatever th
 Axes: B batch, C channels, H height, W width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -30,14 +30,38 @@ def image_to_image_start(
     x_0, eps: (B, C, H, W). strength: share of the times that are kept, in (0, 1]; 1 forgets the picture, up to what
     the last level of the schedule leaves of it. Raises ValueError when no time is left.
     """
+    remaining = remaining_times(timesteps, strength)
+    return schedule.noised(x_0, eps, remaining[0]), remaining
+
+
+def remaining_times(timesteps: Sequence[float], strength: float) -> Sequence[float]:
+    """The last `strength` of the times, in (0, 1]. Raises ValueError when none is left."""
     if not 0.0 < strength <= 1.0:
         raise ValueError(f"strength: value {strength}; valid: above 0, at most 1")
     kept = int(len(timesteps) * strength)
     if kept == 0:
         raise ValueError(f"strength: value {strength} of {len(timesteps)} steps leaves none; "
                          f"valid: at least {1 / len(timesteps):.3g}")
-    remaining = timesteps[len(timesteps) - kept:]
-    return schedule.noised(x_0, eps, remaining[0]), remaining
+    return timesteps[len(timesteps) - kept:]
+
+
+def invertible_times(timesteps: Sequence[float], schedule: Schedule) -> list[float]:
+    """The times that still hold something of the picture, for `ddim_inversion`: from pure noise no way leads back."""
+    return [t for t in timesteps if schedule.alpha_sigma(t)[0] > 0.0]
+
+
+class MixedNoise:
+    """Noise on the great circle between two sources, for pictures between two others; each call is the next draw.
+
+    first, second: callables that draw (B, C, H, W). weights (B,): 0 is the first, 1 the second.
+    """
+
+    def __init__(self, first: Callable[[], Tensor], second: Callable[[], Tensor], weights: Sequence[float]) -> None:
+        self.first, self.second, self.weights = first, second, weights
+
+    def __call__(self) -> Tensor:
+        pairs = zip(self.first().split(1), self.second().split(1), self.weights, strict=True)
+        return torch.cat([slerp(a, b, weight) for a, b, weight in pairs])  # (B, C, H, W)
 
 
 class InpaintingDenoiser(TimedDenoiser):
@@ -103,17 +127,34 @@ def ddim_inversion(
     """The x_T (B, C, H, W) from which `ddim` over the same falling `timesteps` leads back to x_0.
 
     Each DDIM step x_s = ddim_step(x_t, eps(x_t, t)) is solved for x_t, where eps is first taken at x_s in place of the
-    unknown x_t (Song et al. 2021, section 4.3). Each refinement takes it again at
-    the x_t just found, a fixed-point iteration (Pan et al. 2023) that makes the way back exact where it converges; it
-    costs one more network call a step.
+    unknown x_t (Song et al. 2021, section 4.3). Each refinement takes the prediction again at the x_t just found, a
+    fixed-point iteration (Pan et al. 2023) that makes the way back exact where it converges; it costs one more network
+    call a step.
     """
     check_prediction_type(schedule, prediction_type)
     x, here = initial_state(x_0), level(schedule, None)
     for t in reversed(timesteps):
         there = level(schedule, t)
-        guess = x
-        for _ in range(1 + refinements):
-            eps = epsilon_from_prediction(predict(denoise, guess, t), guess, *there, prediction_type)
-            guess = ddim_step(x, eps, here, there)
+        eps = epsilon_from_prediction(predict(denoise, x, t), x, *there, prediction_type)
+        guess = ddim_step(x, eps, here, there)
+        for _ in range(refinements):
+            guess = ddim_origin(x, guess, predict(denoise, guess, t), here, there, prediction_type)
         x, here = guess, there
     return x
+
+
+def ddim_origin(x_s: Tensor, guess: Tensor, prediction: Tensor, level_s: tuple[float, float],
+                level_t: tuple[float, float], prediction_type: str) -> Tensor:
+    """The x_t from which a DDIM step with this prediction, made at `guess`, leads to x_s.
+
+    The step is solved for x_t with the prediction itself held, v or flow velocity: near pure noise eps is almost x_t,
+    and a step with eps held hardly shrinks the error of a guess.
+    """
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = level_s, level_t
+    if prediction_type == "flow":
+        return x_s + (sigma_t - sigma_s) * prediction
+    cosine = alpha_s * alpha_t + sigma_s * sigma_t
+    if prediction_type == "v_prediction" and cosine > 0.0:
+        # with x_0 = alpha_t x_t - sigma_t v and eps = sigma_t x_t + alpha_t v the step is a rotation of (x_t, v)
+        return (x_s + (alpha_s * sigma_t - sigma_s * alpha_t) * prediction) / cosine
+    return ddim_step(x_s, epsilon_from_prediction(prediction, guess, *level_t, prediction_type), level_s, level_t)

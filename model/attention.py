@@ -4,6 +4,7 @@ Axis letters: B batch, N queries, M keys, L context tokens, h heads, d width of 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,10 +53,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """The same attention as two matrix products and a softmax; arguments and result as for `attention`."""
+    return attention_weights(q, k, mask).to(v.dtype) @ v  # (B, h, N, d)
+
+
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)), (B, h, N, M): how much each query takes of each key; arguments as for `attention`."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, h, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1).to(v.dtype) @ v  # (B, h, N, d)
+    return scores.softmax(dim=-1)
 
 
 def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
@@ -138,6 +144,7 @@ class CrossAttention(_Heads):
         super().__init__(width, heads, qk_norm)
         self.q = nn.Linear(width, width, bias=False)
         self.kv = nn.Linear(context_width, 2 * width, bias=False)
+        self.watch: Callable[[Tensor], None] | None = None  # is shown the weights (B, h, N, L): see attention_maps.py
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, L, D) -> keys and values, each (B, h, L, d)."""
@@ -149,6 +156,8 @@ class CrossAttention(_Heads):
         (q,) = self.split(self.q(x), 1)  # (B, h, N, d)
         if self.q_norm is not None:
             q = self.q_norm(q)
+        if self.watch is not None:
+            self.watch(attention_weights(q, k, mask))
         return self.merge(attention(q, k, v, mask))
 
 

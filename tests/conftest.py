@@ -21,7 +21,7 @@ TINY = {
     "autoencoder": {
         "model": {"latent_channels": 4, "channels": [16], "blocks": 1, "mid_attention": False, "stem": 4,
                   "norm_groups": 4},
-        "validation": 12, "edge": 0.5, "train": {**TRAIN, "steps": 12},
+        "validation": 12, "features": "none", "edge": 0.5, "train": {**TRAIN, "steps": 12},
     },
     "denoiser": {
         "unet": {"in_channels": 4, "out_channels": 4, "channels": [16, 32], "blocks": 1, "attention": [False, True],

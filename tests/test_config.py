@@ -183,7 +183,7 @@ def test_overrides_that_are_refused(override, message):
     ("denoiser.train.optim.clip=0", "denoiser.train.optim.clip: 0.0; valid: above 0"),
     ("autoencoder.kl=-1", "autoencoder.kl: -1.0; valid: from 0 up"),
     ("autoencoder.validation=0", "autoencoder.validation: 0; valid"),
-    ("autoencoder.model.stem=3", "autoencoder.model.stem: 3; valid: 1, 2 or 4"),
+    ("autoencoder.model.stem=0", "autoencoder.model.stem: 0; valid: 1 to 16"),
     ("sampling.steps=2000", "sampling (sampler ddim, steps 2000, spacing trailing): n: value 2000; valid: 1 .. 1000"),
     ("sampling.sampler=flow_euler", "sampling (sampler flow_euler, steps 3, spacing trailing): schedule: kind"),
     ("sampling.sampler=magic", "sampling.sampler: value 'magic'; valid: "),

@@ -127,7 +127,7 @@ def test_prompts_of_a_file(tiny_run, tmp_path):
 
 def test_a_long_prompt_is_cut_and_that_is_said(tiny_run, tmp_path, capsys, system):
     long = "a small red star above " * 10 + "a dragon"
-    run_sample(tiny_run, tmp_path, long, "a red star", "--steps", "1")
+    run_sample(tiny_run, tmp_path, long, "a red star", "--steps", "1", "--chunks", "1")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "the prompt is cut after 22 tokens; not read: " in warnings[0]
     lost = system.tokenizer.lost(long)

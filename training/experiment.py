@@ -50,6 +50,10 @@ class Experiment:
         if self.data.size % factor:
             raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, the "
                              f"autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the UNet - 1)")
+        adversarial = self.autoencoder.adversarial
+        if adversarial.weight and self.data.size < adversarial.model.smallest:
+            raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
+                             f"pictures of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
         self._check_process()
 
     def _check_process(self) -> None:

@@ -1,13 +1,13 @@
 """The training loop every stage shares: one function, read top to bottom.
 
-A step is a function of (weights, step number): ``loss_at(model, step)`` draws its data order, noise and timesteps
+A step is a function of (state, step number): ``loss_at(model, step)`` draws its data order, noise and timesteps
 from the seed and the step alone. So a resumed run does what an uninterrupted one would have done, and a checkpoint
 holds no generator state.
 """
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +27,14 @@ class TrainingError(RuntimeError):
 
 class Interrupted(Exception):
     """The run was asked to stop and its state is saved."""
+
+
+class Stateful(Protocol):
+    """Something besides the model that the loss depends on and that changes from step to step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -53,19 +61,22 @@ class TrainConfig:
 
 
 def fit(stage: str, model: M, loss_at: Callable[[M, int], dict[str, torch.Tensor]], config: TrainConfig,
-        run: RunFolder, seed: int, validate: Callable[[M], dict[str, float]], preview: Callable[[M, int], None]) -> M:
+        run: RunFolder, seed: int, validate: Callable[[M], dict[str, float]], preview: Callable[[M, int], None],
+        beside: Mapping[str, Stateful] | None = None) -> M:
     """Train ``model`` for ``config.steps`` steps, from the newest checkpoint if there is one; returns the average.
 
     ``loss_at(model, step)`` gives a dictionary of scalars, of which ``loss`` is minimised. ``validate`` and ``preview``
-    get the averaged model. Raises Interrupted after SIGTERM or Ctrl-C, once the state is saved, and TrainingError when
-    the loss is no longer a number.
+    get the averaged model. ``beside`` names what else has a state, as a discriminator with its optimizer: ``loss_at``
+    alone changes it, checkpoints keep it. Raises Interrupted after SIGTERM or Ctrl-C, once the state is saved, and
+    TrainingError when the loss is no longer a number.
     """
     device = next(model.parameters()).device
     dtype = autocast_dtype(config.precision, device)
     optimizer = build_optimizer(model, config.optim)
     ema = PowerEma(model, config.ema_std)
     checkpoints = Checkpoints(run.state(stage), config.keep)
-    first = restore(checkpoints, model, ema, optimizer)
+    beside = beside or {}
+    first = restore(checkpoints, model, ema, optimizer, beside)
     model.train()
     with Logger(run.metrics, stage, first, config.steps, config.batch) as log, StopSignal() as stop:
         for step in range(first, config.steps):
@@ -97,20 +108,24 @@ def fit(stage: str, model: M, loss_at: Callable[[M, int], dict[str, torch.Tensor
             stopping = stop.requested  # read once: a signal that comes during the next lines waits for the next step
             if done % config.checkpoint_every == 0 or last or stopping:
                 checkpoints.save(done, {"model": model.state_dict(), "average": ema.average.state_dict(),
-                                        "optimizer": optimizer.state_dict()})
+                                        "optimizer": optimizer.state_dict(),
+                                        **{name: part.state_dict() for name, part in beside.items()}})
             if stopping:
                 raise Interrupted(f"{stage} stopped after step {done}; the same command continues it")
     return ema.average
 
 
-def restore(checkpoints: Checkpoints, model: nn.Module, ema: PowerEma, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest whole state into model, average and optimizer; returns the number of steps done, 0 if none."""
+def restore(checkpoints: Checkpoints, model: nn.Module, ema: PowerEma, optimizer: torch.optim.Optimizer,
+            beside: Mapping[str, Stateful]) -> int:
+    """Load the newest whole state into everything given; returns the number of steps done, 0 if there is none."""
     state = checkpoints.latest()
     if state is None:
         return 0
     model.load_state_dict(state["model"])
     ema.average.load_state_dict(state["average"])
     optimizer.load_state_dict(state["optimizer"])
+    for name, part in beside.items():
+        part.load_state_dict(state[name])
     print(f"continuing after step {state['step']} from {checkpoints.folder}")
     return state["step"]
 

@@ -1,0 +1,78 @@
+"""The Frechet distance of two sets of vectors, each taken as a Gaussian (Heusel et al. 2017, equation 6).
+
+Nothing is kept of a set but its count, mean and scatter, so memory does not grow with it. Everything is fp64.
+Axis letters: N vectors, D width.
+"""
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Mean (D,) and covariance (D, D) of vectors that arrive in batches, in any order and number."""
+
+    def __init__(self, width: int):
+        if width < 1:
+            raise ValueError(f"width: {width}; valid: from 1 up")
+        self.count = 0
+        self.mean = torch.zeros(width, dtype=torch.float64)  # (D,)
+        self.scatter = torch.zeros(width, width, dtype=torch.float64)  # (D, D), sum of (x - mean)(x - mean)^T
+
+    def update(self, vectors: Tensor) -> "Moments":
+        """Take in vectors (N, D); returns itself. Raises ValueError for another width or a value that is no number."""
+        if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
+            raise ValueError(f"vectors: {tuple(vectors.shape)}; valid: (N, {len(self.mean)})")
+        x = vectors.detach().to("cpu", torch.float64)
+        if not torch.isfinite(x).all():
+            raise ValueError(f"vectors: {int((~torch.isfinite(x)).sum())} values are not finite")
+        if len(x):
+            mean = x.mean(dim=0)
+            self._join(len(x), mean, (x - mean).T @ (x - mean))
+        return self
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Take in all that ``other`` has seen; returns itself."""
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"width: {len(other.mean)}; valid: {len(self.mean)}")
+        if other.count:
+            self._join(other.count, other.mean, other.scatter)
+        return self
+
+    def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        # Chan, Golub and LeVeque 1983, equation 2.1: no sum of squares, whose difference would lose the digits
+        total, shift = self.count + count, mean - self.mean
+        self.scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D), unbiased. Raises ValueError before the second vector."""
+        if self.count < 2:
+            raise ValueError(f"a covariance of {self.count} vectors; valid: from 2 up")
+        return self.scatter / (self.count - 1)
+
+
+def factor(covariance: Tensor) -> Tensor:
+    """F (D, rank) with F F^T = covariance (D, D), which is symmetric and positive but for rounding.
+
+    Directions whose variance is rounding alone, as all beyond the rank of a few vectors, are left out.
+    """
+    values, directions = torch.linalg.eigh(covariance)  # (D,) ascending, (D, D)
+    kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
+    return directions[:, kept] * values[kept].sqrt()
+
+
+def frechet_distance(one: Moments, two: Moments) -> float:
+    """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), from 0 up; the same in both orders.
+
+    The root of a product that is not symmetric is never taken: with C = F F^T its trace is the sum of the singular
+    values of F_1^T F_2, which needs no inverse and does not mind missing rank.
+    """
+    if len(one.mean) != len(two.mean):
+        raise ValueError(f"width: {len(one.mean)} and {len(two.mean)}; valid: the same features for both sets")
+    c_1, c_2 = one.covariance, two.covariance
+    f_1, f_2 = factor(c_1), factor(c_2)
+    # C_1 C_2 has the eigenvalues of F_1^T C_2 F_1 = (F_1^T F_2)(F_1^T F_2)^T, whose roots are those singular values
+    root = torch.linalg.svdvals(f_1.T @ f_2).sum() if f_1.shape[1] and f_2.shape[1] else torch.zeros(())
+    distance = (one.mean - two.mean).square().sum() + c_1.trace() + c_2.trace() - 2 * root
+    return max(0.0, float(distance))

@@ -1,0 +1,213 @@
+"""What a prompt says beyond its words: weights, alternatives, and more tokens than one context holds.
+
+    (red star)  [red star]  (red star:1.3)     weight 1.1, 1 / 1.1, 1.3; inside one another they multiply
+    {red|blue} star                            every alternative: "red star" and "blue star"
+    \\( \\) \\[ \\] \\{ \\} \\| \\: \\\\           the sign itself
+
+The notation is that of AUTOMATIC1111's web interface. Pure functions; of a tokenizer they read `length`, the special
+ids and `bpe`, so they work with every one in `data/`. Axis letters: B prompts, K chunks, L tokens, D context width.
+"""
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIGNS = re.compile(r"\\.|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[\\:]|[^\\:()\[\]]+", re.DOTALL)
+BRACES = re.compile(r"\\.|[{}|]|\\|[^\\{}|]+", re.DOTALL)
+ESCAPED = "()[]{}|:\\"
+STEP, HEAVIEST = 1.1, 10.0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Words without signs, one weight a letter, and how many contexts they may fill before they are cut."""
+
+    text: str
+    weights: tuple[float, ...]
+    chunks: int = 1
+
+    @property
+    def weighted(self) -> bool:
+        return any(weight != 1.0 for weight in self.weights)
+
+
+def parse_prompt(text: str, chunks: int = 1, literal: bool = False) -> Prompt:
+    """The words of ``text`` and their weights; ``literal`` takes every sign as a letter.
+
+    Raises ValueError for a bracket without its partner and a weight out of range.
+    """
+    if literal:
+        return Prompt(text, (1.0,) * len(text), chunks)
+    letters, weights = "", list[float]()
+    opened: list[tuple[str, int]] = []  # the bracket, and the letter it stands before
+    for match in SIGNS.finditer(text):
+        piece = match[0]
+        if piece in ("(", "["):
+            opened.append((piece, len(letters)))
+        elif piece in (")", "]") or match["weight"] is not None:
+            partner = "[" if piece == "]" else "("
+            if not opened or opened[-1][0] != partner:
+                raise ValueError(f"prompt {text!r}: '{piece[-1]}' at letter {match.end()} closes nothing; valid: "
+                                 f"\\{piece[-1]} for the sign itself")
+            start = opened.pop()[1]
+            factor = float(match["weight"]) if match["weight"] else STEP if partner == "(" else 1 / STEP
+            weights[start:] = [weight * factor for weight in weights[start:]]
+        else:
+            piece = piece[1] if len(piece) == 2 and piece[0] == "\\" and piece[1] in ESCAPED else piece
+            letters, weights = letters + piece, weights + [1.0] * len(piece)
+    if opened:
+        raise ValueError(f"prompt {text!r}: '{opened[-1][0]}' is not closed; valid: (word), (word:1.3), [word], or "
+                         f"\\{opened[-1][0]} for the sign itself")
+    if wrong := [weight for weight in weights if not 0.0 <= weight <= HEAVIEST]:
+        raise ValueError(f"prompt {text!r}: weight {wrong[0]:g}; valid: 0 to {HEAVIEST:g}, or \\: for the sign itself")
+    return Prompt(letters, tuple(weights), chunks)
+
+
+def alternatives(text: str, most: int = 100_000) -> list[str]:
+    """All prompts that ``{a|b}`` stands for, the first brace changing slowest; other signs are left as they are.
+
+    Raises ValueError for a brace without its partner and for more than ``most`` prompts.
+    """
+    found: list[str] = [""]  # what the text so far may read
+    opened: list[tuple[list[str], list[str]]] = []  # what was found before the brace, the alternatives so far
+    for match in BRACES.finditer(text):
+        piece = match[0]
+        if piece == "{":
+            opened.append((found, []))
+            found = [""]
+        elif piece == "|" and opened:
+            opened[-1][1].extend(found)
+            found = [""]
+        elif piece == "}":
+            if not opened:
+                raise ValueError(f"prompt {text!r}: '}}' at letter {match.end()} closes nothing; valid: \\}} for the "
+                                 "sign itself")
+            before, options = opened.pop()
+            options.extend(found)
+            if len(before) * len(options) > most:
+                raise ValueError(f"prompt {text!r} stands for more than {most} prompts; valid: up to {most}")
+            found = [start + option for start in before for option in options]
+        else:
+            found = [start + piece for start in found]
+    if opened:
+        raise ValueError(f"prompt {text!r}: '{{' is not closed; valid: {{a|b}}, or \\{{ for the sign itself")
+    return found
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A prompt as rows of ids, each with start and end token and as long as one context.
+
+    ids (K, L) int64; mask (K, L) bool, True at start, tokens and end; weights (K, L), 1 at special tokens. ``lost`` is
+    the end of the text that did not fit. ``words`` says which letters a token stands for, by its place in the K L.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    weights: Tensor
+    lost: str
+    words: dict[int, str]
+
+
+def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
+    """The rows of ids of a prompt, one when it fits into one context: then those of ``tokenizer.encode``.
+
+    The text is tokenized as a whole, so weights do not change its ids; a token has the weight of its last letter.
+    """
+    encoding = tokenizer.bpe.encode(prompt.text, add_special_tokens=False)
+    parts = split(encoding.word_ids, tokenizer.length - 2, prompt.chunks)
+    ids = torch.full((len(parts), tokenizer.length), tokenizer.pad_id, dtype=torch.int64)  # (K, L)
+    mask = torch.zeros(ids.shape, dtype=torch.bool)  # (K, L)
+    weights, words = torch.ones(ids.shape), {}
+    for row, (start, end) in enumerate(parts):
+        tokens = [tokenizer.start_id, *encoding.ids[start:end], tokenizer.end_id]
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = True
+        for place, (first, last) in enumerate(encoding.offsets[start:end], 1):
+            weights[row, place] = prompt.weights[max(first, last - 1)]
+            words[row * tokenizer.length + place] = prompt.text[first:last].strip()
+    end = parts[-1][1]
+    lost = prompt.text[encoding.offsets[end][0]:].strip() if end < len(encoding.ids) else ""
+    return Chunks(ids, mask, weights, lost, words)
+
+
+def split(words: Sequence[int | None], room: int, most: int) -> list[tuple[int, int]]:
+    """(start, end) of up to ``most`` runs of up to ``room`` tokens, given which word each token belongs to.
+
+    A run ends between two words where it can; the last one permitted is filled to the end, as a prompt that is cut.
+    """
+    parts: list[tuple[int, int]] = []
+    start = 0
+    while start < len(words) and len(parts) < most:
+        end = min(start + room, len(words))
+        if end < len(words) and len(parts) + 1 < most:
+            between = next((i for i in range(end, start, -1) if words[i] != words[i - 1]), end)
+            end = between
+        parts.append((start, end))
+        start = end
+    return parts or [(0, 0)]
+
+
+def weighted_context(context: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Context (B, L, D) with every vector multiplied by its weight (B, L), brought back to the size it had.
+
+    AUTOMATIC1111 restores the mean of the context. The states of a text encoder end in a LayerNorm, and where that
+    leaves a mean near zero the quotient of two means is any number: with the encoder of an emoji model a weight of 1.3
+    on one word multiplied the whole context by -0.8. So what is restored here is the root mean square, over the real
+    tokens where ``mask`` (B, L) marks them. A row of weights 1 comes back bit for bit.
+    """
+    real = torch.ones_like(weights) if mask is None else mask.to(weights.dtype)  # (B, L)
+    result = context * weights[..., None]  # (B, L, D)
+
+    def size(x: Tensor) -> Tensor:
+        return (x.square().sum(-1) * real).sum(-1).sqrt()  # (B,)
+
+    return result * (size(context) / size(result))[:, None, None]
+
+
+def joined(context: Tensor, mask: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """The contexts (sum of K, L, D) of all chunks as one a prompt, (B, most K times L, D), with its mask.
+
+    counts: K of each prompt. A prompt with fewer chunks than another is filled up with what the mask hides, so it reads
+    the same whatever stands beside it. The mask stays None where nothing has to be hidden.
+    """
+    if max(counts) == 1:
+        return context, mask
+    if mask is None:
+        mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)  # (sum of K, L)
+        if min(counts) == max(counts):
+            return context.reshape(len(counts), -1, context.shape[2]), None
+    length = max(counts) * context.shape[1]
+    rows = context.new_zeros(len(counts), length, context.shape[2])  # (B, K L, D)
+    seen = torch.zeros(len(counts), length, dtype=torch.bool, device=context.device)  # (B, K L)
+    for row, (part, shown) in enumerate(zip(context.split(list(counts)), mask.split(list(counts)))):
+        rows[row, : part.shape[0] * part.shape[1]] = part.flatten(0, 1)
+        seen[row, : shown.numel()] = shown.flatten()
+    return rows, seen
+
+
+def between(a: Tensor, b: Tensor, weight: float, longest: int = 1024) -> Tensor:
+    """The straight mix (n, D) of two contexts (m, D) and (k, D) of real tokens.
+
+    Contexts of different lengths are repeated to their least common multiple first. Attention to a context whose every
+    state is there twice is attention to the context, so both ends of the way are the prompts themselves, and words
+    that stand at the same share of their prompts are mixed. Above ``longest`` the repeats are as even as they can be.
+    """
+    length = min(math.lcm(len(a), len(b)), max(longest, len(a), len(b)))
+    places = torch.arange(length, device=a.device)
+    a, b = (context[places * len(context) // length] for context in (a, b))  # (n, D) each
+    return torch.lerp(a, b, weight)
+
+
+def padded(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Contexts (n, D) of any lengths as one batch (B, L, D), and the mask (B, L) that hides the filling, or None."""
+    lengths = [len(context) for context in contexts]
+    batch = torch.nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)  # (B, L, D)
+    if min(lengths) == max(lengths):
+        return batch, None
+    places = torch.arange(batch.shape[1], device=batch.device)
+    return batch, places < torch.tensor(lengths, device=batch.device)[:, None]

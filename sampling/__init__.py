@@ -1,0 +1,1 @@
+"""What the command `sample.py` is made of; importing it changes nothing."""

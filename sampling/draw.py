@@ -1,0 +1,168 @@
+"""Requests to pictures: sampling, image to image, inpainting, interpolation and inversion behind one function.
+
+Axis letters: B pictures, C latent channels, H W latent size, f pixels to a latent pixel.
+"""
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from data.source import to_uint8
+from diffusion.guidance import classifier_free_guidance
+from diffusion.noise import PerImageNoise
+from diffusion.samplers import get_sampler
+from diffusion.sampling import Edit, check_sampling, options_of, visited_times
+from diffusion.tasks import MixedNoise, ddim_inversion, invertible_times
+from model.attention_maps import AttentionMaps, watched
+from pipeline import TextToImage
+from prompts import between, padded
+from sampling.request import Request
+
+Progress = Callable[[list], Iterable]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Pictures that a call starts from: image uint8 (3, f H, f W), paint bool (f H, f W), True where it is painted.
+
+    refinements: not None inverts the image instead, with so many repeats a step.
+    """
+
+    image: torch.Tensor | None = None
+    paint: torch.Tensor | None = None
+    refinements: int | None = None
+
+
+def check(system: TextToImage, requests: Sequence[Request], sources: Sources) -> None:
+    """Raise ValueError now for what would stop the drawing later."""
+    for kind in {request.kind: request for request in requests}.values():
+        check_sampling(system.schedule, system.experiment.denoiser.prediction_type, kind.config, kind.strength)
+    for text in texts_of(requests):
+        requests[0].read(text)
+    if sources.image is not None:
+        system.encoded_images(sources.image[None])
+    if sources.paint is not None and sources.image is not None and sources.paint.shape != sources.image.shape[1:]:
+        height, width = sources.paint.shape
+        raise ValueError(f"the mask has {height}x{width} pixels (HxW); valid: {sources.image.shape[1]}x"
+                         f"{sources.image.shape[2]}, those of the picture")
+
+
+def texts_of(requests: Sequence[Request]) -> list[str]:
+    """Every prompt that is read for these requests, each once."""
+    texts = [text for request in requests for text in
+             (request.prompt, request.negative, *([request.toward.prompt] if request.toward else []))]
+    return list(dict.fromkeys(texts))
+
+
+def times_of(system: TextToImage, request: Request, sources: Sources) -> list[float]:
+    """The times at which a request calls the sampler."""
+    times = visited_times(system.schedule, request.config, 1.0 if request.strength is None else request.strength)
+    return times if sources.refinements is None else invertible_times(times, system.schedule)
+
+
+@torch.inference_mode()
+def drawn_latents(system: TextToImage, requests: Sequence[Request], sources: Sources, progress: Progress = iter,
+                  trace: list | None = None, maps: AttentionMaps | None = None) -> torch.Tensor:
+    """Unit-scale latents (B, C, H, W) of requests of one kind. ``trace`` receives x_0 of every step, ``maps`` where
+    each word is looked at."""
+    first = requests[0]
+    with watched(system.unet, maps):
+        if sources.refinements is not None:
+            return torch.cat([reconstruction(system, request, sources, progress, trace) for request in requests])
+        if first.toward is not None:
+            return between_requests(system, requests, progress, trace)
+        return system.latents([request.read(request.prompt) for request in requests],
+                              [request.seed for request in requests], first.config, first.read(first.negative),
+                              progress, edit_of(system, first.strength, sources, len(requests)), trace)
+
+
+def edit_of(system: TextToImage, strength: float | None, sources: Sources, count: int) -> Edit | None:
+    """What ``count`` pictures start from; a latent pixel is kept where every pixel under it is."""
+    if sources.image is None or strength is None:
+        return None
+    x_0 = system.encoded_images(sources.image[None]).expand(count, -1, -1, -1)  # (B, C, H, W)
+    if sources.paint is None:
+        return Edit(x_0, strength)
+    painted = F.max_pool2d(sources.paint[None, None].float(), system.autoencoder.factor)  # (1, 1, H, W)
+    return Edit(x_0, strength, (1.0 - painted).to(x_0.device))
+
+
+def pictures(system: TextToImage, latents: torch.Tensor, sources: Sources) -> torch.Tensor:
+    """uint8 (B, 3, f H, f W) of latents; where nothing was painted the pixels of the source, untouched."""
+    images = to_uint8(system.decode(latents)).cpu()
+    if sources.paint is None or sources.image is None:
+        return images
+    return torch.where(sources.paint, images, sources.image)
+
+
+def between_requests(system: TextToImage, requests: Sequence[Request], progress: Progress = iter,
+                     trace: list | None = None) -> torch.Tensor:
+    """Latents on the way between two prompts and seeds: linear in the context, spherical in every draw of noise."""
+    ends = [request.toward for request in requests if request.toward is not None]
+    config = requests[0].config
+    contexts = [between(states_of(system, request, request.prompt), states_of(system, request, end.prompt), end.weight)
+                for request, end in zip(requests, ends, strict=True)]  # (n, D) each
+    if config.guidance.scale != 1.0:
+        contexts = [states_of(system, requests[0], requests[0].negative)] * len(requests) + contexts
+    context, mask = padded(contexts)
+    noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
+              ([request.seed for request in requests], [end.seed for end in ends])]
+    noise = MixedNoise(noises[0], noises[1], [end.weight for end in ends])
+    return system.sampled(context, mask, len(requests), noise, config, progress, None, trace)
+
+
+def states_of(system: TextToImage, request: Request, text: str) -> torch.Tensor:
+    """The context (n, D) of one prompt, without what the network does not see."""
+    context, mask = system.encode([request.read(text)])
+    return context[0] if mask is None else context[0][mask[0]]
+
+
+def reconstruction(system: TextToImage, request: Request, sources: Sources, progress: Progress = iter,
+                   trace: list | None = None) -> torch.Tensor:
+    """Latents (1, C, H, W) of the source, inverted to noise by ``ddim_inversion`` and sampled from there by `ddim`."""
+    config = request.config
+    guided = config.guidance.scale != 1.0
+    context, mask = system.encode([request.read(request.negative)] * guided + [request.read(request.prompt)])
+    conditional, doubled = system.denoisers(context, mask, 1)
+    kind = system.experiment.denoiser.prediction_type
+    if sources.image is None:
+        raise ValueError("image: value None; valid: a picture to invert")
+    denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)
+    times = times_of(system, request, sources)
+    x_T = ddim_inversion(denoise, system.encoded_images(sources.image[None]), times, system.schedule, kind,
+                         sources.refinements or 0)
+    return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, trace=trace,
+                               **options_of(replace(config, sampler="ddim")))
+
+
+def reconstruction_error(system: TextToImage, latents: torch.Tensor, image: torch.Tensor) -> str:
+    """One line: how far an inverted and sampled latent (1, C, H, W) is from its picture, and the autoencoder's share
+    of it."""
+    x_0 = system.encoded_images(image[None])
+    direct, back = (to_uint8(system.decode(x)).cpu().float() for x in (x_0, latents))
+    original = image.float()
+
+    def rms(a: torch.Tensor) -> float:
+        return a.square().mean().sqrt().item()
+
+    return (f"reconstruction error: latent {100 * rms(latents - x_0) / rms(x_0):.2f} % (root mean square); picture "
+            f"{rms(back - original):.2f} levels of 255, of which the autoencoder alone makes "
+            f"{rms(direct - original):.2f}")
+
+
+@contextmanager
+def exact_arithmetic(threads: int) -> Iterator[None]:
+    """Within this block sums are always split in the same way: a fixed number of threads, full fp32 on CUDA."""
+    before = (torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32,
+              torch.backends.cuda.matmul.allow_tf32)
+    try:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = before[1:3]
+        torch.backends.cuda.matmul.allow_tf32 = before[3]

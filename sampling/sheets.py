@@ -1,0 +1,63 @@
+"""Pictures about pictures: frames on the way to x_0, attention maps, grids."""
+from pathlib import Path
+
+import torch
+
+from data.source import to_uint8
+from eval.grid import axes_grid, grid, heated, save_gif, save_grid, save_sheet
+from model.attention_maps import AttentionMaps
+from pipeline import TextToImage
+from prompts import chunks_of
+from sampling.request import Request, parse_axis
+
+SHOWN = 256  # pictures of a grid; one of thousands is no picture to look at
+
+
+def save_frames(system: TextToImage, trace: list[torch.Tensor], number: int, count: int, path: Path) -> None:
+    """``count`` of the predictions x_0 (B, C, H, W) of picture ``number``, evenly chosen and the last one among them,
+    as a strip PNG and a GIF beside it."""
+    count = min(count, len(trace))
+    chosen = [round((k + 1) * len(trace) / count) - 1 for k in range(count)]
+    with torch.inference_mode():
+        frames = torch.cat([to_uint8(system.decode(trace[step][number:number + 1])).cpu() for step in chosen])
+    labels = [f"{step + 1} of {len(trace)}" for step in chosen]
+    save_grid(frames, path.with_name(f"{path.stem}_frames.png"), labels, columns=min(10, count))
+    save_gif(frames, path.with_name(f"{path.stem}_frames.gif"))
+
+
+def save_attention(system: TextToImage, request: Request, maps: AttentionMaps, number: int, image: torch.Tensor,
+                   path: Path) -> None:
+    """The picture uint8 (3, H, W) and, for each token of its prompt, where it was looked at."""
+    words = chunks_of(request.read(request.prompt), system.tokenizer).words
+    height, width = system.latent_shape[1:]
+    heat = maps.maps(height, width)[number].cpu()  # (L, h, w)
+    shown = torch.stack([image, *(heated(image, heat[place]) for place in words)])
+    save_grid(shown, path.with_name(f"{path.stem}_attention.png"), ["", *words.values()], columns=min(8, len(shown)))
+
+
+def save_overview(images: torch.Tensor, requests: list[Request], xy: list[str] | None, name: str, out: Path,
+                  original: torch.Tensor | None = None) -> Path:
+    """grid.png, or xy.png with labelled axes; ``original`` (3, H, W) uint8 stands before the others."""
+    config = requests[0].config
+    if xy:
+        axes = [parse_axis(text) for text in xy]
+        rows = axes[1].labels if len(axes) == 2 else [""]
+        fixed = {"sampler": config.sampler, "steps": f"{config.steps} steps",
+                 "guidance": f"guidance {config.guidance.scale:g}", "seed": f"seed {requests[0].seed}",
+                 "prompt": requests[0].prompt}
+        title = ", ".join(text for key, text in fixed.items() if key not in {axis.name for axis in axes})
+        save_sheet(axes_grid(images, axes[0].labels, rows, title=f"{name}: {title}"), out / "xy.png")
+        return out / "xy.png"
+    labels = [label_of(request) for request in requests][: len(images)]
+    if original is not None:
+        images, labels = torch.cat([original[None], images]), ["given", *labels]
+    save_sheet(grid(images, labels, columns=min(8, len(images)), title=(
+        f"{name}: {config.sampler}, {config.steps} steps, guidance {config.guidance.scale:g}")), out / "grid.png")
+    return out / "grid.png"
+
+
+def label_of(request: Request) -> str:
+    """What stands under a picture."""
+    if request.toward is None:
+        return f"{request.prompt} · {request.seed}"
+    return f"{request.toward.weight:.2f}"
