@@ -375,6 +375,10 @@ def test_sample_draws_from_a_published_folder(folder, tmp_path, capsys):
     sample.main([*arguments, str(tmp_path / "a")])
     sample.main([*arguments, str(tmp_path / "b"), "--size", "24x40", "--tiled", "--seed", "3"])
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00000_a-red-star_seed0.png", "grid.png"]
+    files = [str(tmp_path / "a" / "00000_a-red-star_seed0.png"), str(tmp_path / "b" / "00000_a-red-star_seed3.png")]
+    assert sample.main(["--pretrained", str(folder), "--verify", *files]) == 0
+    assert sample.main(["--verify", *files]) == 1
+    assert "was made with the checkpoint 'pipeline'; valid: --pretrained PATH" in capsys.readouterr().err
     from PIL import Image
     with Image.open(tmp_path / "b" / "00000_a-red-star_seed3.png") as picture:
         assert picture.size == (40, 24)

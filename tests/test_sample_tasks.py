@@ -15,7 +15,7 @@ from eval.grid import PAPER, axes_grid, heated
 from model.attention_maps import AttentionMaps, watched
 from pipeline import TextToImage
 from prompts import chunks_of, parse_prompt
-from sampling.draw import Sources, drawn_latents
+from sampling.draw import Sources, drawn_latents, edit_of
 from sampling.files import read_mask, read_picture
 from sampling.request import AXES, Request, Toward, crossed, parse_axis, request_of, settings_of
 
@@ -120,6 +120,7 @@ def test_the_network_sees_what_is_kept(system, given):
                             Sources(image, paint))
     away = (latents - system.encoded_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
     painted = paint.unflatten(0, (8, 4)).unflatten(2, (8, 4)).permute(0, 2, 1, 3).flatten(2).any(dim=2)
+    assert torch.equal(edit_of(system, 1.0, Sources(image, paint), 1).keep[0, 0], 1.0 - painted.float())
     assert painted.sum() == 4 * 4 and away[~painted].max() < 1e-4 < away[painted].min()
 
 
