@@ -165,6 +165,7 @@ def test_overrides_that_are_refused(override, message):
     ("tokenizer.vocab_size=400", "denoiser.text_encoder.vocab_size: 300; valid: from tokenizer.vocab_size = 400 up"),
     ("tokenizer.vocab_size=10", "tokenizer.vocab_size: 10; valid: 260"),
     ("data.shapes.size=36", "data.shapes.size: 36; valid: a multiple of 8"),
+    ("data.shapes.size=34", "data.shapes.size: 34; valid: a multiple of 4"),
     ("data.source=photos", "data.source: got 'photos'; valid: one of shapes"),
     ("denoiser.unet.norm_groups=5", "norm_groups"),
     ("denoiser.text_encoder.heads=3", "heads"),
@@ -198,6 +199,13 @@ def test_an_experiment_that_cannot_run_stops_before_it_starts(tiny_config, overr
     with pytest.raises(ConfigError) as caught:
         load_experiment(tiny_config, [override])
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_networks_that_are_not_trained_need_not_fit(tiny_config):
+    overrides = ["autoencoder.model.latent_channels=6", "tokenizer.length=30"]
+    with pytest.raises(ConfigError, match="valid: "):
+        load_experiment(tiny_config, overrides)
+    assert load_experiment(tiny_config, [*overrides, "stages=[tokenizer, autoencoder]"]).latent_shape == (6, 8, 8)
 
 
 def test_the_experiment_round_trips(tiny_config, tmp_path):

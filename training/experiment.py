@@ -36,6 +36,20 @@ class Experiment:
             raise ValueError(f"seed: {self.seed}; valid: 0 to 2^63 - 1")
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             raise ValueError(f"stages: {list(self.stages)}; valid: some of {', '.join(STAGES)}, in this order")
+        factor = self.autoencoder.model.factor
+        if self.data.size % factor:
+            raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, the "
+                             "autoencoder's factor")
+        adversarial = self.autoencoder.adversarial
+        if adversarial.weight and self.data.size < adversarial.model.smallest:
+            raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
+                             f"pictures of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
+        if "denoiser" in self.stages:
+            self._check_denoiser()
+            self._check_process()
+
+    def _check_denoiser(self) -> None:
+        """Raise where the networks of the denoiser do not fit the tokenizer, the autoencoder or the pictures."""
         text, tokens, unet = self.denoiser.text_encoder, self.tokenizer, self.denoiser.unet
         if text.vocab_size < tokens.vocab_size:
             raise ValueError(f"denoiser.text_encoder.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
@@ -50,11 +64,6 @@ class Experiment:
         if self.data.size % factor:
             raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, the "
                              f"autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the UNet - 1)")
-        adversarial = self.autoencoder.adversarial
-        if adversarial.weight and self.data.size < adversarial.model.smallest:
-            raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
-                             f"pictures of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
-        self._check_process()
 
     def _check_process(self) -> None:
         """Raise now what sampling would raise after training: a target, grid or sampler that the schedule lacks."""
