@@ -1,14 +1,13 @@
 """Labelled grids of pictures, as PNG files a person looks at."""
-import contextlib
-import os
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+
+from eval.files import whole
 
 INK, PAPER, QUIET = (30, 30, 34), (255, 255, 255), (110, 110, 118)
 
@@ -95,7 +94,7 @@ def save_gif(images: torch.Tensor, path: str | Path, cell: int = 128, seconds: f
     size = (images.shape[-1] * factor, images.shape[-2] * factor)
     frames = [to_picture(image).resize(size, Image.Resampling.NEAREST) for image in images]
     times = [round(1000 * seconds)] * (len(frames) - 1) + [2000]
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
@@ -107,17 +106,5 @@ def save_grid(images: torch.Tensor, path: str | Path, labels: list[str] | None =
 
 def save_sheet(sheet: Image.Image, path: str | Path) -> None:
     """Write a grid as a PNG, whole or not at all."""
-    with _whole(path) as temporary:
+    with whole(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
-
-
-@contextlib.contextmanager
-def _whole(path: str | Path) -> Iterator[Path]:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,53 @@
+"""Precision, recall, density and coverage: are samples among the real pictures, and are all real pictures reached?
+
+A set is taken as the union of balls around its vectors, each reaching to its k-th nearest neighbour in the set.
+Axis letters: N generated, M real vectors, D width. Distances are computed in fp64 in blocks of rows.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eval.interval import Estimate, bootstrap_mean
+from eval.kernel import BLOCK, checked_sets
+
+
+@dataclass(frozen=True)
+class Prdc:
+    """Precision: share of samples inside the real set. Recall: share of real pictures inside the generated set.
+    Density: how many real balls a sample lies in, over k; above 1 where samples crowd where real ones are dense.
+    Coverage: share of real pictures with a sample in their ball. Intervals hold the balls fixed."""
+
+    precision: Estimate
+    recall: Estimate
+    density: Estimate
+    coverage: Estimate
+
+
+def prdc(generated: Tensor, real: Tensor, k: int = 3, seed: int = 0) -> Prdc:
+    """The four shares for features (N, D) and (M, D).
+
+    Precision and recall: Kynkaanniemi et al. 2019, equations 1 to 3. Density and coverage: Naeem et al. 2020,
+    equations 3 and 6. Raises ValueError for k below 1, fewer than k + 1 vectors, or features that do not fit.
+    """
+    if k < 1:
+        raise ValueError(f"k: {k}; valid: from 1 up")
+    x, y = checked_sets(generated, real, least=k + 1)
+    x_reach, y_reach = reaches(x, k), reaches(y, k)  # (N,), (M,)
+    inside, counts, nearest = [], [], torch.full((len(y),), torch.inf, dtype=torch.float64, device=y.device)
+    recalled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
+    for part, reach in zip(x.split(BLOCK), x_reach.split(BLOCK)):
+        distance = torch.cdist(part, y)  # (block, M)
+        hit = distance <= y_reach
+        inside.append(hit.any(dim=1))
+        counts.append(hit.sum(dim=1))
+        recalled |= (distance <= reach[:, None]).any(dim=0)
+        nearest = torch.minimum(nearest, distance.min(dim=0).values)
+    shares = (torch.cat(inside), recalled, torch.cat(counts) / k, nearest <= y_reach)
+    return Prdc(*(bootstrap_mean(share.double().cpu().numpy(), seed) for share in shares))
+
+
+def reaches(vectors: Tensor, k: int) -> Tensor:
+    """Distance of each vector (N, D) to its k-th nearest other one, (N,)."""
+    # the smallest of a row is the vector itself, exactly 0 or a rounding error
+    return torch.cat([torch.cdist(part, vectors).kthvalue(k + 1, dim=1).values for part in vectors.split(BLOCK)])

@@ -1,0 +1,39 @@
+"""Pictures at the size a classifier was trained on. The filter changes every distance: it belongs into the stamp.
+
+Axis letters: B batch, H W size.
+"""
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Resize = Literal["clean", "bilinear"]
+STAMPS = {"clean": "cubic antialiased in float", "bilinear": "bilinear without antialiasing"}
+
+
+def check_images(images: Tensor) -> None:
+    """Raise ValueError unless ``images`` are (B, 3, H, W), floating, finite and in [-1, 1] but for rounding."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images: {images.dtype} {tuple(images.shape)}; valid: floating (B, 3, H, W) in [-1, 1]")
+    if not torch.isfinite(images).all():
+        wrong = (~torch.isfinite(images)).flatten(1).any(dim=1)
+        raise ValueError(f"images: {int(wrong.sum())} of {len(images)} hold NaN or infinity, the first is number "
+                         f"{int(wrong.nonzero()[0])}; valid: numbers in [-1, 1]")
+    if len(images) and images.abs().max() > 1.01:
+        raise ValueError(f"images: values from {float(images.min()):.3g} to {float(images.max()):.3g}; valid: [-1, 1]")
+
+
+def resized(pixels: Tensor, size: int, how: Resize = "clean") -> Tensor:
+    """Pixels (B, 3, H, W) on 0 to 255 -> (B, 3, size, size), not rounded, clipped to 0 to 255.
+
+    clean: Pillow's cubic filter, which averages when it shrinks, on floats (Parmar et al. 2022, section 3.1).
+    bilinear: two neighbours whatever the factor, as pytorch-fid does; shrinking aliases.
+    """
+    if how not in STAMPS:
+        raise ValueError(f"how: {how!r}; valid: {', '.join(STAMPS)}")
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    if how == "clean":
+        return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+    return F.interpolate(pixels, (size, size), mode="bilinear", align_corners=False)

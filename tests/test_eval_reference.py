@@ -1,0 +1,184 @@
+"""Statistics of a set: the Frechet distance of pytorch-fid and torch-fidelity, its interval, files and their stamps."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eval.frechet import Moments, frechet_distance
+from eval.interval import bootstrap_mean, from_error, jackknife
+from eval.pictures import hash_of_files, picture_batches, picture_files
+from eval.reference import FeatureSet, cached_features, features_of, frechet_estimate
+
+
+class Colours:
+    """An extractor of four numbers a picture."""
+
+    width, stamp = 4, "mean colour and spread, 8 px"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images.mean(dim=(2, 3)), images.flatten(1).std(dim=1, keepdim=True)], dim=1)
+
+
+def draw(count: int, width: int = 24, seed: int = 0, shift: float = 0.0) -> torch.Tensor:
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99)) / width**0.5
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) @ mixing + shift
+
+
+def gathered(vectors: torch.Tensor, batch: int = 33, **options) -> FeatureSet:
+    found = FeatureSet(vectors.shape[1], **options)
+    for part in vectors.split(batch):
+        found.update(part)
+    return found
+
+
+# ---- Frechet distance
+
+@pytest.mark.parametrize("count, width", [(300, 48), (60, 96)])
+def test_frechet_is_that_of_the_reference_implementations(count, width):
+    """More and fewer vectors than their width: 1e-3 relative, from the same features."""
+    fid = pytest.importorskip("pytorch_fid.fid_score")
+    fidelity = pytest.importorskip("torch_fidelity.metric_fid")
+    x, y = (draw(count, width, seed, shift).clamp(min=0) for seed, shift in ((0, 0.0), (1, 0.2)))
+    found = frechet_distance(gathered(x).moments(), gathered(y).moments())
+    theirs = fidelity.fid_statistics_to_metric(fidelity.fid_features_to_statistics(x.double()),
+                                               fidelity.fid_features_to_statistics(y.double()), False)
+    assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    statistics = [part for v in (x, y) for part in (v.double().numpy().mean(0), np.cov(v.double().numpy(), rowvar=False))]
+    assert found == pytest.approx(float(fid.calculate_frechet_distance(*statistics)), rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [16, 64, 500])
+def test_a_set_and_itself_are_nothing_apart(count):
+    """N < D and N > D."""
+    x = gathered(draw(count, 64))
+    at_count, _ = frechet_estimate(x, gathered(draw(count, 64), batch=7))
+    assert at_count.value < 1e-3 and at_count.low == 0.0
+
+
+def test_groups_together_are_the_whole_whatever_the_batches():
+    x = draw(101)
+    whole = Moments(24).update(x)
+    for batch in (1, 7, 101):
+        found = gathered(x, batch, kept=40)
+        torch.testing.assert_close(found.moments().covariance, whole.covariance, rtol=1e-10, atol=1e-14)
+        assert torch.equal(found.vectors, x[:40]) and found.count == 101
+        expected = Moments(24).update(x[[i for i in range(101) if i % 8 != 3]])
+        torch.testing.assert_close(found.moments(without=3).covariance, expected.covariance, rtol=1e-10, atol=1e-14)
+
+
+def test_the_bias_of_few_pictures_is_taken_out_and_the_interval_is_that_of_repetitions():
+    """Gaussians with a known distance of 8 * 0.5^2 = 2: at 100 vectors the plain value is too large by its bias, the
+    other is right on average, and its 95 % interval holds the truth in most of 60 repetitions."""
+    plain, unbiased, held = [], [], 0
+    for i in range(60):
+        x, y = (torch.randn(100, 8, generator=torch.Generator().manual_seed(2 * i + j)) + 0.5 * j for j in (0, 1))
+        one, two = frechet_estimate(gathered(x), gathered(y))
+        plain.append(one.value)
+        unbiased.append(two.value)
+        held += two.low <= 2.0 <= two.high
+    error = np.std(unbiased) / 60**0.5
+    assert np.mean(plain) > 2.0 + 5 * error
+    assert abs(np.mean(unbiased) - 2.0) < 3 * error
+    assert 52 <= held <= 60
+
+
+# ---- intervals
+
+def test_intervals_of_what_is_known():
+    assert (from_error(1.0, 0.5).low, from_error(1.0, 0.5).high) == pytest.approx((0.02, 1.98), abs=1e-3)
+    values = np.random.default_rng(0).normal(3, 2, 400)
+    found = bootstrap_mean(values)
+    assert found.value == pytest.approx(values.mean())
+    assert (found.high - found.low) / 3.92 == pytest.approx(values.std() / 20, rel=0.1)
+    # of a mean, the jackknife has no bias to take out and the textbook's error
+    left_out = [np.delete(values[:50], i).mean() for i in range(50)]
+    value, error = jackknife(values[:50].mean(), left_out)
+    assert value == pytest.approx(values[:50].mean()) and error == pytest.approx(values[:50].std(ddof=1) / 50**0.5)
+    with pytest.raises(ValueError, match="3 of which 1 are not finite"):
+        bootstrap_mean([1.0, float("nan"), 2.0])
+    with pytest.raises(ValueError, match="left_out: 1 groups"):
+        jackknife(1.0, [1.0])
+
+
+# ---- the cache
+
+def test_a_reference_is_read_back_and_made_again_when_it_is_damaged(tmp_path, capsys):
+    calls = []
+
+    def batches() -> list[torch.Tensor]:
+        calls.append(1)
+        return list((torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1).split(16))
+
+    first = cached_features(tmp_path, "data 1", batches, Colours())
+    again = cached_features(tmp_path, "data 1", batches, Colours())
+    assert len(calls) == 1 and torch.equal(first.vectors, again.vectors) and again.count == 40
+    assert frechet_estimate(first, again)[0].value < 1e-9
+    cached_features(tmp_path, "data 2", batches, Colours())
+    other = Colours()
+    other.stamp = "mean colour and spread, 16 px"
+    cached_features(tmp_path, "data 1", batches, other)
+    assert len(calls) == 3  # other data and another resize are other files
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-5])
+    cached_features(tmp_path, "data 1", batches, Colours())
+    assert len(calls) == 4 and "damaged" in capsys.readouterr().out
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * 3
+
+
+def test_a_reference_of_another_extractor_is_refused(tmp_path):
+    gathered(draw(20)).save(tmp_path / "a.safetensors", {"extractor": "InceptionV3", "data": "x"})
+    with pytest.raises(ValueError, match="was made otherwise \\(extractor: 'InceptionV3' there, 'other' here\\)"):
+        FeatureSet.load(tmp_path / "a.safetensors", {"extractor": "other"})
+    assert FeatureSet.load(tmp_path / "a.safetensors", {"extractor": "InceptionV3"}).count == 20
+    (tmp_path / "b.safetensors").write_text("no")
+    with pytest.raises(ValueError, match="b.safetensors is no statistics file, or damaged"):
+        FeatureSet.load(tmp_path / "b.safetensors", {})
+    with pytest.raises(ValueError, match="width: 24 and 4; valid: the same extractor"):
+        frechet_estimate(gathered(draw(20)), gathered(draw(20, 4)))
+    with pytest.raises(ValueError, match="15 generated and 20 real pictures; valid: from 16 up"):
+        frechet_estimate(gathered(draw(15)), gathered(draw(20)))
+
+
+# ---- pictures that cannot be measured
+
+def write(path, mode: str = "RGB", size: tuple[int, int] = (8, 8), colour=0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, colour).save(path)
+
+
+def test_a_folder_of_pictures_is_read_in_order(tmp_path):
+    for number in range(5):
+        write(tmp_path / "in" / f"{number}.png", colour=(51 * number, 0, 255))
+    write(tmp_path / "in" / "opaque.png", "RGBA", colour=(1, 2, 3, 255))
+    (tmp_path / "in" / "notes.txt").write_text("no picture")
+    files = picture_files(tmp_path)
+    images = torch.cat(list(picture_batches(files, batch=4)))
+    assert images.shape == (6, 3, 8, 8)
+    torch.testing.assert_close(images[:5, 0, 0, 0], torch.linspace(-1, 0.6, 5))
+    assert features_of(picture_batches(files), Colours()).count == 6
+    before = hash_of_files(files)
+    write(files[0], colour=(9, 9, 9))
+    assert hash_of_files(files) != before
+
+
+@pytest.mark.parametrize("fault, line", [
+    (lambda d: write(d / "b.png", size=(16, 8)), "1 of 3 are not 8x8 as the first (first: b.png)"),
+    (lambda d: write(d / "b.png", "L"), "1 of 3 are not RGB but grey (first: b.png)"),
+    (lambda d: write(d / "b.png", "RGBA", colour=(0, 0, 0, 100)), "1 of 3 are transparent (first: b.png)"),
+    (lambda d: (d / "b.png").write_bytes(b"\x89PNG broken"), "1 of 3 cannot be read (first: b.png)"),
+    (lambda d: [path.unlink() for path in d.iterdir()], "no pictures; valid: a folder of .png"),
+], ids=["mixed", "grey", "transparent", "damaged", "empty"])
+def test_pictures_that_cannot_be_compared_get_one_line(tmp_path, fault, line):
+    write(tmp_path / "a.png")
+    write(tmp_path / "c.png")
+    fault(tmp_path)
+    with pytest.raises(ValueError) as error:
+        picture_files(tmp_path)
+    assert line in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pictures_that_are_not_numbers_get_one_line():
+    images = torch.zeros(4, 3, 8, 8)
+    images[2, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="1 of 4 hold NaN or infinity, the first is number 2"):
+        features_of([images], Colours())
