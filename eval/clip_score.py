@@ -25,7 +25,7 @@ class Agreement:
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """100 times the cosine of each pair of vectors (N, E), not below 0: (N,). Hessel et al. 2021, equation 1, w = 100."""
+    """100 times the cosine of each pair of vectors (N, E), not below 0: (N,). Hessel et al. 2021, eq. 1, w = 100."""
     x, y = _checked(images, texts)
     return 100 * (x * y).sum(dim=1).clamp(min=0)
 
@@ -70,7 +70,7 @@ def strangers(count: int, seed: int = 0) -> Tensor:
 
 def _checked(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
-        raise ValueError(f"vectors: {tuple(images.shape)} and {tuple(texts.shape)}; valid: both (N, E), a text a picture")
+        raise ValueError(f"vectors: {tuple(images.shape)} and {tuple(texts.shape)}; valid: both (N, E), text by picture")
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
         raise ValueError("vectors: some are not finite")
     return F.normalize(images.double(), dim=1), F.normalize(texts.double(), dim=1)

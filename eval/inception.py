@@ -57,7 +57,8 @@ def _e(pool: str) -> Paths:
 
 
 BLOCKS = (("Mixed_5b", 192, _a(32)), ("Mixed_5c", 256, _a(64)), ("Mixed_5d", 288, _a(64)), ("Mixed_6a", 288, _b()),
-          ("Mixed_6b", 768, _c(128)), ("Mixed_6c", 768, _c(160)), ("Mixed_6d", 768, _c(160)), ("Mixed_6e", 768, _c(192)),
+          ("Mixed_6b", 768, _c(128)), ("Mixed_6c", 768, _c(160)), ("Mixed_6d", 768, _c(160)),
+          ("Mixed_6e", 768, _c(192)),
           ("Mixed_7a", 768, _d()), ("Mixed_7b", 1280, _e("average")), ("Mixed_7c", 2048, _e("maximum")))
 POOLINGS = {
     "average": lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False),

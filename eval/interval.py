@@ -42,8 +42,8 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
     """
     values = np.asarray(values, dtype=np.float64).reshape(-1)
     if not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"values: {len(values)} of which {int((~np.isfinite(values)).sum())} are not finite; valid: at "
-                         "least one, all finite")
+        raise ValueError(f"values: {len(values)} of which {int((~np.isfinite(values)).sum())} are not finite; valid: "
+                         "at least one, all finite")
     times = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
     low, high = np.percentile(times @ values / len(values), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high), note)

@@ -87,7 +87,8 @@ class FeatureSet:
                 theirs = json.loads((file.metadata() or {})["stamp"])
                 tensors = {name: file.get_tensor(name) for name in ("vectors", "counts", "means", "scatters")}
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no statistics file, or damaged: {str(error) or type(error).__name__}") from None
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is no statistics file, or damaged: {reason}") from None
         wrong = [f"{key}: {theirs.get(key)!r} there, {value!r} here" for key, value in stamp.items()
                  if theirs.get(key) != value]
         if wrong:

@@ -138,9 +138,7 @@ class SceneReader:
         if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2] or pixels.dtype != np.uint8:
             raise ValueError(f"image: {pixels.dtype} {tuple(pixels.shape)}; valid: uint8 (3, S, S)")
         rgb = np.ascontiguousarray(pixels.transpose(1, 2, 0), np.float32)           # (H, W, 3)
-        smooth = ndimage.convolve1d(ndimage.convolve1d(rgb, [0.25, 0.5, 0.25], 0, mode="nearest"),
-                                    [0.25, 0.5, 0.25], 1, mode="nearest")
-        smooth_lab = lab(smooth)
+        smooth_lab = lab(_smooth(rgb))
         setting, difference = self._setting(smooth_lab)
         blobs = self._blobs(smooth_lab, difference, setting)
         objects = tuple(self._object(rgb, setting, blobs, index) for index in range(len(blobs)))
@@ -149,12 +147,21 @@ class SceneReader:
         mood = setting if setting in self.vocabulary.moods else None
         return Scene(None if mood else setting, mood, objects, inside)
 
-    def _setting(self, picture: Array) -> tuple[str, Array]:
-        """Name of the nearest backdrop, and the picture's colour difference to it, (H, W)."""
+    def distances(self, image: Any) -> dict[str, float]:
+        """Median CIELAB difference of an image, uint8 (3, S, S), to the backdrop of each background and mood."""
+        differences = self._differences(lab(_smooth(np.asarray(image).transpose(1, 2, 0).astype(np.float32))))
+        return {name: float(np.median(difference)) for name, difference in differences.items()}
+
+    def _differences(self, picture: Array) -> dict[str, Array]:
+        """The picture's colour difference to each backdrop, (H, W)."""
         size = picture.shape[0]
         if size not in self._backdrops:
             self._backdrops[size] = {name: lab(self.vocabulary.backdrop(name, size)) for name in self.settings}
-        differences = {name: _difference(picture, empty) for name, empty in self._backdrops[size].items()}
+        return {name: _difference(picture, empty) for name, empty in self._backdrops[size].items()}
+
+    def _setting(self, picture: Array) -> tuple[str, Array]:
+        """Name of the nearest backdrop, and the picture's colour difference to it, (H, W)."""
+        differences = self._differences(picture)
         nearest = min(differences, key=lambda name: float(np.median(differences[name])))
         return nearest, differences[nearest]
 
@@ -226,6 +233,12 @@ class SceneReader:
 def read_scene(image: Any, vocabulary: Vocabulary) -> Scene:
     """The scene of one image, uint8 (3, S, S); for many images make one `SceneReader`."""
     return SceneReader(vocabulary)(image)
+
+
+def _smooth(rgb: Array) -> Array:
+    """(H, W, 3) weighed 1 2 1 along both sides."""
+    weights = [0.25, 0.5, 0.25]
+    return ndimage.convolve1d(ndimage.convolve1d(rgb, weights, 0, mode="nearest"), weights, 1, mode="nearest")
 
 
 def _difference(first: Array, second: Array) -> Array:

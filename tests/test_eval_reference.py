@@ -43,7 +43,8 @@ def test_frechet_is_that_of_the_reference_implementations(count, width):
     theirs = fidelity.fid_statistics_to_metric(fidelity.fid_features_to_statistics(x.double()),
                                                fidelity.fid_features_to_statistics(y.double()), False)
     assert found == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
-    statistics = [part for v in (x, y) for part in (v.double().numpy().mean(0), np.cov(v.double().numpy(), rowvar=False))]
+    arrays = [v.double().numpy() for v in (x, y)]
+    statistics = [part for v in arrays for part in (v.mean(0), np.cov(v, rowvar=False))]
     assert found == pytest.approx(float(fid.calculate_frechet_distance(*statistics)), rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Inception in the FID form: the graph of pytorch-fid and torch-fidelity, the published file's names, its own logits."""
+"""Inception in the FID form: the graph of pytorch-fid and torch-fidelity, the published file's names, its logits."""
 import numpy as np
 import pytest
 import torch

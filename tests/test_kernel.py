@@ -1,4 +1,4 @@
-"""Kernel distances and the Inception score: equal to torch-fidelity's, to the formula written out, and to their means."""
+"""Kernel distances, Inception score: equal to torch-fidelity's, to the formula written out, and to their means."""
 import numpy as np
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Precision, recall, density, coverage: equal to torch-fidelity's and to the definition, and moved by what they name."""
+"""Precision, recall, density, coverage: equal to torch-fidelity's and the definition, moved by what they name."""
 import numpy as np
 import pytest
 import torch
