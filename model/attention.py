@@ -171,7 +171,8 @@ class ContextCache:
 
     A prompt does not change between the steps of a sampler, so neither do these. The caller owns the object and hands
     it to every step in place of the context. `check` refuses it where it may no longer be what the layers would
-    compute.
+    compute. What it cannot see is the owner's to know: writing weights through `.data`, or stepping a fused optimizer
+    without ever entering training mode, leaves no trace, and needs a new cache.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # (B, h, L, d) each

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, check_groups
+from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, called, check_groups
 
 EPS = 1e-6  # of every GroupNorm
 
@@ -27,6 +27,7 @@ class AutoencoderConfig:
     mid_attention: bool = True
     stem: int = 1  # fold stem x stem pixels into channels first: full-resolution convolutions are the dear ones
     norm_groups: int = 32
+    gradient_checkpointing: bool = False  # residual blocks are computed again in the backward pass: less memory
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "latent_channels", "blocks"):
@@ -91,15 +92,16 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """Residual blocks at one resolution, then a change of resolution or none."""
 
-    def __init__(self, widths: list[tuple[int, int]], groups: int, resample: nn.Module | None):
+    def __init__(self, widths: list[tuple[int, int]], groups: int, resample: nn.Module | None, forget: bool):
         super().__init__()
+        self.forget = forget
         self.resblocks = nn.ModuleList(ResBlock(c_in, c_out, groups, EPS) for c_in, c_out in widths)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, c_out, H', W')."""
         for block in self.resblocks:
-            x = block(x)
+            x = called(block, x, forget=self.forget)
         return x if self.resample is None else self.resample(x)
 
 
@@ -116,13 +118,14 @@ class Encoder(nn.Module):
         for level, c in enumerate(channels):
             widths = [(c_in, c)] + [(c, c)] * (config.blocks - 1)
             resample = Downsample(c, symmetric=False) if level < last else None
-            self.down.append(Level(widths, config.norm_groups, resample))
+            self.down.append(Level(widths, config.norm_groups, resample, config.gradient_checkpointing))
             c_in = c
         self.mid = Middle(c_in, config.norm_groups, config.mid_attention)
         self.norm_out = nn.GroupNorm(config.norm_groups, c_in, eps=EPS)
         self.conv_out = nn.Conv2d(c_in, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 2C, h, w)."""
         x = self.conv_in(F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x)  # (B, c_0, H / stem, W / stem)
         for level in self.down:
             x = level(x)
@@ -142,12 +145,14 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for level, c in reversed(list(enumerate(channels))):
             widths = [(c_in, c)] + [(c, c)] * config.blocks
-            self.up.append(Level(widths, config.norm_groups, Upsample(c) if level else None))
+            self.up.append(Level(widths, config.norm_groups, Upsample(c) if level else None,
+                                 config.gradient_checkpointing))
             c_in = c
         self.norm_out = nn.GroupNorm(config.norm_groups, c_in, eps=EPS)
         self.conv_out = nn.Conv2d(c_in, config.image_channels * config.stem**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W)."""
         x = self.mid(self.conv_in(z))  # (B, c_last, h, w)
         for level in self.up:
             x = level(x)

@@ -4,10 +4,12 @@ Axis letters: B batch, C channels, H height, W width, N = H W image tokens, L co
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention import CrossAttention, SelfAttention
 
@@ -17,6 +19,16 @@ def zero_init(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def called(module: nn.Module, *args: Any, forget: bool) -> Tensor:
+    """module(*args); with `forget` it keeps none of its activations, and the backward pass computes them again.
+
+    Gradient checkpointing (Chen et al. 2016): only the arguments are kept.
+    """
+    if forget and torch.is_grad_enabled():
+        return checkpoint(module, *args, use_reentrant=False)
+    return module(*args)
 
 
 def check_groups(channels: tuple[int, ...], groups: int) -> None:

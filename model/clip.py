@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import check_heads
+from model.blocks import called
 from model.text_encoder import Layer, TextEncoder, TextEncoderConfig, pooled
 
 # Of the published weights: mean and standard deviation of pixels in [0, 1] over their training pictures.
@@ -38,6 +39,7 @@ class ImageEncoderConfig:
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    gradient_checkpointing: bool = False  # as in the text encoder
 
     def __post_init__(self) -> None:
         for name in ("size", "patch", "channels", "width", "layers", "heads", "mlp_width"):
@@ -118,7 +120,7 @@ class ImageEncoder(nn.Module):
         x = torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, D)
         x = self.norm_in(x)
         for layer in self.layers:
-            x = layer(x)
+            x = called(layer, x, forget=self.config.gradient_checkpointing)
         return self.norm_out(x[:, 0])  # (B, D)
 
     def normalised(self, images: Tensor) -> Tensor:

@@ -117,25 +117,41 @@ def with_latent_scale(state: State, config: AutoencoderConfig, std: float, mean:
             "latent_std": torch.full((config.latent_channels,), std)}
 
 
-def latent_scale(state: Mapping[str, Tensor]) -> tuple[float, float]:
-    """(mean, std) of the latents of an autoencoder; raises ValueError where they differ between channels."""
-    mean, std = state["latent_mean"], state["latent_std"]
-    if bool((mean != mean[0]).any()) or bool((std != std[0]).any()):
-        raise ValueError(
-            f"latent_mean {mean.tolist()}, latent_std {std.tolist()}; valid for diffusers: one mean and one std"
-        )
-    return mean[0].item(), std[0].item()
+def with_one_scale(state: Mapping[str, Tensor]) -> State:
+    """`state` of an autoencoder with mean 0 and one std: all that Stable Diffusion's pipeline of diffusers reads.
+
+    Any other mean and std are moved into the 1x1 convolutions beside them, and what is left is mean 0, std 1. Latents
+    of unit scale and pictures stay the same up to rounding; raw latents become those of unit scale, so the limits of
+    their log variance, [-30, 20], move by 2 log std.
+    """
+    mean, std = state["latent_mean"].double(), state["latent_std"].double()  # (C,)
+    if bool((mean == 0).all()) and bool((std == std[0]).all()):
+        return dict(state)
+    quant, bias, post_quant, post_bias = (state[name].double() for name in (
+        "quant.weight", "quant.bias", "post_quant.weight", "post_quant.bias"))
+    channels, one = len(std), torch.ones_like(std)
+    new = {
+        # unit = (raw - mean) / std; the rows below are the log variances, which lose 2 log std
+        "quant.weight": quant / torch.cat([std, one])[:, None, None, None],  # (2C, 2C, 1, 1), by rows
+        "quant.bias": torch.cat([(bias[:channels] - mean) / std, bias[channels:] - 2 * std.log()]),  # (2C,)
+        # raw = std unit + mean
+        "post_quant.weight": post_quant * std[:, None, None],  # (C, C, 1, 1), by columns
+        "post_quant.bias": post_bias + post_quant[:, :, 0, 0] @ mean,  # (C,)
+        "latent_mean": torch.zeros_like(mean), "latent_std": one,
+    }
+    return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in new.items()}}
 
 
 def autoencoder_to_diffusers(state: Mapping[str, Tensor], config: AutoencoderConfig) -> State:
-    """The inverse of `autoencoder_from_diffusers`, bit for bit; the latent scale belongs into their configuration.
+    """The inverse of `autoencoder_from_diffusers`, bit for bit where latents have mean 0 and one std.
 
-    Raises ValueError when the latent scale differs between channels, or when there is a space-to-depth stem.
+    Where not, that of `with_one_scale`. Its latent_std is 1 / scaling_factor of their configuration. Raises ValueError
+    when there is a space-to-depth stem.
     """
     if config.stem != 1:
         raise ValueError(f"stem: {config.stem}; valid for diffusers: 1")
-    latent_scale(state)
-    weights = {name: tensor for name, tensor in state.items() if name not in ("latent_mean", "latent_std")}
+    weights = {name: tensor for name, tensor in with_one_scale(state).items()
+               if name not in ("latent_mean", "latent_std")}
     return to_theirs(weights, Autoencoder, config, AUTOENCODER)
 
 

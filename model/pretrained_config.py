@@ -159,8 +159,11 @@ def scaling_factor(std: float) -> float:
     return short if torch.tensor(1 / short) == torch.tensor(std) else 1 / std
 
 
-def autoencoder_json(config: AutoencoderConfig, mean: float, std: float, size: int) -> dict[str, Any]:
-    """The inverse of `autoencoder_config` and `latent_scale_of`; size is that of the images in pixels."""
+def autoencoder_json(config: AutoencoderConfig, std: float, size: int) -> dict[str, Any]:
+    """The inverse of `autoencoder_config` and, for latents of mean 0, of `latent_scale_of`; size of images in pixels.
+
+    No shift_factor is written: Stable Diffusion's pipeline of diffusers does not look at it.
+    """
     levels = len(config.channels)
     return {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": list(config.channels),
@@ -168,7 +171,7 @@ def autoencoder_json(config: AutoencoderConfig, mean: float, std: float, size: i
         "latent_channels": config.latent_channels, "layers_per_block": config.blocks,
         "mid_block_add_attention": config.mid_attention, "norm_num_groups": config.norm_groups,
         "out_channels": config.image_channels, "sample_size": size, "scaling_factor": scaling_factor(std),
-        "shift_factor": mean or None, "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
 
 

@@ -23,11 +23,11 @@ from model.pretrained import (
     autoencoder_from_diffusers,
     autoencoder_to_diffusers,
     clip_from_transformers,
-    latent_scale,
     text_encoder_from_transformers,
     text_encoder_to_transformers,
     unet_from_diffusers,
     unet_to_diffusers,
+    with_one_scale,
 )
 from model.pretrained_config import (
     autoencoder_config,
@@ -156,7 +156,7 @@ def write_diffusers_folder(
     path = Path(path)
     if path.exists():
         raise FileExistsError(f"{path} exists; valid: a new folder")
-    mean, std = latent_scale(autoencoder.state_dict())
+    vae = with_one_scale(autoencoder.state_dict())
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -165,8 +165,9 @@ def write_diffusers_folder(
         write_part(temporary / "unet", "diffusion_pytorch_model", unet_json(unet.config, latent_size),
                    unet_to_diffusers(unet.state_dict(), unet.config))
         write_part(temporary / "vae", "diffusion_pytorch_model",
-                   autoencoder_json(autoencoder.config, mean, std, latent_size[0] * autoencoder.factor),
-                   autoencoder_to_diffusers(autoencoder.state_dict(), autoencoder.config))
+                   autoencoder_json(autoencoder.config, vae["latent_std"][0].item(),
+                                    latent_size[0] * autoencoder.factor),
+                   autoencoder_to_diffusers(vae, autoencoder.config))
         write_part(temporary / "text_encoder", "model", text_encoder_json(text_encoder.config, start, end, pad),
                    text_encoder_to_transformers(text_encoder.state_dict(), text_encoder.config))
         (temporary / "scheduler").mkdir()

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.attention import CrossAttention, SelfAttention
 from model.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
-from model.text_encoder import TextEncoder, TextEncoderConfig
+from model.blocks import ResBlock, SpatialTransformer
+from model.text_encoder import Layer, TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ def summarize(network: nn.Module, run: Callable[[], Any]) -> list[Stage]:
             kept[active[-1]] += storage.nbytes()
         return tensor
 
+    recomputed = getattr(network.config, "gradient_checkpointing", False)
     hooks = []
     for name, stage in stages.items():
         hooks.append(stage.register_forward_pre_hook(lambda *_, name=name: active.append(name)))
@@ -85,6 +87,8 @@ def summarize(network: nn.Module, run: Callable[[], Any]) -> list[Stage]:
             def count(part: nn.Module, args: tuple, out: Tensor) -> None:
                 flops[owner[id(part)]] += operations(part, args, out)
             hooks.append(part.register_forward_hook(count))
+        if recomputed and isinstance(part, (ResBlock, SpatialTransformer, Layer)):
+            hooks.append(part.register_forward_pre_hook(lambda _, args: kept_arguments(args, keep)))
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run()
@@ -94,6 +98,15 @@ def summarize(network: nn.Module, run: Callable[[], Any]) -> list[Stage]:
     rows = [Stage(name, sum(p.numel() for p in stage.parameters()), flops[name], kept[name])
             for name, stage in stages.items()]
     return [*rows, Stage("rest", 0, 0, kept["rest"])]
+
+
+def kept_arguments(args: tuple, keep: Callable[[Tensor], Tensor]) -> None:
+    """Count the arguments of a part whose activations are computed again: it is from them."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            kept_arguments(arg, keep)
+        elif isinstance(arg, Tensor) and arg.is_floating_point():
+            keep(arg)
 
 
 def operations(part: nn.Module, args: tuple, out: Tensor) -> int:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import SelfAttention, check_heads, key_mask
+from model.blocks import called
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class TextEncoderConfig:
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     causal: bool = True  # a token sees only those before it, as in CLIP; False: all of them
     skip_last: int = 0  # layers at the end that are not run; 1 gives the penultimate state, as in SD-2.x
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "length", "width", "layers", "heads", "mlp_width"):
@@ -134,7 +136,7 @@ class TextEncoder(nn.Module):
         x = tokens + self.position_embedding.weight[:length]  # (B, L, D)
         allowed = self.attention_mask(key_mask(mask, batch, length), length, x.device)
         for layer in self.layers[: self.config.layers - self.config.skip_last]:
-            x = layer(x, allowed)
+            x = called(layer, x, allowed, forget=self.config.gradient_checkpointing)
         return self.norm_out(x)
 
     def attention_mask(self, padding: Tensor | None, length: int, device: torch.device) -> Tensor | None:

@@ -10,10 +10,9 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from model.attention import ContextCache, CrossAttention, key_mask
-from model.blocks import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, check_groups, zero_init
+from model.blocks import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, called, check_groups, zero_init
 
 EPS = 1e-5  # of every GroupNorm outside the transformers
 Pairs = Iterator[tuple[Tensor, Tensor]]  # keys and values (B, heads, L, d) of the context, one pair a layer, in order
@@ -99,17 +98,12 @@ class Level(nn.Module):
         )
         self.resample = resample
 
-    def run(self, module: nn.Module, *args) -> Tensor:
-        """module(*args), keeping no activations inside it when gradient checkpointing is on."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(module, *args, use_reentrant=False)
-        return module(*args)
-
     def block(self, index: int, x: Tensor, time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """Residual block `index` and the transformer after it, (B, c_in, H, W) -> (B, c_out, H, W)."""
-        x = self.run(self.resblocks[index], x, time)
+        x = called(self.resblocks[index], x, time, forget=self.gradient_checkpointing)
         if index < len(self.transformers):
-            x = self.run(self.transformers[index], x, tuple(islice(pairs, self.depth)), mask)
+            keys_values = tuple(islice(pairs, self.depth))
+            x = called(self.transformers[index], x, keys_values, mask, forget=self.gradient_checkpointing)
         return x
 
 

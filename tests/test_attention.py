@@ -90,6 +90,25 @@ def test_self_attention_is_equivariant_to_a_permutation_of_its_tokens():
         torch.testing.assert_close(layer(x[:, order]), layer(x)[:, order], atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_qk_norm_equals_diffusers(masked):
+    """The same weights in their attention with RMSNorm on queries and keys."""
+    processor = pytest.importorskip("diffusers.models.attention_processor")
+    layer = CrossAttention(24, heads=3, context_width=10, qk_norm=True)
+    theirs = processor.Attention(24, cross_attention_dim=10, heads=3, dim_head=8, qk_norm="rms_norm", eps=1e-6)
+    with torch.no_grad():
+        for norm in (layer.q_norm, layer.k_norm):
+            norm.weight.add_(draw(8, seed=5))
+        theirs.to_q.weight.copy_(layer.q.weight), theirs.norm_q.weight.copy_(layer.q_norm.weight)
+        theirs.to_k.weight.copy_(layer.kv.weight[:24]), theirs.norm_k.weight.copy_(layer.k_norm.weight)
+        theirs.to_v.weight.copy_(layer.kv.weight[24:])
+        theirs.to_out[0].load_state_dict(layer.out.state_dict())
+    x, context = draw(2, 50, 24), draw(2, 30, 10, seed=1)
+    mask = last_masked(2, 30) if masked else None
+    expected = theirs(x, context, None if mask is None else mask[:, 0])
+    assert (layer(x, *layer.keys_values(context), mask) - expected).abs().max() <= 1e-5 * expected.std()
+
+
 def test_qk_norm_takes_the_size_of_queries_and_keys_away():
     plain, normed = SelfAttention(16, heads=2), SelfAttention(16, heads=2, qk_norm=True)
     x = draw(1, 20, 16)

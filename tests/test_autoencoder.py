@@ -1,17 +1,24 @@
 """The autoencoder equals diffusers' from the same weights, owns its latent scale, and folds pixels exactly."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from random_weights import randomize
 
 from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig, Posterior
-from model.pretrained import autoencoder_from_diffusers, autoencoder_to_diffusers
+from model.pretrained import autoencoder_from_diffusers, autoencoder_to_diffusers, with_one_scale
 
 diffusers = pytest.importorskip("diffusers")
 
 CASES = {
-    "sd": AutoencoderConfig(channels=(16, 32, 32), norm_groups=8),
+    "sd": AutoencoderConfig(channels=(16, 32, 32, 32), norm_groups=8),
+    "f4, 3 channels": AutoencoderConfig(channels=(16, 24, 40), latent_channels=3, norm_groups=8),
+    "f4, 8 channels": AutoencoderConfig(channels=(6, 10, 14), latent_channels=8, blocks=1, norm_groups=2),
+    "f8, 16 channels": AutoencoderConfig(channels=(8, 8, 16, 24), latent_channels=16, mid_attention=False,
+                                         norm_groups=4),
+    "f16, 16 channels": AutoencoderConfig(channels=(8, 8, 16, 16, 32), latent_channels=16, blocks=1, norm_groups=8),
     "no attention": AutoencoderConfig(channels=(12, 24), latent_channels=5, blocks=1, mid_attention=False,
                                       norm_groups=3),
     "one level": AutoencoderConfig(image_channels=1, channels=(24,), latent_channels=2, blocks=3, norm_groups=6),
@@ -27,19 +34,6 @@ def seeded() -> None:
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value, norms and zeroed convolutions too, at a sane size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.add_(0.1 * noise)
-    return network
 
 
 def reference_autoencoder(config: AutoencoderConfig) -> torch.nn.Module:
@@ -75,7 +69,8 @@ def assert_within(value: torch.Tensor, reference: torch.Tensor, tolerance: float
 @torch.no_grad()
 def test_encoder_and_decoder_equal_diffusers(pair):
     ours, theirs = pair
-    images = draw(2, ours.config.image_channels, 24, 16)
+    assert ours.factor == 2 ** (len(ours.config.channels) - 1)
+    images = draw(2, ours.config.image_channels, 3 * ours.factor, 5 * ours.factor)
     expected = theirs.encode(images).latent_dist
     raw, unit = ours.moments(images), ours.encode(images)
     assert_within(raw.mean, expected.mean, 1e-4)
@@ -89,16 +84,24 @@ def test_encoder_and_decoder_equal_diffusers(pair):
     assert_within(raw.sample(noise), expected.mean + expected.std * noise, 1e-4)
 
 
-def test_gradients_of_images_equal_diffusers(pair):
+def test_gradients_equal_diffusers(pair):
+    """Of the pictures and of every parameter, under reconstruction and KL."""
     ours, theirs = pair
     gradients = []
-    for encode, decode in ((ours.moments, ours.decode_raw),
-                           (lambda x: theirs.encode(x).latent_dist, lambda z: theirs.decode(z).sample)):
-        images = draw(1, ours.config.image_channels, 16, 8).requires_grad_()
+    for network, encode, decode in ((ours, ours.moments, ours.decode_raw), (
+            theirs, lambda x: theirs.encode(x).latent_dist, lambda z: theirs.decode(z).sample)):
+        images = draw(1, ours.config.image_channels, 2 * ours.factor, 3 * ours.factor).requires_grad_()
         posterior = encode(images)
         loss = decode(posterior.mean).square().mean() + 1e-3 * posterior.kl().sum()
-        gradients.append(torch.autograd.grad(loss, images)[0])
-    assert_within(*gradients, 1e-4)
+        weights = dict(network.named_parameters())
+        first, *others = torch.autograd.grad(loss, [images, *weights.values()])
+        gradients.append((first, dict(zip(weights, others))))
+    (mine, mine_weights), (expected, expected_weights) = gradients
+    assert_within(mine, expected, 1e-4)
+    scale = max(gradient.abs().max() for gradient in expected_weights.values())
+    for name, gradient in autoencoder_from_diffusers(expected_weights, ours.config).items():
+        if not name.startswith("latent_"):  # a bias of keys has no gradient but rounding, hence the second term
+            assert (mine_weights[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6 * scale, name
 
 
 def test_weights_go_to_diffusers_and_back_unchanged(pair):
@@ -131,12 +134,30 @@ def test_weights_that_do_not_fit_are_named():
         autoencoder_from_diffusers(state, SMALL)
 
 
-def test_a_scale_that_diffusers_cannot_hold_is_not_written_out(small):
-    state = {**small.state_dict(), "latent_std": torch.tensor([1.0, 1.0, 2.0])}
-    with pytest.raises(ValueError, match="valid for diffusers: one mean and one std"):
-        autoencoder_to_diffusers(state, SMALL)
+@torch.no_grad()
+@pytest.mark.parametrize("mean, std", [([0.5, -1.0, 2.0], [1.0, 0.3, 2.5]), ([0.0] * 3, [1.0, 1.0, 2.0]),
+                                       ([0.25] * 3, [2.0] * 3)])
+def test_a_scale_of_each_channel_moves_into_the_convolutions(small, mean, std):
+    """What diffusers then reads, without any scale, encodes to our latents of unit scale and decodes from them."""
+    autoencoder = Autoencoder(SMALL).eval()
+    autoencoder.load_state_dict({**small.state_dict(), "latent_mean": torch.tensor(mean),
+                                 "latent_std": torch.tensor(std)})
+    before = {name: tensor.clone() for name, tensor in autoencoder.state_dict().items()}
+    state = with_one_scale(autoencoder.state_dict())
+    assert torch.equal(state["latent_mean"], torch.zeros(3)) and torch.equal(state["latent_std"], torch.ones(3))
+    theirs = reference_autoencoder(SMALL).eval()
+    theirs.load_state_dict(autoencoder_to_diffusers(autoencoder.state_dict(), SMALL))
+    images, latents = draw(2, 3, 16, 8), draw(2, 3, 8, 4, seed=1)
+    ours, expected = autoencoder.encode(images), theirs.encode(images).latent_dist
+    assert_within(ours.mean, expected.mean, 1e-4)
+    assert_within(ours.logvar, expected.logvar, 1e-4)
+    assert_within(autoencoder.decode(latents), theirs.decode(latents).sample, 1e-4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in autoencoder.state_dict().items())
+
+
+def test_a_stem_has_no_counterpart(small):
     with pytest.raises(ValueError, match="stem: 2; valid for diffusers: 1"):
-        autoencoder_to_diffusers(state, AutoencoderConfig(stem=2))
+        autoencoder_to_diffusers(small.state_dict(), AutoencoderConfig(stem=2))
 
 
 def test_published_size_and_scale():
@@ -213,6 +234,27 @@ def test_stem_only_rearranges_pixels(stem):
     autoencoder.encode(images)
     assert folded["x"].shape[1] == 3 * stem**2
     assert torch.equal(autoencoder.decode(latents), images)
+
+
+def test_gradient_checkpointing_changes_no_bit_and_saves_less(small):
+    results, kept = [], []
+    for checkpointing in (False, True):
+        autoencoder = Autoencoder(replace(SMALL, gradient_checkpointing=checkpointing))
+        autoencoder.load_state_dict(small.state_dict())
+        held = {}
+
+        def keep(tensor):
+            held[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = autoencoder.decode(autoencoder.moments(draw(2, 3, 16, 24)).mean)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in autoencoder.parameters())])
+        kept.append(sum(held.values()))
+    for plain, recomputed in zip(*results, strict=True):
+        assert (plain is None and recomputed is None) or torch.equal(plain, recomputed)
+    assert kept[1] < 0.7 * kept[0]
 
 
 def test_channels_last_gives_the_same_numbers(small):

@@ -1,9 +1,11 @@
 """CLIP equals transformers' from the same weights, and its loss is the one of the paper."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from random_weights import randomize
 
 from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.pretrained import clip_from_transformers, clip_to_transformers
@@ -39,19 +41,6 @@ CASES = {
 def seeded() -> None:
     """Networks left at their initial weights have the same ones in every run."""
     torch.manual_seed(0)
-
-
-def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value, at a sane size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.add_(0.1 * noise)
-    return network
 
 
 def reference(config: ClipConfig) -> torch.nn.Module:
@@ -117,10 +106,11 @@ def test_gradients_equal_transformers(pair):
     contrastive_loss(ours(images, ids, mask)).backward()
     theirs(ids, pixels, mask.long(), return_loss=True).loss.backward()
     expected = clip_from_transformers({name: p.grad for name, p in theirs.named_parameters()}, ours.config)
-    for name, parameter in ours.named_parameters():
-        assert (parameter.grad - expected[name]).abs().max() <= 1e-4 * expected[name].abs().max() + 1e-7, name
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, parameter in ours.named_parameters():  # a bias of keys has no gradient but rounding: the second term
+        assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-6 * scale, name
     std = torch.tensor(ours.config.image.std)[:, None, None]
-    assert (images.grad * 2 * std - pixels.grad).abs().max() <= 1e-4 * pixels.grad.abs().max()
+    assert (images.grad * 2 * std - pixels.grad).abs().max() <= 1e-5 * pixels.grad.abs().max()
 
 
 def test_weights_go_to_transformers_and_back_unchanged(pair):
@@ -180,6 +170,20 @@ def test_four_pairs_are_learnt():
         clip.logit_scale.fill_(7.0)
     clip.limit_scale()
     assert clip.logit_scale.exp().item() == pytest.approx(100)
+
+
+def test_gradient_checkpointing_of_both_encoders_changes_no_bit():
+    config = small()
+    _, images, ids, mask = inputs(config)
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        clip = Clip(replace(config, image=replace(config.image, gradient_checkpointing=checkpointing),
+                            text=replace(config.text, gradient_checkpointing=checkpointing)))
+        loss = contrastive_loss(clip(images, ids, mask))
+        loss.backward()
+        results.append([loss, *(p.grad for p in clip.parameters())])
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clip_vocabulary import write_vocabulary
+from random_weights import randomize
 from safetensors.torch import load_file, save_file
 
 import sample
@@ -34,19 +35,6 @@ KINDS = {  # in the manner of the two generations
     "sd2": {"unet": {"attention_head_dim": [2, 4], "cross_attention_dim": 32, "use_linear_projection": True},
             "text": {"hidden_act": "gelu"}, "pad": "!", "prediction": "v_prediction", "shift": None},
 }
-
-
-def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value, at a sane size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.add_(0.1 * noise)
-    return network
 
 
 def published(folder: Path, kind: str) -> "diffusers.StableDiffusionPipeline":

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from clip_vocabulary import write_vocabulary
+from random_weights import randomize
 from safetensors.torch import save_file
 
 from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig
@@ -35,15 +36,6 @@ TEXTS = {
                              activation="quick_gelu"),
     "2.x": TextEncoderConfig(vocab_size=700, length=16, width=128, layers=2, heads=2, mlp_width=96),
 }
-
-
-def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
-    return network
 
 
 def networks(kind: str) -> dict[str, torch.nn.Module]:
@@ -116,7 +108,7 @@ def test_the_converters_of_diffusers_read_the_same_tensors_under_the_same_names(
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
     vae = parts["autoencoder"]
-    found = converters.convert_ldm_vae_checkpoint(dict(state), config=autoencoder_json(VAE, 0.0, SD_LATENT_STD, 512))
+    found = converters.convert_ldm_vae_checkpoint(dict(state), config=autoencoder_json(VAE, SD_LATENT_STD, 512))
     expected = autoencoder_to_diffusers(with_latent_scale(vae.state_dict(), VAE, SD_LATENT_STD), VAE)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 

@@ -1,5 +1,6 @@
 """Costs without running: operations equal PyTorch's own counter, activations equal what a real run keeps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.autoencoder import Autoencoder, AutoencoderConfig
+from model.blocks import ResBlock, SpatialTransformer
 from model.summary import main, networks_of, stages_of, summaries, summarize, table
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
@@ -64,6 +66,20 @@ def test_operations_and_activations_equal_those_of_a_real_run(name, size):
         assert sum(row.parameters for row in rows) == sum(p.numel() for p in network.parameters()), part
         assert summarize(network, run) == rows  # the same of real tensors, and again after hooks are gone
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_with_checkpointing_the_arguments_of_blocks_are_kept_and_nothing_inside(name):
+    on = replace(UNETS[name], gradient_checkpointing=True)
+    plain, forgetful = (summaries(AUTOENCODER, TEXT, config, 32)["denoiser"] for config in (UNETS[name], on))
+    assert [row.flops for row in plain] == [row.flops for row in forgetful]
+    network, inputs = UNet(on), {}
+    for part in network.modules():
+        if isinstance(part, (ResBlock, SpatialTransformer)):
+            part.register_forward_pre_hook(lambda _, args: inputs.update({args[0].data_ptr(): args[0]}))
+    network(torch.randn(1, 4, 16, 16), torch.zeros(1), torch.randn(1, 10, 24))
+    least, found = sum(4 * x.numel() for x in inputs.values()), sum(row.activations for row in forgetful)
+    assert least < found < 0.6 * sum(row.activations for row in plain)
 
 
 def test_operations_of_every_stage_equal_the_counter():

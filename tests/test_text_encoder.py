@@ -1,7 +1,10 @@
 """The text encoder equals transformers' CLIP text model from the same weights, and ignores padding."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from random_weights import randomize
 
 from model.pretrained import text_encoder_from_transformers, text_encoder_to_transformers
 from model.text_encoder import TextEncoder, TextEncoderConfig, pooled
@@ -15,6 +18,11 @@ CASES = {
                                   activation="gelu"),
     "penultimate": TextEncoderConfig(vocab_size=99, length=12, width=30, layers=3, heads=2, mlp_width=50,
                                      activation="gelu", skip_last=1),
+    "one layer": TextEncoderConfig(vocab_size=99, length=12, width=21, layers=1, heads=1, mlp_width=17,
+                                   activation="quick_gelu"),
+    "deep": TextEncoderConfig(vocab_size=99, length=12, width=24, layers=7, heads=8, mlp_width=30),
+    "third from the end": TextEncoderConfig(vocab_size=99, length=12, width=27, layers=5, heads=3, mlp_width=108,
+                                            activation="quick_gelu", skip_last=2),
 }
 END = 98  # the largest id
 
@@ -23,19 +31,6 @@ END = 98  # the largest id
 def seeded() -> None:
     """Networks left at their initial weights have the same ones in every run."""
     torch.manual_seed(0)
-
-
-def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value, at a sane size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter.shape[1] ** 0.5)
-            else:
-                parameter.add_(0.1 * noise)
-    return network
 
 
 def prompts(lengths=(12, 5, 8)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,6 +66,12 @@ def encoder(causal: bool) -> TextEncoder:
     return randomize(TextEncoder(config)).eval()
 
 
+def earlier_state(theirs: torch.nn.Module, result, skipped: int) -> torch.Tensor:
+    """What transformers gives when the last layers are left out, normalised as in SD-2.x."""
+    norm = theirs.text_model.final_layer_norm if hasattr(theirs, "text_model") else theirs.final_layer_norm
+    return norm(result.hidden_states[-1 - skipped])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
 def test_states_equal_transformers(pair, masked):
@@ -79,26 +80,58 @@ def test_states_equal_transformers(pair, masked):
     result = theirs(ids, attention_mask=mask.long() if masked else None, output_hidden_states=True)
     expected = result.last_hidden_state
     if ours.config.skip_last:
-        norm = theirs.text_model.final_layer_norm if hasattr(theirs, "text_model") else theirs.final_layer_norm
-        expected = norm(result.hidden_states[-1 - ours.config.skip_last])
+        expected = earlier_state(theirs, result, ours.config.skip_last)
     context = ours(ids, mask if masked else None)
     assert (context - expected).abs().max() <= 1e-5 * expected.std()
     if not ours.config.skip_last:
         assert (pooled(context, mask) - result.pooler_output).abs().max() <= 1e-5 * expected.std()
 
 
-def test_gradients_of_the_embeddings_equal_transformers(pair):
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_equal_transformers(pair, masked):
+    """Of every parameter; padding is masked, and takes no part in the loss."""
     ours, theirs = pair
-    if ours.config.skip_last:
-        pytest.skip("transformers runs every layer")
-    ids, _ = prompts()
-    for network in (ours, theirs):
-        network.zero_grad()
-    weights = torch.randn(3, 12, ours.config.width, generator=torch.Generator().manual_seed(1))
-    (ours(ids) * weights).sum().backward()
-    (theirs(ids).last_hidden_state * weights).sum().backward()
-    expected = next(p.grad for n, p in theirs.named_parameters() if n.endswith("token_embedding.weight"))
-    assert (ours.token_embedding.weight.grad - expected).abs().max() <= 1e-5 * expected.abs().max()
+    ids, mask = prompts()
+    weights = torch.randn(3, 12, ours.config.width, generator=torch.Generator().manual_seed(1)) * mask[..., None]
+    ours.zero_grad(), theirs.zero_grad()
+    (ours(ids, mask if masked else None) * weights).sum().backward()
+    result = theirs(ids, attention_mask=mask.long() if masked else None, output_hidden_states=True)
+    skipped = ours.config.skip_last
+    states = earlier_state(theirs, result, skipped) if skipped else result.last_hidden_state
+    (states * weights).sum().backward()
+    expected = text_encoder_from_transformers(
+        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}, ours.config)
+    scale = max(gradient.abs().max() for gradient in expected.values())
+    for name, parameter in ours.named_parameters():
+        mine = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # of layers that are not run
+        # a bias of keys has no gradient but rounding, hence the second term
+        assert (mine - expected[name]).abs().max() <= 1e-5 * expected[name].abs().max() + 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_states_and_gradients_equal_the_encoder_of_pytorch(causal):
+    """Also where every token sees all others, which transformers' CLIP cannot do."""
+    ours, mask = encoder(causal), prompts()[1]
+    c = ours.config
+    layer = torch.nn.TransformerEncoderLayer(c.width, c.heads, c.mlp_width, dropout=0.0, activation="gelu",
+                                             batch_first=True, norm_first=True)
+    theirs = torch.nn.TransformerEncoder(layer, c.layers, torch.nn.LayerNorm(c.width), enable_nested_tensor=False)
+    renames = (("attention.qkv.", "self_attn.in_proj_"), ("attention.out.", "self_attn.out_proj."),
+               ("norm_out.", "norm."))
+    state = ours.state_dict()
+    for mine, other in renames:
+        state = {name.replace(mine, other): tensor for name, tensor in state.items()}
+    theirs.load_state_dict({name: tensor for name, tensor in state.items() if "embedding" not in name})
+    tokens = torch.randn(3, 12, c.width, generator=torch.Generator().manual_seed(2))
+    leaves = [tokens.clone().requires_grad_() for _ in range(2)]
+    future = torch.ones(12, 12, dtype=torch.bool).triu(1) if causal else None
+    position = ours.position_embedding.weight.detach()
+    states = [ours.encode_embeddings(leaves[0], mask),
+              theirs(leaves[1] + position, mask=future, src_key_padding_mask=~mask)]
+    for one in states:
+        one[mask].square().sum().backward()
+    assert (states[0] - states[1])[mask].abs().max() <= 1e-5 * states[1][mask].std()
+    assert (leaves[0].grad - leaves[1].grad).abs().max() <= 1e-5 * leaves[1].grad.abs().max()
 
 
 def test_weights_go_to_transformers_and_back_unchanged(pair):
@@ -175,6 +208,27 @@ def test_padding_on_the_left_stays_finite():
 def test_embeddings_of_tokens_give_what_the_tokens_give():
     network, (ids, mask) = encoder(causal=True), prompts()
     assert torch.equal(network.encode_embeddings(network.token_embedding(ids), mask), network(ids, mask))
+
+
+def test_gradient_checkpointing_changes_no_bit_and_saves_less():
+    ids, mask = prompts()
+    results, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        encoder = TextEncoder(replace(CASES["deep"], gradient_checkpointing=checkpointing))
+        held = {}
+
+        def keep(tensor):
+            held[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = encoder(ids, mask)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in encoder.parameters())])
+        kept.append(sum(held.values()))
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+    assert kept[1] < 0.5 * kept[0]
 
 
 def test_pooled_takes_the_last_real_token():

@@ -4,14 +4,16 @@ import copy
 
 import pytest
 import torch
+from random_weights import randomize
 
 from model.blocks import ResBlock, SpatialTransformer, timestep_embedding, to_image, to_tokens
 from model.pretrained import unet_from_diffusers, unet_to_diffusers
+from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
 diffusers = pytest.importorskip("diffusers")
 
-# Ours; what diffusers calls `attention_head_dim` (it is the number of heads); height, width, masked.
+# Ours; what diffusers calls `attention_head_dim` (it is the number of heads); height, width of the latent; masked.
 CASES = {
     "sd1": (UNetConfig(channels=(32, 64, 96, 96), attention=(True, True, True, False), heads=4, context_width=24,
                        linear_projection=False, norm_groups=16), 4, 8, 16, False),
@@ -19,6 +21,14 @@ CASES = {
                        linear_projection=True, norm_groups=8), (2, 4, 4), 12, 8, True),
     "odd": (UNetConfig(in_channels=5, out_channels=3, channels=(18, 42), attention=(False, True), blocks=1, depth=2,
                        head_width=7, context_width=9, norm_groups=3), 6, 6, 10, True),
+    "one level": (UNetConfig(in_channels=16, out_channels=16, channels=(30,), attention=(True,), blocks=3, heads=5,
+                             context_width=16, linear_projection=False, norm_groups=10), 5, 3, 7, False),
+    "coarse attention": (UNetConfig(in_channels=9, channels=(16, 24, 40, 56), attention=(False, False, False, True),
+                                    blocks=1, depth=3, head_width=8, context_width=11, norm_groups=8), (2, 3, 5, 7),
+                         16, 8, True),
+    "fine attention": (UNetConfig(in_channels=3, out_channels=6, channels=(20, 45), attention=(True, False),
+                                  head_width=5, context_width=33, linear_projection=False, norm_groups=5), (4, 9), 2,
+                       20, True),
 }
 
 
@@ -30,19 +40,6 @@ def seeded() -> None:
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def randomize(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value, norms and zeroed convolutions too, in float32 and at a sane size."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
-            else:
-                parameter.add_(0.1 * noise)
-    return network
 
 
 def reference_unet(config: UNetConfig, heads) -> torch.nn.Module:
@@ -96,16 +93,23 @@ def test_fractional_timesteps_equal_diffusers(pair):
     assert (ours(x, t, context, mask) - expected).abs().max() <= 1e-4 * expected.std()
 
 
-def test_input_gradients_equal_diffusers(pair):
+def test_gradients_equal_diffusers(pair):
+    """Of the latent, of the context, and of every parameter."""
     ours, theirs, (x, t, context, mask) = pair
     gradients = []
     for network, kwargs in ((ours, {"mask": mask}), (theirs, {"encoder_attention_mask": mask})):
-        leaves = [x.clone().requires_grad_(), context.clone().requires_grad_()]
-        out = network(leaves[0], t, leaves[1], **kwargs)
+        leaves = {"x": x.clone().requires_grad_(), "context": context.clone().requires_grad_()}
+        out = network(leaves["x"], t, leaves["context"], **kwargs)
         out = out if isinstance(out, torch.Tensor) else out.sample
-        gradients.append(torch.autograd.grad((out * draw(*out.shape, seed=5)).sum(), leaves))
-    for mine, expected in zip(*gradients, strict=True):
-        assert (mine - expected).abs().max() <= 1e-4 * expected.abs().max()
+        weights = dict(network.named_parameters())
+        loss = (out * draw(*out.shape, seed=5)).sum()
+        found = torch.autograd.grad(loss, [*leaves.values(), *weights.values()])
+        gradients.append((dict(zip(leaves, found)), dict(zip(weights, found[len(leaves):]))))
+    (mine, mine_weights), (expected, expected_weights) = gradients
+    for name, gradient in unet_from_diffusers(expected_weights, ours.config).items():
+        mine[name], expected[name] = mine_weights[name], gradient
+    for name, gradient in expected.items():
+        assert (mine[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
 
 
 def test_weights_go_to_diffusers_and_back_unchanged(pair):
@@ -132,6 +136,11 @@ def test_weights_that_do_not_fit_are_named():
 def test_published_sizes(config, count):
     with torch.device("meta"):
         assert sum(p.numel() for p in UNet(config).parameters()) == count
+
+
+def test_heads_of_new_models_are_64_wide():
+    config = UNetConfig()
+    assert [config.heads_at(level) for level in range(4)] == [5, 10, 20, 20] and config.head_width == 64
 
 
 def test_every_residual_branch_is_the_identity_at_initialisation():
@@ -176,6 +185,20 @@ def test_padded_tokens_change_nothing(small):
     changed = torch.where(mask[..., None], context, 50.0)
     assert torch.equal(small(x, t, context, mask), small(x, t, changed, mask))
     assert not torch.equal(small(x, t, context), small(x, t, changed))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("side", [8, 32])  # few queries take the fused kernel, many the written-out form
+def test_padded_ids_change_no_bit_from_the_prompt_to_the_prediction(small, causal, side):
+    encoder = randomize(TextEncoder(TextEncoderConfig(vocab_size=50, length=6, width=12, layers=2, heads=2,
+                                                      mlp_width=24, causal=causal))).eval()
+    x, t, mask = draw(2, 4, side, side), torch.tensor([3, 700]), small_inputs()[3]
+    ids = torch.arange(12).view(2, 6)
+    one, other = (encoder(row, mask) for row in (ids, ids.where(mask, 49)))
+    assert not torch.equal(one, other) and torch.equal(small(x, t, one, mask), small(x, t, other, mask))
+    cache = small.context_cache(other, mask)
+    assert torch.equal(small(x, t, one, mask), small(x, t, cache=cache))
 
 
 @torch.no_grad()
@@ -224,6 +247,21 @@ def test_cache_does_not_outlive_a_training_step(small, optimizer, fused):
     wrapper.eval()
     with pytest.raises(ValueError, match="cache: stale"):
         unet(x, t, cache=cache)
+
+
+@torch.no_grad()
+def test_what_the_owner_of_a_cache_must_know(small):
+    """Writing around autograd leaves no trace: the owner makes a new cache after it."""
+    x, t, context, mask = small_inputs()
+    unet = copy.deepcopy(small).eval()
+    cache = unet.context_cache(context, mask)
+    before = unet(x, t, cache=cache)
+    for layer in unet.cross_attentions():
+        layer.kv.weight.data.mul_(2.0)
+    assert torch.equal(unet(x, t, cache=cache), before)  # the keys and values of the weights before
+    expected = unet(x, t, context, mask)
+    assert not torch.equal(expected, before)
+    assert torch.equal(unet(x, t, cache=unet.context_cache(context, mask)), expected)
 
 
 def test_gradient_checkpointing_changes_no_bit(small):
