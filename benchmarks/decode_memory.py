@@ -1,4 +1,4 @@
-"""The tables of docs/autoencoder.md: memory and time of decoding with Stable Diffusion's autoencoder, fp32, on a CPU.
+"""The table of docs/pretrained.md: memory and time of decoding with Stable Diffusion's autoencoder, fp32, on a CPU.
 
     OMP_NUM_THREADS=1 python -m benchmarks.decode_memory [--size 1024] [--batch 1] [--ways plain sliced tiled]
 

@@ -9,11 +9,10 @@ transformers; half a minute on one core.
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import diffusers
 import numpy as np
 import torch
-import transformers
 from PIL import Image
 
 from diffusion.noise import PerImageNoise
@@ -23,8 +22,11 @@ PROMPTS = ["a small red star", "two blue circles", "the astronaut's horse", "an 
 SIZE, STEPS, SCALE, ZOOM, GAP = 48, 10, 5.0, 3, 6
 
 
-def small_pipeline(vocabulary: str) -> "diffusers.StableDiffusionPipeline":
-    """In the manner of SD-1.x and with random weights."""
+def small_pipeline(vocabulary: str) -> Any:
+    """A pipeline of diffusers in the manner of SD-1.x, with random weights."""
+    import diffusers  # here: importing it changes the filters of warnings
+    import transformers
+
     torch.manual_seed(0)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(vocabulary)
     text = transformers.CLIPTextModel(transformers.CLIPTextConfig(

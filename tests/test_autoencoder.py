@@ -75,7 +75,7 @@ def test_encoder_and_decoder_equal_diffusers(pair):
     raw, unit = ours.moments(images), ours.encode(images)
     assert_within(raw.mean, expected.mean, 1e-4)
     assert_within(raw.logvar, expected.logvar, 1e-4)
-    assert_within(raw.kl(), expected.kl(), 1e-4)
+    torch.testing.assert_close(raw.kl(), expected.kl(), rtol=1e-5, atol=1e-5)  # two numbers have no useful std
     assert_within(unit.mean, expected.mean * theirs.config.scaling_factor, 1e-4)
 
     latents = draw(*expected.mean.shape, seed=1)
