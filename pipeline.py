@@ -2,6 +2,7 @@
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
+import pickle
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +27,8 @@ from model.pretrained_single import read_single_file
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
-from training.checkpoint import load_weights
-from training.denoiser import DenoiserStage
+from training.checkpoint import file_hash, load_weights
+from training.denoiser import DenoiserStage, Networks
 from training.device import frozen, placed
 from training.experiment import Experiment, load_experiment
 from training.run import RunFolder
@@ -49,7 +50,9 @@ class TextToImage:
     """A trained system. ``images(prompts, seeds)`` is all that sampling needs.
 
     ``masked`` says whether the denoiser was trained to see no padding; published ones see it. ``files`` are those that
-    it came from, by what they hold; ``tiled`` may be set to decode with less memory, approximately.
+    it came from, by what they hold; ``tiled`` may be set to decode with less memory, approximately. ``guide`` may be
+    set to a weaker system of the same latents (``weaker``): guidance then pushes away from what that predicts for the
+    prompt, instead of from the negative prompt (autoguidance).
     """
 
     def __init__(self, experiment: Experiment | Checkpoint, tokenizer: Tokenizer | ClipTokenizer,
@@ -62,6 +65,7 @@ class TextToImage:
         self.device = next(unet.parameters()).device
         self.files: dict[str, Path] = {}
         self.tiled = False
+        self.guide: TextToImage | None = None
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TextToImage":
@@ -154,18 +158,23 @@ class TextToImage:
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
         config = config or self.experiment.sampling
         guided = config.guidance.scale != 1.0
-        context, mask = self.encode([negative] * len(prompts) * guided + list(prompts))  # (2B, L, D) or (B, L, D)
+        opposite = [negative] * len(prompts) if guided and self.guide is None else []
+        context, mask = self.encode([*opposite, *prompts])  # (2B, L, D) or (B, L, D)
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
-        return self.sampled(context, mask, len(prompts), noise, config, progress, edit, trace)
+        weak = None
+        if guided and self.guide is not None:
+            weak, _ = self.guide.denoisers(*self.guide.encode(prompts), len(prompts))
+        return self.sampled(context, mask, len(prompts), noise, config, progress, edit, trace, weak)
 
     def sampled(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                 noise: Callable[[], torch.Tensor], config: SamplingConfig, progress: Progress = iter,
-                edit: Edit | None = None, trace: list | None = None) -> torch.Tensor:
+                edit: Edit | None = None, trace: list | None = None, weak: Denoise | None = None) -> torch.Tensor:
         """As ``latents``, from the context (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without
-        guidance, and from any source of noise (B, C, H, W); B is ``count``."""
+        guidance or with a ``weak`` network in place of them, and from any source of noise (B, C, H, W); B is
+        ``count``."""
         conditional, doubled = self.denoisers(context, mask, count)
         return sample_latents(conditional, doubled, noise, self.schedule, self.experiment.denoiser.prediction_type,
-                              config, progress, edit, trace)
+                              config, progress, edit, trace, weak)
 
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int) -> tuple[Denoise, Denoise]:
         """The network bound to the prompts alone, and to all of the context."""
@@ -226,6 +235,40 @@ class TextToImage:
         starts = list(range(0, len(prompts), batch))
         return torch.cat([self.images(prompts[i:i + batch], seeds[i:i + batch], config, negative)
                           for i in progress(starts)])
+
+
+def weaker(system: TextToImage, path: str | Path) -> TextToImage:
+    """A weaker version of a system, to be its ``guide``: a run folder with the same autoencoder, noise schedule and
+    prediction type, whose network is smaller or was trained for less time; or an earlier state of the system's own run,
+    ``state/denoiser/step_00000500.pt`` (its averaged weights).
+
+    Raises FileNotFoundError or ValueError naming what is missing, damaged or different.
+    """
+    if Path(path).is_dir():
+        guide = TextToImage.load(path, system.device)
+        for name in ("schedule", "prediction_type"):
+            ours, theirs = (getattr(one.experiment.denoiser, name) for one in (system, guide))
+            if ours != theirs:
+                raise ValueError(f"{path}: denoiser.{name} is {theirs}; valid: {ours}, that of the stronger network")
+        if file_hash(guide.files["autoencoder"]) != file_hash(system.files["autoencoder"]):
+            raise ValueError(f"{path} has another autoencoder; valid: a run on the same latents (copy "
+                             "autoencoder.safetensors into its folder before training)")
+        guide.latent_shape = system.latent_shape
+        return guide
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no run folder or checkpoint {path}")
+    stage = system.experiment.denoiser
+    networks = Networks(UNet(stage.unet), TextEncoder(stage.text_encoder))
+    try:
+        networks.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged or no state of this run's denoiser: {reason}") from None
+    frozen(placed(networks, system.device))
+    guide = TextToImage(system.experiment, system.tokenizer, networks.text_encoder, networks.unet, system.autoencoder,
+                        system.masked)
+    guide.latent_shape, guide.files = system.latent_shape, {"checkpoint": Path(path)}
+    return guide
 
 
 def with_options(config: SamplingConfig, sampler: str | None = None, steps: int | None = None,

@@ -1,8 +1,12 @@
 """Train the stages of a config in order: python train.py configs/shapes.yaml [run=DIR] [key.path=value ...]
 
-A finished stage is skipped, an interrupted one continues. Ctrl-C or SIGTERM saves the state first.
+A finished stage is skipped, an interrupted one continues. Ctrl-C or SIGTERM saves the state first. With several
+processes: torchrun --nproc-per-node 8 train.py CONFIG
 """
 import argparse
+import contextlib
+import hashlib
+import json
 import sys
 import time
 from pathlib import Path
@@ -15,10 +19,12 @@ from eval.grid import save_grid
 from model.autoencoder import Autoencoder
 from pipeline import TextToImage
 from training.autoencoder import train_autoencoder
+from training.check import check
 from training.checkpoint import load_weights, write_text
 from training.config import from_dict, to_dict
 from training.denoiser import Networks, train_denoiser
 from training.device import default_device, frozen, placed
+from training.distributed import Processes, ProcessLost, processes
 from training.experiment import Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
 from training.run import RunFolder
@@ -37,16 +43,18 @@ def train_tokenizer(experiment: Experiment, source: Source, run: RunFolder) -> N
         print(f"warning: {cut} captions of the first 2000 items are longer than tokenizer.length = {tokenizer.length}")
 
 
-def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.device) -> None:
+def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.device, workers: Processes) -> None:
     """Train one stage to its end and write what it leaves in the run folder."""
-    source, validation = (build_source(experiment.data, split) for split in ("train", "validation"))
+    unreadable = run.path / "unreadable.jsonl"
+    source = build_source(experiment.data, "train", unreadable)
+    validation = build_source(experiment.held_out_data, "validation", unreadable)
     for split, items in (("train", source), ("validation", validation)):
         if not len(items):
             raise ValueError(f"data.{experiment.data.source}: its {split} split is empty; valid: at least one item")
     if stage == "tokenizer":
-        return train_tokenizer(experiment, source, run)
+        return train_tokenizer(experiment, source, run) if workers.main else None
     if stage == "autoencoder":
-        return train_autoencoder(experiment.autoencoder, source, validation, run, experiment.seed, device)
+        return train_autoencoder(experiment.autoencoder, source, validation, run, experiment.seed, device, workers)
     run.require("tokenizer", "autoencoder")
     tokenizer = Tokenizer.load(run.path / "tokenizer.json")
     autoencoder = Autoencoder(experiment.autoencoder.model)
@@ -63,7 +71,7 @@ def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.
                         f"{experiment.sampling.sampler} steps, averaged weights")
 
     train_denoiser(experiment.denoiser, source, validation, data_key(experiment.data), tokenizer, autoencoder, run,
-                   experiment.seed, device, preview)
+                   experiment.seed, device, preview, workers)
 
 
 def main(arguments: list[str]) -> None:
@@ -72,29 +80,51 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config", help="a file in configs/, or the config.yaml of a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value",
                         help="any key of the config; run=DIR names the run folder (runs/NAME)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--check", action="store_true", help="say what speaks for and against the run, train nothing")
+    # flags first, of which none has a value: argparse wants the overrides in one piece
+    options = parser.parse_args(sorted(arguments, key=lambda text: not text.startswith("-")))
     folders = [text.partition("=")[2] for text in options.overrides if text.startswith("run=")]
     experiment = load_experiment(options.config, [text for text in options.overrides if not text.startswith("run=")])
     if "" in folders:
         raise ValueError("run= is empty; valid: run=DIR, the run folder to write")
-    run = RunFolder.create(folders[-1] if folders else Path("runs") / experiment.name, to_dict(experiment),
-                           complete=lambda data: to_dict(from_dict(Experiment, data)))
-    run.record(seed=experiment.seed, data=data_key(experiment.data))
-    device = default_device()
+    path = Path(folders[-1] if folders else Path("runs") / experiment.name)
+    if options.check:
+        if not check(experiment, path, default_device()):
+            raise SystemExit(1)
+        return
+    with processes() as workers, contextlib.ExitStack() as stack:
+        with workers.main_first():
+            run = RunFolder.create(path, to_dict(experiment), lambda data: to_dict(from_dict(Experiment, data)),
+                                   workers.main)
+            stack.enter_context(run.locked())
+        run_stages(experiment, run, workers)
+
+
+def run_stages(experiment: Experiment, run: RunFolder, workers: Processes) -> None:
+    """Train what is not finished."""
+    key = data_key(experiment.data)
+    run.record(seed=experiment.seed, data=key, data_sha256=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
+               processes=workers.world)
     for stage in experiment.stages:
-        if run.finished(stage):
+        finished = workers.from_main(run.finished(stage))
+        if finished and workers.main:
             print(f"{stage}: finished before, skipped")
+        if finished:
             continue
         began = time.perf_counter()
-        run_stage(stage, experiment, run, device)
-        print(f"{stage}: done in {time.perf_counter() - began:.0f} s")
-    print(f"trained: {run.path}; sample with: python sample.py --run {run.path} \"a prompt\"")
+        run_stage(stage, experiment, run, workers.device(), workers)
+        workers.from_main()  # what the main process writes last is there
+        if workers.main:
+            print(f"{stage}: done in {time.perf_counter() - began:.0f} s")
+    if workers.main:
+        ready = "denoiser" in experiment.stages
+        print(f"trained: {run.path}" + (f"; sample with: python sample.py --run {run.path} \"a prompt\"" if ready else ""))
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError, ProcessLost) as error:
         raise SystemExit(f"error: {error}") from None
     except (Interrupted, KeyboardInterrupt) as error:
         raise SystemExit(f"stopped: {error or 'by the keyboard, before the first checkpoint'}") from None

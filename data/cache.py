@@ -1,20 +1,67 @@
-"""Latents encoded once and kept on disk: posterior mean and log-variance of every picture of a source.
+"""What frozen networks make of the data, computed once and kept on disk: latents of pictures, states of captions.
 
-The moments are kept, not one sample, so every epoch draws new latents. The folder's name is a hash of all that the
-numbers depend on (autoencoder, data, count): a changed key is another cache. A cache that was interrupted continues.
-Axis letters: N pictures, C latent channels, H W latent size.
+Of latents the moments are kept, not one sample, so every epoch draws new ones. The name of a cache is a hash of all
+that its numbers depend on (network, precision, preparation and content of the data, count): a changed key is another
+cache. One that was interrupted continues. A lock file keeps processes that want the same one from writing it together:
+the first computes, the others wait and read.
+Axis letters: N entries, C latent channels, H W latent size, B of a batch, L tokens, D width.
 """
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.files import locked
+
 Encode = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
+EncodeText = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
+
+
+def cache_name(key: dict, **more: object) -> str:
+    """The name of a cache: a hash of what its numbers depend on."""
+    return hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cached_rows(folder: Path, name: str, count: int, rows: Callable[[np.ndarray], torch.Tensor], chunk: int,
+                what: str, unit: str) -> np.ndarray:
+    """Memory-mapped fp16 (N, ...) of ``rows(indices)`` (B, ...), which is called for what is not there yet.
+
+    Raises ValueError for a damaged file and for rows of several shapes, OSError for a full disk.
+    """
+    path, progress = folder / f"{name}.npy", folder / f"{name}.done"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f"{name}.lock"):
+        done = int(progress.read_text() or 0) if path.exists() and progress.exists() else 0
+        if done == 0:
+            progress.unlink(missing_ok=True)  # it may speak of an array that was removed
+            shape = rows(np.arange(1)).shape[1:]
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, *shape)).flush()
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a dead process at the first write below
+                with open(path, "r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        try:
+            np.load(path, mmap_mode="r")  # refuses a file that is too short, where "r+" makes it longer
+            array = np.load(path, mmap_mode="r+" if done < count else "r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"the {what} cache {path} is damaged ({error}); delete it and it is made again") from None
+        if done < count:
+            with tqdm(total=count, initial=done, desc=f"{what}s", unit=unit) as bar:
+                for begin in range(done, count, chunk):
+                    indices = np.arange(begin, min(begin + chunk, count))
+                    values = rows(indices).to(torch.float16).numpy()  # (B, ...)
+                    if values.shape[1:] != array.shape[1:]:
+                        raise ValueError(f"{what}s of the shapes {array.shape[1:]} and {values.shape[1:]}; a cache "
+                                         "holds one shape: pictures in aspect buckets are read without it")
+                    array[indices] = values
+                    array.flush()
+                    progress.write_text(str(indices[-1] + 1))  # only after the numbers it speaks of
+                    bar.update(len(indices))
+    return np.load(path, mmap_mode="r")
 
 
 class LatentCache:
@@ -22,32 +69,10 @@ class LatentCache:
 
     def __init__(self, folder: Path, key: dict, count: int, encode: Encode, chunk: int = 128):
         """``encode(indices)`` gives unit-scale mean and logvar (B, C, H, W); it is called for what is not there yet."""
-        name = hashlib.sha256(json.dumps({**key, "count": count}, sort_keys=True).encode()).hexdigest()[:16]
-        path, progress = folder / f"{name}.npy", folder / f"{name}.done"
-        folder.mkdir(parents=True, exist_ok=True)
-        done = int(progress.read_text() or 0) if path.exists() and progress.exists() else 0
-        if done == 0:
-            progress.unlink(missing_ok=True)  # it may speak of an array that was removed
-            mean, _ = encode(np.arange(1))
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, 2, *mean.shape[1:])).flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a dead process at the first write below
-                with open(path, "r+b") as file:
-                    os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        try:
-            np.load(path, mmap_mode="r")  # refuses a file that is too short, where "r+" makes it longer
-            array = np.load(path, mmap_mode="r+")
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"the latent cache {path} is damaged ({error}); delete it and it is made again") from None
-        if done < count:
-            with tqdm(total=count, initial=done, desc="latents", unit="image") as bar:
-                for begin in range(done, count, chunk):
-                    indices = np.arange(begin, min(begin + chunk, count))
-                    moments = torch.stack(encode(indices), dim=1)  # (B, 2, C, H, W)
-                    array[indices] = moments.to(torch.float16).numpy()
-                    array.flush()
-                    progress.write_text(str(indices[-1] + 1))  # only after the numbers it speaks of
-                    bar.update(len(indices))
-        self.array = np.load(path, mmap_mode="r")
+        def rows(indices: np.ndarray) -> torch.Tensor:
+            return torch.stack(encode(indices), dim=1)  # (B, 2, C, H, W)
+
+        self.array = cached_rows(folder, cache_name(key, count=count), count, rows, chunk, "latent", "image")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -56,3 +81,35 @@ class LatentCache:
         """Mean and logvar of the pictures ``indices``, unit scale, (B, C, H, W) float32 each."""
         both = torch.from_numpy(self.array[indices]).float()  # (B, 2, C, H, W)
         return both[:, 0], both[:, 1]
+
+
+class TextCache:
+    """``states(texts)`` gives what a frozen text encoder makes of captions: hidden states (B, L, D) float32 and mask
+    (B, L) bool, from a memory-mapped fp16 array."""
+
+    def __init__(self, folder: Path, key: dict, texts: Sequence[str], encode: EncodeText, chunk: int = 128):
+        """``encode(texts)`` gives (B, L, D) and (B, L), the same L for every call; ``texts`` are all that will be asked
+        for, "" among them where captions are dropped. Their content is part of the cache's name."""
+        unique = sorted(set(texts))
+        if not unique:
+            raise ValueError("a text cache of no captions; valid: at least one")
+        self._row = {text: row for row, text in enumerate(unique)}
+        digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
+
+        def rows(indices: np.ndarray) -> torch.Tensor:
+            hidden, mask = encode([unique[index] for index in indices])  # (B, L, D), (B, L)
+            return torch.cat([hidden.cpu().float(), mask.cpu().float()[..., None]], dim=2)  # (B, L, D + 1)
+
+        self.array = cached_rows(folder, cache_name(key, texts=digest), len(unique), rows, chunk, "text state",
+                                 "caption")
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def states(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states (B, L, D) float32 and mask (B, L) bool; raises ValueError for a text that is not there."""
+        missing = next((text for text in texts if text not in self._row), None)
+        if missing is not None:
+            raise ValueError(f"the caption '{missing}' is not in the text cache; valid: one of its {len(self)} texts")
+        both = torch.from_numpy(self.array[[self._row[text] for text in texts]]).float()  # (B, L, D + 1)
+        return both[..., :-1], both[..., -1] > 0.5

@@ -26,6 +26,7 @@ import torch
 from data.emoji_build import FORMAT, build
 from data.emoji_captions import STYLE_WORDS, article, noun, plural, scene_captions, single_captions
 from data.emoji_scenes import PLAIN, canvas, contrasting, make_scene, over, scene_image
+from data.files import unit_hash
 
 STYLES = tuple(STYLE_WORDS)
 SPLITS = ("train", "validation", "test")
@@ -58,11 +59,6 @@ class EmojiConfig:
                 raise ValueError(f"{field}: {getattr(self, field)}; valid: {least} or more")
 
 
-def _unit(*parts: str) -> float:
-    """A hash of the parts as a number in [0, 1)."""
-    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:6], "big") / 2**48
-
-
 def load(config: EmojiConfig) -> tuple[list[dict], Path]:
     """Items of the folder, one a picture, and the path of the array, after checking that they belong together.
 
@@ -90,9 +86,17 @@ def load(config: EmojiConfig) -> tuple[list[dict], Path]:
     return [json.loads(line) for line in text.splitlines()], root / "images.npy"
 
 
+def content(config: EmojiConfig) -> str:
+    """Hash of what the folder holds, wherever it lies. Raises as ``load`` does."""
+    load(config)
+    manifest = json.loads((Path(config.root) / "manifest.json").read_text())
+    digests = [manifest["format"], manifest["items_sha256"], manifest.get("images_sha256")]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
 def assign(items: Sequence[dict]) -> list[tuple[str, str]]:
     """(split, held_out) of each item. A pair is held out only where all its names are trained on in another style."""
-    where = [("test", "name") if _unit("name", item["base"]) < NAME_SHARE else ("train", "") for item in items]
+    where = [("test", "name") if unit_hash("name", item["base"]) < NAME_SHARE else ("train", "") for item in items]
     names: dict[tuple[str, str], set[str]] = {}
     for item, (split, _) in zip(items, where):
         if split == "train":
@@ -101,7 +105,7 @@ def assign(items: Sequence[dict]) -> list[tuple[str, str]]:
     trained: dict[str, list[tuple[str, str]]] = {}  # base -> its pairs that are trained on
     wanted = []
     for pair in sorted(names):
-        draw = _unit("pair", *pair)
+        draw = unit_hash("pair", *pair)
         if PAIR_SHARE <= draw < PAIR_SHARE + VALIDATION_SHARE:
             split_of[pair] = ("validation", "")
             continue
@@ -129,7 +133,7 @@ def keep_tones(items: Sequence[dict], count: int) -> list[int]:
             names = styles.setdefault(item["base"], {})
             names[item["name"]] = names.get(item["name"], 0) + 1
     kept = {name for names in styles.values()
-            for name in sorted(names, key=lambda n: (-names[n], _unit("tone", n)))[:count]}
+            for name in sorted(names, key=lambda n: (-names[n], unit_hash("tone", n)))[:count]}
     return [row for row, item in enumerate(items) if not item["tone"] or item["name"] in kept]
 
 
@@ -206,9 +210,9 @@ class Emoji:
 
     def _background(self, row: int) -> str:
         item, seed = self.items[row], str(self.config.seed)
-        if _unit("background", seed, item["id"]) >= self.config.backgrounds:
+        if unit_hash("background", seed, item["id"]) >= self.config.backgrounds:
             return "white"
-        rng = np.random.default_rng(int(_unit("colour", seed, item["id"]) * 2**48))
+        rng = np.random.default_rng(int(unit_hash("colour", seed, item["id"]) * 2**48))
         return contrasting(rng, PLAIN, [item["rgb"]], 1)[0]
 
     def scene(self, number: int) -> dict:
@@ -276,7 +280,7 @@ def grid_prompts(config: EmojiConfig, subjects: int = 8) -> list[dict]:
     by_name = {item["name"]: item for item in items}
     candidates = [name for name in names_in_all_styles(items, config.styles)
                   if by_name[name]["group"] in SCENE_GROUPS and plural(by_name[name])]
-    candidates.sort(key=lambda name: _unit("grid", name))
+    candidates.sort(key=lambda name: unit_hash("grid", name))
     for k in range(subjects):
         turn = config.styles[k % len(config.styles)]
         fits = [name for name in candidates if name not in chosen and all(

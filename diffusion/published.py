@@ -22,7 +22,7 @@ KINDS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v
 LEADING = ("ddim", "pndm", "ddpm", "lcm")  # their spacing when nothing is said; of the others it is linspace
 SIGMAS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 FIXED: dict[str, tuple] = {
-    "trained_betas": (None,), "thresholding": (False,), "use_flow_sigmas": (False,), "use_lu_lambdas": (False, None),
+    "thresholding": (False,), "use_flow_sigmas": (False,), "use_lu_lambdas": (False, None),
     "algorithm_type": ("dpmsolver++",), "solver_type": ("midpoint", "bh2"), "predict_x0": (True,),
     "final_sigmas_type": ("zero",),
 }
@@ -42,16 +42,21 @@ def process_of_scheduler(config: Mapping[str, Any]) -> tuple[ScheduleConfig, Pre
             raise refused(key, config[key], valid)
     if sampler == "pndm" and not config.get("skip_prk_steps", False):
         raise refused("skip_prk_steps", False, (True,))
+    betas, steps = config.get("trained_betas"), config.get("num_train_timesteps", 1000)
+    if betas is not None and (not isinstance(betas, (list, tuple)) or len(betas) != steps
+                              or not all(isinstance(beta, (int, float)) for beta in betas)):
+        raise refused("trained_betas", betas, (None, f"one for each of {steps} steps"))
     kind = config.get("beta_schedule", "scaled_linear" if sampler == "lcm" else "linear")
     if kind not in KINDS:
         raise refused("beta_schedule", kind, KINDS)
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "sample", "v_prediction"):
         raise refused("prediction_type", prediction_type, ("epsilon", "sample", "v_prediction"))
-    betas = (0.00085, 0.012) if sampler in ("lcm", "heun") else (0.0001, 0.02)
+    ends = (0.00085, 0.012) if sampler in ("lcm", "heun") else (0.0001, 0.02)
     schedule = ScheduleConfig(
-        kind=cast(ScheduleKind, KINDS[kind]), steps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", betas[0]), beta_end=config.get("beta_end", betas[1]),
+        kind=cast(ScheduleKind, KINDS[kind] if betas is None else "betas"),
+        steps=steps, betas=None if betas is None else tuple(betas),
+        beta_start=config.get("beta_start", ends[0]), beta_end=config.get("beta_end", ends[1]),
         zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
     )
     return schedule, cast(PredictionType, prediction_type), sampling_of_scheduler(config, sampler)
@@ -76,12 +81,14 @@ def scheduler_of_process(schedule: ScheduleConfig, prediction_type: str, samplin
     kinds = {kind: name for name, kind in KINDS.items()}
     if sampling.sampler not in names:
         raise refused("sampler", sampling.sampler, names)
-    if schedule.kind not in kinds or schedule.shift != 1.0:
+    if schedule.kind not in (*kinds, "betas") or schedule.shift != 1.0:
         raise ValueError(f"schedule: kind {schedule.kind!r} with shift {schedule.shift}; valid for diffusers: "
-                         f"{', '.join(kinds)}, with shift 1")
+                         f"{', '.join(kinds)}, betas, with shift 1")
     config: dict[str, Any] = {
         "_class_name": names[sampling.sampler], "beta_start": schedule.beta_start, "beta_end": schedule.beta_end,
-        "beta_schedule": kinds[schedule.kind], "num_train_timesteps": schedule.steps,
+        "beta_schedule": kinds.get(schedule.kind, "linear"),
+        "trained_betas": None if schedule.betas is None else list(schedule.betas),
+        "num_train_timesteps": schedule.steps,
         "prediction_type": prediction_type, "rescale_betas_zero_snr": schedule.zero_terminal_snr,
     }
     sigmas = {name: key for key, name in SIGMAS.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.guidance import Denoise, GuidanceConfig, classifier_free_guidance
+from diffusion.guidance import Denoise, GuidanceConfig, autoguidance, classifier_free_guidance
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
 from diffusion.schedule import Schedule
@@ -65,14 +65,18 @@ class Edit:
 
 def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], Tensor], schedule: Schedule,
                    prediction_type: str, config: SamplingConfig, progress: Callable[[list], Iterable] = iter,
-                   edit: Edit | None = None, trace: list | None = None) -> Tensor:
+                   edit: Edit | None = None, trace: list | None = None, weak: Denoise | None = None) -> Tensor:
     """x_0 (B, C, H, W); the first draw of ``noise`` is x_T, later ones feed stochastic samplers.
 
-    conditional, doubled: as in `classifier_free_guidance`. progress: wraps the list of times, for a progress bar.
-    trace: a list that receives the predicted x_0 of every step. Raises ValueError when the schedule has fewer times
+    conditional, doubled: as in `classifier_free_guidance`. weak: pushed away from in place of the unconditional half of
+    `doubled`, as in `autoguidance`. progress: wraps the list of times, for a progress bar. trace: a list that receives
+    the predicted x_0 of every step. Raises ValueError when the schedule has fewer times
     than steps are asked for, and for a strength that leaves no step.
     """
-    denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
+    if weak is not None:
+        denoise = autoguidance(conditional, weak, config.guidance, schedule, prediction_type)
+    else:
+        denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
     times = visited_times(schedule, config, edit.strength if edit else 1.0)
     x = noise()
     if edit is not None and edit.keep is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffusion.spacing import Spacing, discrete_timesteps, flow_timesteps, shifted_time, sigma_grid
 
-ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"]
+ScheduleKind = Literal["linear", "scaled_linear", "cosine", "sigmoid", "betas", "flow"]
 
 # alpha_bar that stands in for 0 when a time *between* the last two integers is asked for under zero terminal SNR.
 SMALLEST_ALPHA_BAR = 2.0**-24
@@ -28,9 +28,11 @@ class ScheduleConfig:
     """Noise schedule of a model. Training and sampling must use the same one.
 
     kind: "linear" (Ho et al. 2020, with beta 1e-4 .. 0.02), "scaled_linear" (Stable Diffusion, with 8.5e-4 .. 0.012),
-        "cosine" (Nichol & Dhariwal 2021), "sigmoid" (Xu et al. 2022, GeoDiff) or "flow" (straight paths).
+        "cosine" (Nichol & Dhariwal 2021), "sigmoid" (Xu et al. 2022, GeoDiff), "betas" (any, given as `betas`) or
+        "flow" (straight paths).
     steps: T, the number of discrete times; for "flow" the unit of `network_time`.
-    beta_start, beta_end: ends of the betas; "cosine" and "flow" do not read them.
+    beta_start, beta_end: ends of the betas; "cosine", "betas" and "flow" do not read them.
+    betas: the T variances of kind "betas", each above 0 and below 1.
     zero_terminal_snr: rescale so that the last time holds no signal (Lin et al. 2023, algorithm 1).
     shift: divides alpha_t / sigma_t by this number. A picture with m^2 times the pixels needs m times more noise to
         hide the same content (Hoogeboom et al. 2023; Esser et al. 2024, eq. 23); `resolution_shift` computes it.
@@ -41,6 +43,7 @@ class ScheduleConfig:
     steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    betas: tuple[float, ...] | None = None
     zero_terminal_snr: bool = False
     shift: float = 1.0
 
@@ -52,6 +55,13 @@ class ScheduleConfig:
         if not 0.0 < self.beta_start <= self.beta_end < 1.0:
             raise ValueError(f"beta_start: value {self.beta_start} with beta_end {self.beta_end}; "
                              "valid: 0 < beta_start <= beta_end < 1")
+        if (self.betas is not None) != (self.kind == "betas"):
+            raise ValueError(f"betas: {'none' if self.betas is None else len(self.betas)} with kind {self.kind!r}; "
+                             "valid: a list of numbers with kind 'betas', none with another")
+        if self.betas is not None and len(self.betas) != self.steps:
+            raise ValueError(f"betas: {len(self.betas)} with steps {self.steps}; valid: one for each step")
+        if wrong := [beta for beta in self.betas or () if not 0.0 < beta < 1.0]:
+            raise ValueError(f"betas: value {wrong[0]}; valid: above 0 and below 1")
         if self.shift <= 0.0 or not math.isfinite(self.shift):
             raise ValueError(f"shift: value {self.shift}; valid: a positive number, 1 for no shift")
         if self.zero_terminal_snr and self.kind == "flow":
@@ -221,6 +231,8 @@ def discrete_alpha_bar(config: ScheduleConfig) -> Tensor:
 def betas(config: ScheduleConfig) -> Tensor:
     """Variance added at each step, (T,) fp64."""
     steps, start, end = config.steps, config.beta_start, config.beta_end
+    if config.betas is not None:
+        return torch.tensor(config.betas, dtype=torch.float64)
     if config.kind == "linear":
         # Ho et al. 2020, section 4
         return torch.linspace(start, end, steps, dtype=torch.float64)
@@ -235,7 +247,7 @@ def betas(config: ScheduleConfig) -> Tensor:
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
         return (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
-    raise ValueError(f"kind: value {config.kind!r} has no betas; valid: linear, scaled_linear, sigmoid, cosine")
+    raise ValueError(f"kind: value {config.kind!r} has no betas; valid: linear, scaled_linear, sigmoid, cosine, betas")
 
 
 def zero_terminal_snr_alpha_bar(alpha_bar: Tensor) -> Tensor:

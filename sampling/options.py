@@ -6,9 +6,20 @@ from pathlib import Path
 
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import SamplingConfig
-from pipeline import TextToImage, with_options
+from pipeline import TextToImage, weaker, with_options
 from prompts import alternatives
-from sampling.request import AXES, CHUNKS, LAST_SEED, MOST_CHUNKS, Request, crossed, interpolated, parse_axis
+from sampling.request import (
+    AXES,
+    CHUNKS,
+    LAST_SEED,
+    MOST_CHUNKS,
+    SETTINGS,
+    Request,
+    crossed,
+    interpolated,
+    parse_axis,
+    with_settings,
+)
 from training.device import default_device
 
 LARGEST = 100_000  # pictures of one call
@@ -16,9 +27,10 @@ RUN = "runs/shapes"
 STRENGTH = 0.6  # of image to image; inpainting begins from noise
 REFINEMENTS, MOST_REFINEMENTS = 3, 100
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
-         ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"))
+         ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
+         ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
-OF_VERIFY = {"verify", "run", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
+OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="sampler steps")
     add("--sampler", help=", ".join(SAMPLERS))
     add("--guidance", type=float, metavar="W", help="guidance scale; 1 is off")
+    add("--weak", metavar="PATH", help="autoguidance: push away from a smaller or less trained network instead of the "
+        "empty prompt; a run folder with the same autoencoder, or an earlier state of this run "
+        "(state/denoiser/step_*.pt)")
+    add("--set", nargs="+", metavar="NAME=VALUE", dest="settings", help="settings without a flag of their own: "
+        f"{', '.join(SETTINGS)}")
     add("--size", metavar="N or HxW", help="pixels of a picture (what the model was trained at)")
     add("--tiled", action="store_true", help="decode in tiles: less memory, approximate")
     add("--batch", type=int, help="pictures computed at a time (64, with --pretrained 1)")
@@ -78,7 +95,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given = {name for name, value in vars(options).items() if value != reader.get_default(name) and value != []}
 
     def flag(name: str) -> str:
-        return "a prompt" if name == "prompt" else "--" + name.replace("_", "-")
+        return {"prompt": "a prompt", "settings": "--set"}.get(name, "--" + name.replace("_", "-"))
 
     if options.verify and (wrong := sorted(given - OF_VERIFY)):
         raise ValueError(f"{flag(wrong[0])} with --verify; valid: a picture has its own settings, only --run, "
@@ -134,7 +151,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 def requests_of(options: argparse.Namespace, prompts: list[str], base: SamplingConfig) -> list[Request]:
     """Every picture that is asked for. Raises ValueError for settings that cannot be or do not go together."""
     scale = 1.0 if options.invert and options.guidance is None else options.guidance
-    config = with_options(base, options.sampler, options.steps, scale)
+    config = with_settings(with_options(base, options.sampler, options.steps, scale), options.settings or [])
     if options.invert and config.sampler != "ddim":
         raise ValueError(f"--invert with sampler {config.sampler}; valid: --sampler ddim, whose steps can be undone")
     strength = None
@@ -167,6 +184,8 @@ def crossed_requests(options: argparse.Namespace, prompts: list[str], first: Req
                          "prompt=ONE|ANOTHER as a parameter")
     if "strength" in names and not options.init:
         raise ValueError("--xy strength without --init; valid: both")
+    if "negative" in names and options.weak:
+        raise ValueError("--xy negative with --weak; valid: one of them")
     if "prompt" in names and (options.prompt or options.prompts):
         raise ValueError("a prompt with --xy prompt; valid: one of them")
     if (count := math.prod(len(axis.values) for axis in axes)) > LARGEST:
@@ -175,7 +194,8 @@ def crossed_requests(options: argparse.Namespace, prompts: list[str], first: Req
 
 
 def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
-    """The system that is asked for, drawing at the size asked for, and the folder or file that it is in."""
+    """The system that is asked for, with its weaker one, drawing at the size asked for, and the folder or file that it
+    is in."""
     if options.pretrained:
         source = Path(options.pretrained)
         system = TextToImage.from_pretrained(source, default_device(), options.tokenizer, options.prediction)
@@ -186,5 +206,7 @@ def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
         if not (size := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", options.size)):
             raise ValueError(f"--size {options.size}; valid: N, or HxW, in pixels")
         system.set_size(int(size[1]), int(size[2] or size[1]))
+    if options.weak is not None:
+        system.guide = weaker(system, options.weak)
     system.tiled = options.tiled
     return system, source

@@ -1,9 +1,10 @@
 """One picture that is asked for: everything that decides its pixels beside the weights, and back from metadata."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from diffusion.sampling import SamplingConfig
+from diffusion.spacing import Spacing
 from pipeline import with_options
 from prompts import Prompt, parse_prompt
 from training.config import ConfigError, from_dict, to_dict
@@ -87,7 +88,35 @@ def request_of(settings: dict[str, Any]) -> Request:
                                **{key: settings[key] for key in OWN if key in settings}})
 
 
-# ---- axes of X/Y grids
+# ---- parameters by name: axes of X/Y grids, and --set
+
+def switch(text: str) -> bool:
+    """true or false."""
+    if text not in ("true", "false"):
+        raise ValueError(text)
+    return text == "true"
+
+
+def span(text: str) -> tuple[float, float] | None:
+    """low:high, or off for None."""
+    if text == "off":
+        return None
+    low, high = text.split(":")
+    return float(low), float(high)
+
+
+OF_REQUEST: dict[str, Callable[[str], Any]] = {"seed": int, "strength": float, "prompt": str, "negative": str,
+                                               "chunks": int}
+OF_GUIDANCE: dict[str, Callable[[str], Any]] = {
+    "method": str, "interval": span, "rescale": float, "apg_parallel": float, "apg_norm": float, "apg_momentum": float,
+    "zero_init": float, "threshold": float, "threshold_limit": float}
+OF_SAMPLING: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float, "sampler": str}
+SETTINGS: dict[str, Callable[[str], Any]] = {
+    "spacing": str, "eta": float, "order": int, "offset": int, "clean_end": switch, **OF_GUIDANCE}  # without a flag
+AXES = {**OF_SAMPLING, **OF_REQUEST, **SETTINGS}
+NOUNS: dict[Callable[[str], Any], str] = {int: "a whole number", float: "a number", switch: "true or false",
+                                          span: "LOW:HIGH or off"}
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -98,12 +127,17 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in self.values]
+        texts = [written(value) for value in self.values]
         return texts if self.name == "prompt" else [f"{self.name} {text}" for text in texts]
 
 
-AXES: dict[str, type] = {"steps": int, "guidance": float, "sampler": str, "seed": int, "strength": float, "prompt": str,
-                         "negative": str, "spacing": str, "eta": float, "order": int}
+def written(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None:
+        return "off"
+    if isinstance(value, (bool, str)):
+        return str(value).lower() if isinstance(value, bool) else value
+    return ":".join(f"{part:g}" for part in value) if isinstance(value, tuple) else f"{value:g}"
 
 
 def parse_axis(text: str) -> Axis:
@@ -115,21 +149,42 @@ def parse_axis(text: str) -> Axis:
     if not equals or name not in AXES:
         raise ValueError(f"--xy {text}; valid: PARAMETER=VALUE,VALUE with one of {', '.join(AXES)}")
     words = [word.strip() for word in values.split("|" if "|" in values or name in ("prompt", "negative") else ",")]
-    kind = AXES[name]
     try:
-        return Axis(name, tuple(kind(word) for word in words))
+        return Axis(name, tuple(AXES[name](word) for word in words))
     except ValueError:
-        noun = "a whole number" if kind is int else "a number"
-        raise ValueError(f"--xy {text}; valid: {noun} between the commas") from None
+        raise ValueError(f"--xy {text}; valid: {NOUNS[AXES[name]]} between the commas") from None
+
+
+def with_settings(config: SamplingConfig, texts: Sequence[str]) -> SamplingConfig:
+    """``config`` with ``NAME=VALUE`` for settings that have no flag of their own; raises ValueError for others."""
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in SETTINGS:
+            raise ValueError(f"--set {text}; valid: NAME=VALUE with one of {', '.join(SETTINGS)}")
+        try:
+            parsed = SETTINGS[name](value.strip())
+        except ValueError:
+            raise ValueError(f"--set {text}; valid: {NOUNS[SETTINGS[name]]}") from None
+        config = configured(config, name, parsed)
+    return config
+
+
+def configured(config: SamplingConfig, name: str, value: Any) -> SamplingConfig:
+    """``config`` with one parameter of OF_SAMPLING or SETTINGS set; raises ValueError for a value out of range."""
+    if name == "guidance":
+        return with_options(config, scale=value)
+    if name in OF_GUIDANCE:
+        return replace(config, guidance=replace(config.guidance, **{name: value}))
+    if name == "spacing" and value not in get_args(Spacing):
+        raise ValueError(f"spacing: value {value!r}; valid: {', '.join(get_args(Spacing))}")
+    return replace(config, **{name: value})
 
 
 def with_value(request: Request, name: str, value: Any) -> Request:
     """``request`` with one parameter of AXES set; raises ValueError for a value out of range."""
-    if name in ("seed", "strength", "prompt", "negative"):
+    if name in OF_REQUEST:
         return replace(request, **{name: value})
-    if name == "guidance":
-        return replace(request, config=with_options(request.config, scale=value))
-    return replace(request, config=replace(request.config, **{name: value}))
+    return replace(request, config=configured(request.config, name, value))
 
 
 def crossed(request: Request, axes: Sequence[Axis]) -> list[Request]:
@@ -141,3 +196,14 @@ def crossed(request: Request, axes: Sequence[Axis]) -> list[Request]:
 def interpolated(first: Request, prompt: str, seed: int, count: int) -> list[Request]:
     """``count`` requests on the way from one to another prompt and seed, both ends included."""
     return [replace(first, toward=Toward(prompt, seed, k / (count - 1))) for k in range(count)]
+
+
+def described(config: SamplingConfig) -> dict[str, str]:
+    """Sampler, steps and guidance in words, and every other setting that is not as it is when nothing is said."""
+    words = {"sampler": config.sampler, "steps": f"{config.steps} steps",
+             "guidance": f"guidance {config.guidance.scale:g}"}
+    for name in SETTINGS:
+        settings: Any = config.guidance if name in OF_GUIDANCE else config
+        if (value := getattr(settings, name)) != getattr(type(settings)(), name):
+            words[name] = f"{name} {written(value)}"
+    return words

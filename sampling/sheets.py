@@ -8,7 +8,7 @@ from eval.grid import axes_grid, grid, heated, save_gif, save_grid, save_sheet
 from model.attention_maps import AttentionMaps
 from pipeline import TextToImage
 from prompts import chunks_of
-from sampling.request import Request, parse_axis
+from sampling.request import Request, described, parse_axis
 
 SHOWN = 256  # pictures of a grid; one of thousands is no picture to look at
 
@@ -42,17 +42,15 @@ def save_overview(images: torch.Tensor, requests: list[Request], xy: list[str] |
     if xy:
         axes = [parse_axis(text) for text in xy]
         rows = axes[1].labels if len(axes) == 2 else [""]
-        fixed = {"sampler": config.sampler, "steps": f"{config.steps} steps",
-                 "guidance": f"guidance {config.guidance.scale:g}", "seed": f"seed {requests[0].seed}",
-                 "prompt": requests[0].prompt}
+        fixed = {**described(config), "seed": f"seed {requests[0].seed}", "prompt": requests[0].prompt}
         title = ", ".join(text for key, text in fixed.items() if key not in {axis.name for axis in axes})
         save_sheet(axes_grid(images, axes[0].labels, rows, title=f"{name}: {title}"), out / "xy.png")
         return out / "xy.png"
     labels = [label_of(request) for request in requests][: len(images)]
     if original is not None:
         images, labels = torch.cat([original[None], images]), ["given", *labels]
-    save_sheet(grid(images, labels, columns=min(8, len(images)), title=(
-        f"{name}: {config.sampler}, {config.steps} steps, guidance {config.guidance.scale:g}")), out / "grid.png")
+    save_sheet(grid(images, labels, columns=min(8, len(images)),
+                    title=f"{name}: {', '.join(described(config).values())}"), out / "grid.png")
     return out / "grid.png"
 
 

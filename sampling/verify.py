@@ -42,6 +42,14 @@ class Exact:
 
 
 @dataclass(frozen=True)
+class Guide:
+    """The weaker network of autoguidance: the name of its folder or file, and its weights as in ``Call``."""
+
+    name: str
+    weights: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Call:
     """What every picture of a call shares beside its request: model, size, pictures it was made from."""
 
@@ -51,6 +59,7 @@ class Call:
     size: str | None = None
     tiled: bool = False
     exact: Exact | None = None
+    weak: Guide | None = None
     init: SourceFile | None = None
     mask: SourceFile | None = None
     invert: SourceFile | None = None
@@ -70,9 +79,10 @@ def shared_settings(system: TextToImage, source: Path, options: argparse.Namespa
     """The metadata that the pictures of a call share; what is as it is when nothing is said is left out."""
     call = Call(hashes(system), run=None if options.pretrained else source.name,
                 pretrained=source.name if options.pretrained else None, size=options.size, tiled=options.tiled,
-                exact=Exact(torch.get_num_threads()) if options.exact else None, init=SourceFile.of(options.init),
-                mask=SourceFile.of(options.mask), invert=SourceFile.of(options.invert),
-                refinements=options.refinements if options.invert else None)
+                exact=Exact(torch.get_num_threads()) if options.exact else None,
+                weak=Guide(Path(options.weak).name, hashes(system.guide)) if system.guide else None,
+                init=SourceFile.of(options.init), mask=SourceFile.of(options.mask),
+                invert=SourceFile.of(options.invert), refinements=options.refinements if options.invert else None)
     return {key: value for key, value in to_dict(call).items() if value not in (None, False)}
 
 
@@ -96,10 +106,9 @@ def verified(path: str, options: argparse.Namespace) -> tuple[bool, str]:
         raise ValueError(f"{path} holds settings that cannot be drawn: {error}") from None
     flags = flags_of(path, call, options)
     system, source = load_system(flags)
-    if call.weights != (found := hashes(system)):
-        name = min(name for name in {**call.weights, **found} if call.weights.get(name) != found.get(name))
-        raise ValueError(f"{path} was made with other weights than those in {source}: {name} has the hash "
-                         f"{call.weights.get(name)} there and {found.get(name)} here")
+    check_weights(path, call.weights, hashes(system), source)
+    if call.weak and system.guide:
+        check_weights(path, call.weak.weights, hashes(system.guide), Path(flags.weak))
     sources = sources_of(flags)
     with exact_arithmetic(call.exact.threads if call.exact else torch.get_num_threads()):
         check(system, [request], sources)
@@ -108,11 +117,24 @@ def verified(path: str, options: argparse.Namespace) -> tuple[bool, str]:
     return comparison(path, again, call.exact is not None)
 
 
+def check_weights(path: str, made: dict[str, str], found: dict[str, str], source: Path) -> None:
+    """Raise ValueError naming a file of ``source`` that is another than the one that a picture was made with."""
+    if made != found:
+        name = min(name for name in {**made, **found} if made.get(name) != found.get(name))
+        raise ValueError(f"{path} was made with other weights than those in {source}: {name} has the hash "
+                         f"{made.get(name)} there and {found.get(name)} here")
+
+
 def flags_of(path: str, call: Call, options: argparse.Namespace) -> argparse.Namespace:
     """The flags that made a picture: its own, with the model and the pictures named on the command line."""
     if call.pretrained and not options.run and not options.pretrained:
         raise ValueError(f"{path} was made with the checkpoint {call.pretrained!r}; valid: --pretrained PATH beside "
                          "--verify")
+    if call.weak and not options.weak:
+        raise ValueError(f"{path} was made with the weaker network {call.weak.name!r}; valid: --weak PATH beside "
+                         "--verify")
+    if options.weak and not call.weak:
+        raise ValueError(f"{path} was not made with --weak; valid: --verify without it")
     run = options.run or (None if options.pretrained else str(Path("runs") / Path(call.run or "").name))
     for name in ("init", "mask", "invert"):
         given, known = getattr(options, name), getattr(call, name)
@@ -122,7 +144,7 @@ def flags_of(path: str, call: Call, options: argparse.Namespace) -> argparse.Nam
             raise ValueError(f"{path} was not made with --{name}; valid: --verify without it")
         if given and file_hash(given) != known.sha256:
             raise ValueError(f"{path} was made from another picture than {given}; valid: the same bytes")
-    names = ("pretrained", "init", "mask", "invert", "tokenizer", "prediction")
+    names = ("pretrained", "weak", "init", "mask", "invert", "tokenizer", "prediction")
     return argparse.Namespace(run=run, size=call.size, tiled=call.tiled, exact=call.exact is not None,
                               refinements=call.refinements, **{name: getattr(options, name) for name in names})
 

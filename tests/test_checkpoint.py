@@ -70,7 +70,7 @@ def test_newest_are_kept_and_the_newest_is_read(checkpoints):
     killed.write_bytes(b"half")
     checkpoints.save(40, state(40))
     assert not killed.exists()
-    assert meta == {"step": 30, "sha256": file_hash(checkpoints.folder / "step_00000030.pt")}
+    assert meta == {"step": 30, "regular": True, "sha256": file_hash(checkpoints.folder / "step_00000030.pt")}
     assert Checkpoints(checkpoints.folder / "nothing").latest() is None
 
 

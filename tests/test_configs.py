@@ -2,11 +2,13 @@
 import hashlib
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sample
 import train
@@ -19,10 +21,21 @@ from model.unet import UNet
 from training.experiment import STAGES, load_experiment
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml")
+                 if "\nautoencoder:" in path.read_text(encoding="utf-8"))  # those that draw pictures
 LARGEST = 150e6  # parameters that are stepped as they are; a larger config needs an entry in SMALLER
-SMALLER: dict[str, list[str]] = {}
-ONCE = ["autoencoder.train.steps=1", "autoencoder.train.batch=2", "autoencoder.validation=2", "denoiser.train.steps=1",
+TEXT = ["denoiser.text_encoder.width=64", "denoiser.text_encoder.heads=2", "denoiser.text_encoder.layers=2",
+        "denoiser.text_encoder.mlp_width=128", "denoiser.unet.context_width=64"]
+SMALLER: dict[str, list[str]] = {  # the same shape with fewer channels, on smaller pictures
+    "coco_256": [*TEXT, "autoencoder.model.channels=[32, 32, 64]", "denoiser.unet.channels=[64, 64, 128]",
+                 "data.folder.size=64"],
+    "sd15_512": [*TEXT, "autoencoder.model.channels=[32, 32, 64, 64]", "denoiser.unet.channels=[32, 64, 64, 64]",
+                 "data.shards.size=64"],
+}
+PHOTOGRAPHS = {"flowers102": "folder", "coco_captions": "folder", "shards": "shards"}  # what stands in for a source
+ONCE = [*(f"{stage}.train.{setting}" for stage in ("autoencoder", "denoiser")
+          for setting in ("workers=0", "accumulate=1", "parallel=ddp", "compile=false", "snapshots.every=0")),
+        "autoencoder.train.steps=1", "autoencoder.train.batch=2", "autoencoder.validation=2", "denoiser.train.steps=1",
         "denoiser.train.batch=2", "denoiser.images=4", "denoiser.validation=2", "sampling.steps=2",
         "preview_prompts=[a red star, two hats]"]
 
@@ -53,6 +66,23 @@ def emoji_folder(root: Path, size: int) -> Path:
     return root
 
 
+def photographs(root: Path, kind: str) -> list[str]:
+    """Two dozen captioned pictures as a folder or as a tar; the overrides that name it."""
+    root.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(24):
+        Image.fromarray(draw.integers(0, 256, (70, 80, 3), dtype=np.uint8)).save(root / f"{number:03d}.png")
+        (root / f"{number:03d}.txt").write_text(f"picture number {number}, of nothing")
+    if kind == "shards":
+        files = sorted(root.iterdir())
+        with tarfile.open(root / "00000.tar", "w") as tar:
+            for file in files:
+                tar.add(file, file.name)
+                file.unlink()
+    return [f"data.source={kind}", f"data.{kind}.root={root}", f"data.{kind}.validation=0.3",
+            f"data.{kind}.test=0.3"]
+
+
 def networks(experiment) -> dict[str, torch.nn.Module]:
     with torch.device("meta"):
         found: dict[str, torch.nn.Module] = {"autoencoder": Autoencoder(experiment.autoencoder.model)}
@@ -62,13 +92,21 @@ def networks(experiment) -> dict[str, torch.nn.Module]:
 
 
 def test_there_are_configs():
-    assert {"shapes", "emoji"} <= {path.stem for path in CONFIGS}
+    assert {"shapes", "emoji", "flowers102_64", "coco_256", "sd15_512"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name", ["flowers102_64", "coco_256", "sd15_512"])
+def test_what_has_not_been_run_says_what_is_an_estimate(name):
+    head = (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8").split("\nname:")[0]
+    for word in ("Memory", "Speed", "Cost"):
+        assert re.search(rf"^# {word}: +estimated", head, re.MULTILINE), word
+    assert re.search(r"^# Expected: not run", head, re.MULTILINE)
 
 
 def test_it_opens_with_its_command_its_cost_and_its_result(path):
     head = path.read_text(encoding="utf-8").split("\nname:")[0]
     assert all(line.startswith("#") for line in head.splitlines() if line)
-    assert f"python train.py configs/{path.name}" in head
+    assert f"train.py configs/{path.name}" in head
     for word in ("Command", "Cost", "Expected"):
         assert re.search(rf"^# {word}: +\S", head, re.MULTILINE), word
 
@@ -101,6 +139,11 @@ def test_it_is_stepped_once_and_sampled(path, tmp_path):
     if experiment.data.source == "emoji":
         overrides += [f"data.emoji.root={emoji_folder(tmp_path / 'emoji', experiment.data.size)}",
                       "data.emoji.held_out_scenes=4"]
+    elif experiment.data.source in PHOTOGRAPHS:
+        kind = PHOTOGRAPHS[experiment.data.source]
+        overrides += photographs(tmp_path / "photographs", kind)
+        if not any(text.startswith(f"data.{kind}.size=") for text in overrides):
+            overrides.append(f"data.{kind}.size={experiment.data.size}")
     else:
         overrides += ["data.shapes.train=40", "data.shapes.validation=4", "data.shapes.test=4"]
     run = tmp_path / "run"

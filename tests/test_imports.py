@@ -20,9 +20,11 @@ ALLOWED = {
     "prompts": set(),
     "pipeline": {"prompts", "training", *LEAVES},
     "sampling": {"sampling", "pipeline", "prompts", "training", *LEAVES},
-    **{command: {"sampling", "pipeline", "prompts", "training", *LEAVES} for command in COMMANDS},
-    "benchmarks": {"benchmarks", "sampling", "pipeline", "prompts", "training", *LEAVES, *COMMANDS},
-    "tests": {"tests", "conftest", "benchmarks", "sampling", "pipeline", "prompts", "training", *LEAVES, *COMMANDS},
+    "evaluation": {"evaluation", "pipeline", "prompts", "training", *LEAVES},
+    **{command: {"sampling", "evaluation", "pipeline", "prompts", "training", *LEAVES} for command in COMMANDS},
+    "benchmarks": {"benchmarks", "sampling", "evaluation", "pipeline", "prompts", "training", *LEAVES, *COMMANDS},
+    "tests": {"tests", "conftest", "benchmarks", "sampling", "evaluation", "pipeline", "prompts", "training", *LEAVES,
+              *COMMANDS},
 }
 OURS = set(ALLOWED)
 SKIPPED = {"runs", "build", "dist"}

@@ -79,8 +79,14 @@ def test_p2_and_soft_min_snr_formulas():
     t = torch.arange(0, 1000, 37)
     snr = VP.snr(t)
     alpha, sigma = VP.alpha(t), VP.sigma(t)
-    torch.testing.assert_close(loss_weight(alpha, sigma, "epsilon", "p2"), 1 / (1 + snr))
-    torch.testing.assert_close(loss_weight(alpha, sigma, "sample", "soft_min_snr", 4.0), 4 * snr / (4 + snr))
+    soft = 4 * snr / (4 + snr)
+    for kind, p2, soft_min_snr in (
+            ("epsilon", 1 / (1 + snr), soft / snr), ("sample", snr / (1 + snr), soft),
+            ("v_prediction", snr / (1 + snr) ** 2, soft / (1 + snr)),
+            ("flow", snr / (1 + snr) / ((alpha + sigma) / sigma) ** 2, soft / ((alpha + sigma) / sigma) ** 2)):
+        torch.testing.assert_close(loss_weight(alpha, sigma, kind, "p2"), p2, rtol=2e-5, atol=0.0)
+        torch.testing.assert_close(loss_weight(alpha, sigma, kind, "soft_min_snr", 4.0), soft_min_snr, rtol=2e-5,
+                                   atol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["uniform", "stratified", "sobol"])

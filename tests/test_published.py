@@ -18,6 +18,7 @@ CASES = [
                        "prediction_type": "v_prediction"}),
     ("PNDMScheduler", {**STABLE, "skip_prk_steps": True, "steps_offset": 1}),
     ("DDPMScheduler", {"num_train_timesteps": 200, "timestep_spacing": "linspace"}),
+    ("DDIMScheduler", {"trained_betas": [0.1, 0.01, 0.3, 0.2] * 5, "num_train_timesteps": 20}),
     ("LCMScheduler", {}), ("HeunDiscreteScheduler", {}), ("EulerDiscreteScheduler", STABLE),
     ("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
     ("DPMSolverMultistepScheduler", {**STABLE, "solver_order": 3, "use_karras_sigmas": True}),

@@ -1,25 +1,22 @@
-"""sample.py beyond plain prompts: editing, interpolation, inversion, sheets, grids, exact bytes and verification."""
-import json
-import shutil
+"""sample.py beyond plain prompts: editing, interpolation, inversion, frames and attention; mistakes are one line."""
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
+from sample_calls import PROMPT, draw, given_pictures, parameters, pixels
 
 import sample
 from diffusion.noise import PerImageNoise
 from diffusion.tasks import slerp
-from eval.grid import PAPER, axes_grid, heated
+from eval.grid import heated
 from model.attention_maps import AttentionMaps, watched
 from pipeline import TextToImage
 from prompts import chunks_of, parse_prompt
 from sampling.draw import Sources, drawn_latents, edit_of
 from sampling.files import read_mask, read_picture
-from sampling.request import AXES, Request, Toward, crossed, parse_axis, request_of, settings_of
-
-PROMPT = "a small red star"
+from sampling.request import Request, Toward
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +26,7 @@ def system(tiny_run) -> TextToImage:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, str]:
-    """Pictures to start from, good and bad, by name."""
-    folder = tmp_path_factory.mktemp("given")
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(folder / "INIT.png")
-    mask = np.zeros((32, 32), dtype=np.uint8)
-    mask[5:20, 9:23] = 255  # on no boundary of the latent
-    Image.fromarray(mask).save(folder / "MASK.png")
-    Image.fromarray(mask[:16]).save(folder / "SMALL.png")
-    (folder / "TEXT.png").write_text("no picture")
-    (folder / "CUT.png").write_bytes((folder / "INIT.png").read_bytes()[:900])
-    Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(folder / "DEEP.png")
-    return {path.stem: str(path) for path in folder.iterdir()}
-
-
-def draw(tiny_run, out: Path, *arguments: str) -> dict[str, Path]:
-    """Call sample.py; the files it wrote by name."""
-    assert sample.main(["--run", str(tiny_run), "--out", str(out), "--steps", "3", *arguments]) == 0
-    return {path.name: path for path in sorted(Path(out).iterdir())}
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
-
-
-def parameters(path: Path) -> dict:
-    with Image.open(path) as picture:
-        return json.loads(picture.text["parameters"])
+    return given_pictures(tmp_path_factory.mktemp("given"))
 
 
 # ---- prompts on the command line
@@ -220,211 +190,6 @@ def test_heat_goes_from_black_to_white():
     assert hot[:, 0, 0].tolist() == [0, 0, 0] and hot[:, 0, -1].tolist() == [178, 178, 178]
     red, green, blue = hot[:, 0, 3].tolist()
     assert red > green > blue == 0
-
-
-def test_xy_grid_is_every_combination(tiny_run, tmp_path):
-    files = draw(tiny_run, tmp_path / "a", PROMPT, "--xy", "steps=1,2,3", "guidance=1,4")
-    data = [parameters(path) for name, path in files.items() if name != "xy.png"]
-    assert [(d["steps"], d["guidance"]["scale"]) for d in data] == [(s, g) for g in (1, 4) for s in (1, 2, 3)]
-    sheet = pixels(files["xy.png"])
-    names = [name for name in files if name != "xy.png"]
-    left, top = sheet.shape[1] - 3 * 136, sheet.shape[0] - 2 * 136
-    for k, name in enumerate(names):
-        y, x = top + k // 3 * 136, left + k % 3 * 136
-        assert (sheet[y:y + 128, x:x + 128] == pixels(files[name]).repeat(4, 0).repeat(4, 1)).all()
-    alone = draw(tiny_run, tmp_path / "b", PROMPT, "--steps", "2", "--guidance", "4")
-    assert np.abs(pixels(files[names[4]]) - pixels(alone["00000_a-small-red-star_seed0.png"])).max() <= 1
-
-
-@pytest.mark.parametrize("axes, cells", [
-    (["sampler=ddim,ddpm", "seed=1,2"], [("ddim", 1), ("ddpm", 1), ("ddim", 2), ("ddpm", 2)]),
-    (["prompt=a star|a moon, at night", "spacing=trailing,leading"],
-     [("a star", "trailing"), ("a moon, at night", "trailing"),
-      ("a star", "leading"), ("a moon, at night", "leading")]),
-    (["negative=red|blue"], [("red",), ("blue",)])])
-def test_xy_over_other_parameters(tiny_run, tmp_path, axes, cells):
-    prompt = [] if axes[0].startswith("prompt") else [PROMPT]
-    files = draw(tiny_run, tmp_path, *prompt, "--xy", *axes)
-    names = [axis.partition("=")[0] for axis in axes]
-    assert [tuple(parameters(path)[name] for name in names)
-            for file, path in files.items() if file != "xy.png"] == cells
-
-
-def test_every_axis_changes_its_parameter(system):
-    base = Request(PROMPT, 0, system.experiment.sampling, strength=0.5)
-    values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
-              "negative": "c", "spacing": "leading", "eta": "0.5", "order": "1"}
-    assert values.keys() == AXES.keys()
-    for name, value in values.items():
-        [request] = crossed(base, [parse_axis(f"{name}={value}")])
-        given = {**settings_of(request), "guidance": request.config.guidance.scale}
-        assert request != base and str(given[name]) == value
-
-
-def test_labels_stand_on_top_and_at_the_left():
-    images = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
-    sheet = np.asarray(axes_grid(images, ["steps 5", "steps 10", "steps 20"], ["guidance 1", "guidance 3"], cell=32))
-    dark = (sheet == 0).all(axis=2)
-    left, top = np.argmax(dark.any(axis=0)), np.argmax(dark.any(axis=1))
-    assert dark.sum() == 6 * 32 * 32
-    for part in (sheet[:top, left:left + 40], sheet[:top, left + 40:left + 80], sheet[top:top + 32, :left],
-                 sheet[top + 40:top + 72, :left]):
-        assert (part != PAPER).any()
-    with pytest.raises(ValueError, match="6 pictures for 2 rows of 2"):
-        axes_grid(images, ["a", "b"], ["c", "d"])
-
-
-# ---- exact, metadata, verify
-
-def test_exact_bytes_do_not_depend_on_the_batch(tiny_run, tmp_path, system, monkeypatch):
-    """64 pictures at batch 1, 7 and 64. The network is called with one picture and its unconditional twin."""
-    prompts = [f"{count} {colour} {kind}" for count in ("a", "two") for colour in ("red", "blue", "green", "pink")
-               for kind in ("star", "moon", "circle", "square")]
-    sizes, forward = set(), type(system.unet).forward
-    monkeypatch.setattr(type(system.unet), "forward", lambda self, x, *rest, **named: sizes.add(len(x)) or forward(
-        self, x, *rest, **named))
-    made = []
-    for batch in ("1", "7", "64"):
-        files = draw(tiny_run, tmp_path / batch, *prompts, "--n", "2", "--steps", "2", "--batch", batch, "--exact")
-        made.append({name: path.read_bytes() for name, path in files.items()})
-    assert len(made[0]) == 65 and made[0] == made[1] == made[2] and sizes == {2}
-    name = "00041_two-blue-star_seed41.png"
-    alone = draw(tiny_run, tmp_path / "alone", "two blue star", "--seed", "41", "--steps", "2", "--exact")
-    assert alone["00000_two-blue-star_seed41.png"].read_bytes() == made[0][name]  # nor on the place
-    assert parameters(tmp_path / "7" / name)["exact"] == {"threads": torch.get_num_threads()}
-
-
-def test_no_metadata_leaves_nothing(tiny_run, tmp_path):
-    files = draw(tiny_run, tmp_path, PROMPT, "--no-metadata", "--frames", "2", "--attention")
-    for name, path in files.items():
-        if name.endswith(".png"):
-            data, kinds = path.read_bytes()[8:], []
-            while data:
-                length, kind = int.from_bytes(data[:4], "big"), data[4:8]
-                kinds.append(kind)
-                data = data[12 + length:]
-            assert set(kinds) == {b"IHDR", b"IDAT", b"IEND"}, name
-        assert b"red star" not in path.read_bytes()
-    assert sample.main(["--run", str(tiny_run), "--verify", str(files["00000_a-small-red-star_seed0.png"])]) == 1
-
-
-KINDS = {
-    "plain": [PROMPT, "--negative", "[blue]", "--sampler", "ddpm"],
-    "exact": [PROMPT, "a moon", "--exact", "--seed", "3"],
-    "image to image": [PROMPT, "--init", "INIT", "--strength", "0.7"],
-    "inpainting": [PROMPT, "--init", "INIT", "--mask", "MASK"],
-    "inversion": [PROMPT, "--invert", "INIT"],
-    "interpolation": [PROMPT, "a moon", "--interpolate", "2", "--batch", "1"],
-    "large": ["(a star:1.2) (" + "a moon, " * 12 + ")", "--size", "48x32", "--chunks", "3", "--tiled"],
-    "literal": ["a (star", "--literal"],
-}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_is_verified(tiny_run, tmp_path, given, kind, capsys):
-    flags = [given.get(flag, flag) for flag in KINDS[kind]]
-    if kind == "large":
-        flags = [flag for flag in flags if flag != "--init"]
-    files = draw(tiny_run, tmp_path, *flags)
-    paths = [str(path) for name, path in files.items() if name != "grid.png"]
-    named = [part for flag in ("--init", "--mask", "--invert") if flag in flags
-             for part in (flag, flags[flags.index(flag) + 1])]
-    capsys.readouterr()
-    assert sample.main(["--run", str(tiny_run), *named, "--verify", *paths]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"{path}: equal, {Path(path).stat().st_size} bytes" for path in paths]
-    settings = parameters(Path(paths[-1]))
-    request = request_of(settings)
-    assert settings_of(request).items() <= settings.items()
-    if named:
-        assert sample.main(["--run", str(tiny_run), "--verify", paths[0]]) == 1
-        assert "was made from the picture 'INIT.png'" in capsys.readouterr().err
-
-
-@pytest.fixture(scope="module")
-def picture(tiny_run, tmp_path_factory) -> Path:
-    return draw(tiny_run, tmp_path_factory.mktemp("one"), PROMPT)["00000_a-small-red-star_seed0.png"]
-
-
-def verify(tiny_run, path: Path, capsys, *flags: str) -> tuple[int, str]:
-    """(exit code, what was said)."""
-    capsys.readouterr()
-    code = sample.main(["--run", str(tiny_run), *flags, "--verify", str(path)])
-    said = capsys.readouterr()
-    assert len(said.out.splitlines()) + len(said.err.splitlines()) == 1
-    return code, said.out + said.err
-
-
-def rewritten(picture: Path, path: Path, settings: dict | None = None, change=lambda pixels: None) -> Path:
-    """The picture with other settings or pixels, as a sound PNG."""
-    info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", json.dumps(settings or parameters(picture), ensure_ascii=False, sort_keys=True))
-    values = pixels(picture).astype(np.uint8)
-    change(values)
-    Image.fromarray(values).save(path, pnginfo=info)
-    return path
-
-
-def test_a_changed_byte_is_found(tiny_run, tmp_path, picture, capsys):
-    data = picture.read_bytes()
-    for place in (*range(0, len(data), 97), len(data) - 1):
-        changed = bytearray(data)
-        changed[place] ^= 1
-        (tmp_path / "changed.png").write_bytes(changed)
-        code, said = verify(tiny_run, tmp_path / "changed.png", capsys)
-        assert code == 1 and "changed.png" in said, place
-    (tmp_path / "longer.png").write_bytes(data + b"\0")
-    assert verify(tiny_run, tmp_path / "longer.png", capsys)[0] == 1
-    assert verify(tiny_run, picture, capsys)[0] == 0
-
-
-def test_a_changed_pixel_or_setting_is_found(tiny_run, tmp_path, picture, capsys):
-    def one_level(values):
-        values[3, 4, 1] ^= 1
-
-    assert verify(tiny_run, rewritten(picture, tmp_path / "same.png"), capsys)[0] == 0
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "a.png", change=one_level), capsys)
-    assert code == 1 and "not equal, 1 of 3072 values differ, by up to 1 of 255" in said
-    settings = parameters(picture)
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "b.png", {**settings, "seed": 1}), capsys)
-    assert code == 1 and "values differ" in said
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "c.png", {**settings, "eta": 0}), capsys)
-    assert code == 1 and "the pixels are but not the file" in said  # 0 in place of 0.0
-
-
-@pytest.mark.parametrize("change, message", [
-    ({"weights": {"denoiser": "0" * 16}}, "was made with other weights than those in"),
-    ({"steps": "many"}, "steps: got 'many'; valid: a whole number"), ({"steps": None}, "steps"),
-    ({"seed": -1}, "seed: value -1"),
-    ({"size": 3}, "size"), ({"size": "33"}, "33x33; valid: multiples of"), ({"exact": {"threads": 0}}, "threads"),
-    ({"chunks": 10**9}, "chunks: value 1000000000"), ({"refinements": 10**9}, "refinements"), ({"colour": 1}, "colour"),
-    ({"init": "a"}, "init"), ({"prompt": "a (b"}, "is not closed"), ({"toward": {"prompt": "a"}}, "toward"),
-    ({"pretrained": "sd"}, None)])
-def test_settings_that_cannot_be_drawn_are_one_line(tiny_run, tmp_path, picture, capsys, change, message):
-    path = rewritten(picture, tmp_path / "a.png", {**parameters(picture), **change})
-    code, said = verify(tiny_run, path, capsys)
-    assert code == 1 and (message is None or "error: " in said and message in said)
-
-
-def test_what_cannot_be_verified_says_why(tiny_run, tmp_path, picture, capsys, given):
-    run = tmp_path / "other"
-    shutil.copytree(tiny_run, run)
-    weights = bytearray((run / "denoiser.safetensors").read_bytes())
-    weights[-1] ^= 1
-    (run / "denoiser.safetensors").write_bytes(weights)
-    code, said = verify(run, picture, capsys)
-    assert code == 1 and "was made with other weights" in said and "denoiser has the hash" in said
-    for path, message in ((given["INIT"], "holds no settings"), (given["TEXT"], "is damaged or no picture"),
-                          (tmp_path / "none.png", "no picture")):
-        code, said = verify(tiny_run, Path(path), capsys)
-        assert code == 1 and said.startswith("error: ") and message in said
-    code, said = verify(tiny_run, picture, capsys, "--init", given["INIT"])
-    assert code == 1 and "was not made with --init" in said
-    edited = draw(tiny_run, tmp_path / "out", PROMPT, "--init", given["INIT"])["00000_a-small-red-star_seed0.png"]
-    code, said = verify(tiny_run, edited, capsys, "--init", given["MASK"])
-    assert code == 1 and "was made from another picture" in said
-    assert sample.main(["--run", str(tiny_run), "--verify", given["TEXT"], str(picture)]) == 1  # the good one too
-    assert "equal" in capsys.readouterr().out
 
 
 # ---- mistakes

@@ -1,6 +1,8 @@
 """The promises that every sampler makes, whatever its formula."""
 
 import inspect
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -136,6 +138,23 @@ def test_euler_is_ddim_and_ancestral_is_ddpm():
         for same in (("euler", "ddim", "dpm_solver_multistep"), ("euler_ancestral", "ddpm", "dpm_solver_sde")):
             for name in same[1:]:
                 torch.testing.assert_close(results[name], results[same[0]])
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_what_eta_leaves_for_epsilon_is_exact_near_pure_noise(eta):
+    """Against rational arithmetic, with x_0 = 0 and draws of 0; 1 - c^2 / sigma_s^2 would have no right digit here."""
+    for t, s in ((1.0 - 2.0**-30, 0.5), (1.0 - 2.0**-40, 0.75), (1.0, 0.25), (0.75, 0.75 - 2.0**-40)):
+        seen, x_T = [], torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+        def denoise(x: Tensor, t: Tensor, seen: list = seen) -> Tensor:
+            seen.append(x)
+            return torch.zeros_like(x)
+
+        get_sampler("ddim")(denoise, x_T, [t, s], FLOW, "sample", lambda: 0 * x_T, eta=eta)
+        a, sigma_s, sigma_t = Fraction(1.0 - t) / Fraction(1.0 - s), Fraction(s), Fraction(t)
+        variance = Fraction(eta) ** 2 * (sigma_t**2 - a**2 * sigma_s**2) * sigma_s**2 / sigma_t**2
+        expected = math.sqrt(sigma_s**2 - variance) / t  # of eps = x_T / sigma_t
+        assert seen[1].item() == pytest.approx(expected, rel=1e-13, abs=0.0)
 
 
 def test_lcm_starts_at_the_boundary():

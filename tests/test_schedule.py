@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion.schedule import Schedule, ScheduleConfig, resolution_shift
+from diffusion.schedule import Schedule, ScheduleConfig, betas, resolution_shift
+from training.config import from_dict, to_dict
 
 DISCRETE = ("linear", "scaled_linear", "cosine", "sigmoid")
 DIFFUSERS_NAME = {"cosine": "squaredcos_cap_v2"}
@@ -23,6 +24,22 @@ def test_alpha_bar_matches_diffusers(kind, zero):
     # theirs is a product of 1000 fp32 factors: good to about 1e-6 of the value at the clean end
     theirs = peer(kind, rescale_betas_zero_snr=zero).alphas_cumprod
     torch.testing.assert_close(ours.float(), theirs, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_any_betas(zero):
+    """Given one by one; those of a known kind give that kind to the bit."""
+    numbers = (0.001, 0.3, 0.02, 0.02, 0.5)
+    given = Schedule(ScheduleConfig(kind="betas", steps=5, betas=numbers, zero_terminal_snr=zero))
+    theirs = DDPMScheduler(num_train_timesteps=5, trained_betas=numbers, rescale_betas_zero_snr=zero).alphas_cumprod
+    torch.testing.assert_close(given.alpha_bar.float(), theirs, rtol=1e-5, atol=1e-7)
+    if not zero:
+        assert [given.alpha(t) ** 2 for t in range(5)] == pytest.approx(
+            [math.prod(1 - beta for beta in numbers[:t + 1]) for t in range(5)], rel=1e-14)
+    linear = ScheduleConfig(kind="linear", zero_terminal_snr=zero)
+    again = ScheduleConfig(kind="betas", betas=tuple(betas(linear).tolist()), zero_terminal_snr=zero)
+    assert torch.equal(Schedule(again).alpha_bar, Schedule(linear).alpha_bar)
+    assert from_dict(ScheduleConfig, to_dict(again)) == again
 
 
 @pytest.mark.parametrize("kind", DISCRETE)
@@ -92,6 +109,17 @@ def test_flow_times_match_diffusers(shift):
         assert schedule.timesteps(10, "linspace") == pytest.approx(theirs.sigmas[:-1].tolist(), rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [64, 128, 512])
+def test_resolution_shift_is_the_dynamic_shift_of_diffusers(size):
+    """exp(mu) is the shift; Esser et al. 2024, eq. 23: the square root of the ratio of pixels."""
+    shift = resolution_shift(size, 64)
+    assert shift == math.sqrt(size**2 / 64**2)
+    theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
+    theirs.set_timesteps(sigmas=[1 - i / 10 for i in range(10)], mu=math.log(shift))
+    times = Schedule(ScheduleConfig(kind="flow", shift=shift)).timesteps(10)
+    assert times == pytest.approx(theirs.sigmas[:-1].tolist(), rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", [*DISCRETE, "flow"])
 def test_time_of_log_snr_inverts_log_snr(kind):
     schedule = Schedule(ScheduleConfig(kind=kind))
@@ -125,6 +153,11 @@ def test_network_time():
     lambda: ScheduleConfig(steps=1),
     lambda: ScheduleConfig(beta_start=0.02, beta_end=0.01),
     lambda: ScheduleConfig(shift=0.0),
+    lambda: ScheduleConfig(kind="betas"),
+    lambda: ScheduleConfig(betas=(0.1, 0.2)),
+    lambda: ScheduleConfig(kind="betas", betas=(0.1, 0.2)),
+    lambda: ScheduleConfig(kind="betas", steps=2, betas=(0.1, 1.0)),
+    lambda: ScheduleConfig(kind="betas", steps=2, betas=(0.1, math.nan)),
     lambda: ScheduleConfig(kind="flow", zero_terminal_snr=True),
     lambda: Schedule(ScheduleConfig()).timesteps(1001),
     lambda: Schedule(ScheduleConfig()).timesteps(0),

@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 import torch
 
+from data.loader import Batch, Loader
 from data.order import Order
-from data.source import Source, image_batch
+from data.source import Source, image_batch, to_unit
 from eval.features import Features
 from eval.fidelity import psnr, ssim
 from eval.frechet import Moments, frechet_distance
@@ -21,10 +22,11 @@ from model.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from training.adversarial import AdversarialConfig, Adversary
 from training.checkpoint import save_weights
 from training.device import autocast_dtype, placed
-from training.loop import TrainConfig, fit
+from training.distributed import ALONE, Processes
+from training.loop import Task, TrainConfig, fit
 from training.perceptual import Distance, PerceptualConfig, perceptual_distance
 from training.run import RunFolder
-from training.seed import generator
+from training.seed import Part, generator, whole
 
 MEASURED = 2048  # training pictures from which the latent mean and scale are taken
 COLUMNS = 8  # pictures beside each other in a comparison
@@ -68,14 +70,16 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: Aut
 
 
 def losses(model: Autoencoder, images: torch.Tensor, random: torch.Generator, step: int, config: AutoencoderStage,
-           perceptual: Distance | None, adversary: Adversary | None) -> dict[str, torch.Tensor]:
+           perceptual: Distance | None, adversary: Adversary | None,
+           part: Part | None = None) -> dict[str, torch.Tensor]:
     """``loss``, the weighted sum for pictures (B, 3, H, W), and its terms without their weights, scalars.
 
-    Only ``loss`` has a gradient. With an adversary this is also its training step.
+    Only ``loss`` has a gradient. With an adversary this is also its training step. ``part`` says which part of a batch
+    the pictures are, None: all of it.
     """
     raw = model.moments(images)
     posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
-    noise = torch.randn(posterior.mean.shape, generator=random).to(images.device)
+    noise = (part or whole(len(images))).randn(posterior.mean.shape, random).to(images.device)
     decoded = model.decode_raw(posterior.sample(noise)).float()  # (B, 3, H, W)
     reconstruction = reconstruction_loss(decoded, images, config)
     kl = posterior.kl().mean()
@@ -129,21 +133,26 @@ def save_comparison(images: torch.Tensor, decoded: torch.Tensor, path: Path,
 
 
 def train_autoencoder(config: AutoencoderStage, source: Source, validation: Source, run: RunFolder, seed: int,
-                      device: torch.device) -> None:
+                      device: torch.device, workers: Processes = ALONE) -> None:
     """Train, measure the latent scale, write autoencoder.safetensors and what held-out pictures say of it."""
     torch.manual_seed(seed)  # initial weights
     model = placed(Autoencoder(config.model), device)
     adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
     features = Features(device) if config.features == "efficientnet_lite0" else None
-    order, batch = Order(len(source), seed), config.train.batch
+    if adversary and (workers.world > 1 or config.train.accumulate > 1):
+        raise ValueError(f"adversarial.weight: {config.adversarial.weight} with {workers.world} processes and "
+                         f"accumulate: {config.train.accumulate}; valid: one process and accumulate: 1, the "
+                         "discriminator learns from the whole batch at once")
+    order, batch = Order(len(source), seed, getattr(source, "buckets", None)), config.train.batch
     held_out = image_batch(validation, np.arange(min(config.validation, len(validation))))
     if features and len(held_out) < 2:
         raise ValueError("validation: 1 picture has no covariance; valid: from 2 up, or features: none")
 
-    def loss_at(model: Autoencoder, step: int) -> dict[str, torch.Tensor]:
-        images = image_batch(source, order.indices(step, batch)).to(device)  # (B, 3, H, W)
-        return losses(model, images, generator(seed, "autoencoder", step), step, config, perceptual, adversary)
+    def loss_at(model: Autoencoder, read: Batch, position: int, part: Part) -> dict[str, torch.Tensor]:
+        images = to_unit(part.of_read(read.images)).to(device)  # (B, 3, H, W)
+        return losses(model, images, generator(seed, "autoencoder", position), position, config, perceptual, adversary,
+                      part)
 
     def validate(model: Autoencoder) -> dict[str, float]:
         return quality(reconstructions(model, held_out, batch, device), held_out)
@@ -152,8 +161,15 @@ def train_autoencoder(config: AutoencoderStage, source: Source, validation: Sour
         save_comparison(held_out, reconstructions(model, held_out, batch, device),
                         run.path / "samples" / f"autoencoder_{step:06d}.png", "first")
 
-    average = fit("autoencoder", model, loss_at, config.train, run, seed, validate, preview,
-                  {"adversary": adversary} if adversary else None)
+    def item(model: Autoencoder) -> torch.Tensor:
+        return model.decode_raw(model.moments(held_out[:1].to(device)).mean)
+
+    beside = {"adversary": adversary} if adversary else {}
+    with Loader(source, order, batch, seed, config.train.workers, workers.rank, workers.world) as loader:
+        task = Task("autoencoder", loader.batch_at, loss_at, validate, preview, ("psnr", "max"), item, beside)
+        average = fit(task, model, config.train, run, seed, workers)
+    if not workers.main:
+        return
     steps = max(1, min(MEASURED, len(source)) // batch)
     average.measure(image_batch(source, order.indices(step, batch)).to(device) for step in range(steps))
     decoded = reconstructions(average, held_out, batch, device)

@@ -7,7 +7,9 @@ import copy
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from training.distributed import full, local
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,19 +30,57 @@ def gamma_from_std(std: float) -> float:
 
 
 class PowerEma(Generic[M]):
-    """Keeps ``average``, a copy of the model in evaluation mode whose weights follow the model's."""
+    """Keeps a copy of the model in evaluation mode whose weights follow the model's."""
 
     def __init__(self, model: M, std: float):
-        self.gamma = gamma_from_std(std)
+        self.std, self.gamma = std, gamma_from_std(std)
         self.average: M = copy.deepcopy(model).eval().requires_grad_(False)
-        self._targets = [p.detach() for p in self.average.parameters()]
-        self._target_buffers = [b for b in self.average.buffers()]
+        self.tensors = [p.detach() for p in self.average.parameters()]
+        self.sharded = False
+
+    def shard(self, model: nn.Module) -> None:
+        """The weights of the model, still those the copy was made of, were spread over processes: so is the copy."""
+        self.sharded = True
+        self.tensors = [p.detach().clone() for p in model.parameters()]
+        set_parameters(self.average, [torch.empty_like(p, device="meta") for p in self.average.parameters()])
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the weights after ``step`` steps (1, 2, ...): theta += (1 - beta_t) (model - theta)."""
         # EDM2 equation 2: beta_t = (1 - 1/t)^(gamma + 1); step 1 copies the model
         beta = (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_(self._targets, [p.detach() for p in model.parameters()], 1 - beta)
-        for target, buffer in zip(self._target_buffers, model.buffers()):
+        torch._foreach_lerp_([local(t) for t in self.tensors], [local(p.detach()) for p in model.parameters()],
+                             1 - beta)
+        for target, buffer in zip(self.average.buffers(), model.buffers()):
             target.copy_(buffer)
+
+    def whole(self) -> M:
+        """The averaged model. One that is spread over processes is put together; all of them must call this."""
+        if not self.sharded:
+            return self.average
+        result = copy.deepcopy(self.average)
+        set_parameters(result, [full(tensor) for tensor in self.tensors])
+        return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights and the buffers by name, as they lie in this process."""
+        return {**self.average.state_dict(), **self._named()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        if not self.sharded:
+            self.average.load_state_dict(state)
+            return
+        for name, tensor in {**dict(self.average.named_buffers()), **self._named()}.items():
+            local(tensor).copy_(local(state[name]))
+
+    def _named(self) -> dict[str, Tensor]:
+        return {name: tensor for (name, _), tensor in zip(self.average.named_parameters(), self.tensors)}
+
+
+def set_parameters(module: nn.Module, tensors: list[Tensor]) -> None:
+    """Put ``tensors``, in the order of ``module.parameters()``, in the place of the parameters, without gradients."""
+    for name, tensor in zip([name for name, _ in module.named_parameters()], tensors, strict=True):
+        owner, _, last = name.rpartition(".")
+        setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))

@@ -1,6 +1,6 @@
 """What one YAML file in configs/ describes: data, stages, and how to sample."""
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data.source import DataConfig
@@ -37,9 +37,7 @@ class Experiment:
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             raise ValueError(f"stages: {list(self.stages)}; valid: some of {', '.join(STAGES)}, in this order")
         factor = self.autoencoder.model.factor
-        if self.data.size % factor:
-            raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, the "
-                             "autoencoder's factor")
+        self._check_sizes(factor, "the autoencoder's factor")
         adversarial = self.autoencoder.adversarial
         if adversarial.weight and self.data.size < adversarial.model.smallest:
             raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
@@ -61,9 +59,19 @@ class Experiment:
             raise ValueError(f"denoiser.unet.in_channels, out_channels: {unet.in_channels}, {unet.out_channels}; "
                              f"valid: autoencoder.model.latent_channels = {channels}")
         factor = self.autoencoder.model.factor * 2 ** (len(unet.channels) - 1)
+        self._check_sizes(factor, f"the autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the "
+                                  "UNet - 1)")
+        if len(self.data.shapes_of_pictures) > 1 and self.denoiser.cache:
+            raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has pictures of one size")
+
+    def _check_sizes(self, factor: int, why: str) -> None:
+        """Raise where pictures have a side that is not a multiple of ``factor``."""
         if self.data.size % factor:
-            raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, the "
-                             f"autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the UNet - 1)")
+            raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, {why}")
+        odd = [shape for shape in self.data.shapes_of_pictures if shape[0] % factor or shape[1] % factor]
+        if odd:
+            raise ValueError(f"data.{self.data.source}.step: aspect buckets of {odd[0][0]} x {odd[0][1]} pixels; "
+                             f"valid: a multiple of {factor}, {why}")
 
     def _check_process(self) -> None:
         """Raise now what sampling would raise after training: a target, grid or sampler that the schedule lacks."""
@@ -77,6 +85,14 @@ class Experiment:
         except ValueError as error:
             raise ValueError(f"sampling (sampler {self.sampling.sampler}, steps {self.sampling.steps}, spacing "
                              f"{self.sampling.spacing}): {error}") from None
+
+    @property
+    def held_out_data(self) -> DataConfig:
+        """The data as squares: what is measured on held-out pictures is measured on batches of one size."""
+        settings = getattr(self.data, self.data.source)
+        if not hasattr(settings, "buckets"):
+            return self.data
+        return replace(self.data, **{self.data.source: replace(settings, buckets=False)})
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

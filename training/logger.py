@@ -1,51 +1,137 @@
-"""What a run says: a progress bar with speed, loss and time left, and a line of JSON for every logged step."""
+"""What a run says: a progress bar with speed, loss and time left, and a line of JSON for every logged step.
+
+The same numbers go to TensorBoard where it is installed.
+"""
+import contextlib
+import functools
 import json
+import math
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
+
+from training.checkpoint import CheckpointError, free_space
+from training.distributed import ALONE, Processes
 
 
 class Logger:
-    """Progress bar of one stage and metrics.jsonl of the run; use as a context manager."""
+    """Progress bar of one stage and metrics.jsonl of the run; use as a context manager. Only the main process speaks
+    and writes."""
 
-    def __init__(self, path: Path, stage: str, first: int, steps: int, batch: int):
-        self.path, self.stage, self.batch = path, stage, batch
+    def __init__(self, path: Path, stage: str, first: int, steps: int, batch: int, workers: Processes = ALONE):
+        self.path, self.stage, self.batch, self.steps, self.workers = path, stage, batch, steps, workers
         # a log file gets a line every 30 seconds, a terminal a live bar
         self.bar = tqdm(total=steps, initial=first, desc=stage, unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30.0)
-        self.began, self.first, self.sums, self.count = time.perf_counter(), first, {}, 0  # type: ignore[var-annotated]
+                        mininterval=0.5 if sys.stderr.isatty() else 30.0, disable=not workers.main)
+        self.began, self.first, self.count = time.perf_counter(), first, 0
+        self.sums: dict[str, torch.Tensor] = {}
+        self.board = board_of(path.parent / "tensorboard" / stage, first) if workers.main else None
+        if workers.main:
+            cut_half_line(path)
 
     def __enter__(self) -> "Logger":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.bar.close()
+        if self.board is not None:
+            with contextlib.suppress(OSError):  # the disk is full: what is in metrics.jsonl counts
+                self.board.close()
 
-    def add(self, values: dict[str, float]) -> None:
-        """Take in the losses of one step."""
+    def add(self, values: dict[str, torch.Tensor]) -> None:
+        """Take in the losses of one step, scalars: those of this process's part of the batch times its share."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            value = value.detach().double()  # stays on its device: reading it would make the program wait
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
-        self.bar.update()
 
-    def flush(self, step: int, **extra: float) -> None:
-        """Write the means since the last flush, the speed since the start, and ``extra``; shows the loss on the bar."""
-        means = {name: value / self.count for name, value in self.sums.items()}
+    def flush(self, step: int, **extra: Any) -> None:
+        """Write the means since the last flush, the speed since the start, and ``extra``; shows the loss on the bar.
+
+        All processes call it: each has added its part.
+        """
+        means = {}
+        if self.count:
+            total = self.workers.sum(torch.stack(list(self.sums.values())).cpu()) / self.count
+            means = dict(zip(self.sums, total.tolist()))
         seconds = time.perf_counter() - self.began
-        speed = (step - self.first) * self.batch / max(seconds, 1e-9)
-        self.write({"step": step, **means, **extra, "images_per_second": speed, "seconds": seconds})
-        self.bar.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}", images_s=f"{speed:.0f}", refresh=False)
+        pace = seconds / max(1, step - self.first)
+        self.write({"step": step, **means, **extra, "images_per_second": self.batch / max(pace, 1e-9),
+                    "seconds": seconds, "seconds_left": pace * (self.steps - step)})
+        self.bar.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}", images_s=f"{self.batch / pace:.0f}",
+                             refresh=False)
+        self.bar.update(step - self.bar.n)
         self.sums, self.count = {}, 0
 
+    def event(self, step: int, what: str, done: str) -> None:
+        """Put on record what went wrong in the step before ``step`` steps were done, and what is done about it."""
+        self.write({"step": step, "event": done, "reason": what})
+        self.say(f"{self.stage}: {what}: {done}")
+
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        line = {"stage": self.stage, **{k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line to metrics.jsonl. Raises CheckpointError when that is not possible."""
+        if not self.workers.main:
+            return
+        line = {"stage": self.stage, **{k: rounded(v) for k, v in values.items()}}
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise CheckpointError(f"could not write {self.path}: {error.strerror} ({free_space(self.path)}); the "
+                                  "checkpoints are untouched") from None
+        if self.board is not None:
+            for name, value in flattened(values).items():
+                self.board.add_scalar(f"{self.stage}/{name}", value, values["step"])
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        tqdm.write(text)
+        if self.workers.main:
+            tqdm.write(text)
+
+
+def rounded(value: Any) -> Any:
+    """A number as it is written: nine digits; null for what is not a number, which JSON cannot say."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of nested dictionaries by their path."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found |= flattened(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and name != "step":
+            found[prefix + name] = value
+    return found
+
+
+def cut_half_line(path: Path) -> None:
+    """Remove the end of metrics.jsonl if it is not a whole line: a process was killed, or the disk full, meanwhile."""
+    if path.exists():
+        data = path.read_bytes()
+        if data and not data.endswith(b"\n"):
+            with open(path, "r+b") as file:
+                file.truncate(data.rfind(b"\n") + 1)
+
+
+def board_of(folder: Path, first: int) -> Any:
+    """A writer for TensorBoard that goes on after step ``first``, or None where it is not installed."""
+    writer = board_class()
+    return None if writer is None else writer(str(folder), purge_step=first + 1)
+
+
+@functools.lru_cache(maxsize=None)
+def board_class() -> Any:
+    """TensorBoard's writer, or None, and once a word about it, where it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("tensorboard is not installed (pip install tensorboard): the curves are in metrics.jsonl only")
+        return None
+    return SummaryWriter

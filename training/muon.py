@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from training.distributed import full, local, sliced_like
+
 # Coefficients of the quintic iteration (Jordan et al. 2024): singular values in (0, 1] end between about 0.7 and 1.2
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
@@ -83,25 +85,27 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), alike in shapes.items():
             updates = []
             for p in alike:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 gradient = p.grad if p.grad is not None else torch.zeros_like(p)
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                updates.append(gradient.lerp(momentum, group["momentum"]).reshape(rows, columns))
+                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                local(momentum).lerp_(local(gradient), 1 - group["momentum"])
+                # a matrix that is spread over processes is put together: its directions are those of the whole
+                updates.append(full(gradient.lerp(momentum, group["momentum"])).reshape(rows, columns))
             size = 0.2 * max(rows, columns) ** 0.5  # root mean square of the update as AdamW's, about 0.2
             for p, update in zip(alike, orthogonalized(torch.stack(updates))):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * size)
+                weights = local(p)
+                weights.mul_(1 - group["lr"] * group["weight_decay"])
+                weights.add_(sliced_like(update.reshape(p.shape), p), alpha=-group["lr"] * size)
 
     def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p].update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
         states = [self.state[p] for p in parameters]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        adamw(parameters, gradients, [s["first"] for s in states], [s["second"] for s in states], [],
-              [s["step"] for s in states], fused=True, amsgrad=False, beta1=group["betas"][0],
-              beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
-              maximize=False)
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        adamw([local(p) for p in parameters], gradients, [local(s["first"]) for s in states],
+              [local(s["second"]) for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
+              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
+              eps=group["eps"], maximize=False)
 
 
 def matrices_and_others(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,13 +2,16 @@
 
     config.yaml manifest.json tokenizer.json *.safetensors metrics.jsonl samples/ report/ state/STAGE/ cache/
 """
+import contextlib
 import datetime
+import functools
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,11 @@ import yaml
 from training.checkpoint import write_text
 from training.config import ConfigError, read_yaml
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 WEIGHTS = {"tokenizer": ("tokenizer.json",), "autoencoder": ("autoencoder.safetensors",),
            "denoiser": ("text_encoder.safetensors", "denoiser.safetensors")}
 
@@ -26,26 +34,27 @@ WEIGHTS = {"tokenizer": ("tokenizer.json",), "autoencoder": ("autoencoder.safete
 class RunFolder:
     """Paths and records of one run. Use ``create`` to train and ``open`` to sample or evaluate."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, main: bool = True):
+        """``main`` False: one of several processes of a run, which reads and writes no records."""
+        self.path, self.main = Path(path), main
         self.metrics = self.path / "metrics.jsonl"
         self.manifest = self.path / "manifest.json"
 
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any],
-               complete: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> "RunFolder":
+               complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True) -> "RunFolder":
         """The folder of ``config``, new or begun before with the same one; raises ConfigError if it differs.
 
         ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key.
         """
-        run = cls(path)
+        run = cls(path, main)
         before = run.path / "config.yaml"
         if before.exists():
             changed = _differences(complete(read_yaml(before)), config)
             if changed:
                 raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
                                   "name another folder with run=DIR, or remove this one")
-        else:
+        elif main:
             run.path.mkdir(parents=True, exist_ok=True)
             write_text(before, yaml.safe_dump(config, sort_keys=False))
         return run
@@ -65,6 +74,31 @@ class RunFolder:
         """Where the checkpoints of an unfinished stage lie."""
         return self.path / "state" / stage
 
+    def snapshots(self, stage: str) -> Path:
+        """Where the averages of several widths of a stage lie."""
+        return self.path / "snapshots" / stage
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other program trains into this folder. The lock is the kernel's and ends with the process, however
+        that ends. Raises ConfigError when another one has it."""
+        if fcntl is None or not self.main:
+            yield
+            return
+        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ConfigError(f"{self.path} is being trained by another program ({file.read().strip()}); wait for "
+                                  "it, stop it, or name another folder with run=DIR") from None
+            except OSError as error:  # some network file systems have no locks
+                print(f"warning: {self.path} cannot be locked ({error.strerror}); see that only one program trains it")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
     def weights(self, name: str) -> Path:
         """``NAME.safetensors`` of the run."""
         return self.path / f"{name}.safetensors"
@@ -82,11 +116,21 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Merge ``values`` into manifest.json, beside what ran: revision, versions, device and command."""
-        known = json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
-        known = {**environment(), **known, **values}
-        write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+        if self.main:
+            known = {**environment(), **self._known(), **values}
+            write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: what ran, on which data, with which configuration."""
+        config = self.path / "config.yaml"
+        return {"manifest": {**self._known(), **environment()},
+                "config": read_yaml(config) if config.exists() else None}
+
+    def _known(self) -> dict[str, Any]:
+        return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
 
 
+@functools.lru_cache(maxsize=None)
 def environment() -> dict[str, Any]:
     """What a figure depends on besides the configuration: code revision, library versions, device, command, time."""
     try:

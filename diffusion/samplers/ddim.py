@@ -5,7 +5,12 @@ instead of drawing a new one, or any mixture of the two with standard deviation 
 
     x_s = alpha_s x_0 + sqrt(sigma_s^2 - c^2) eps + c z        c = eta sqrt(variance of the DDPM step)
 
-eta = 0 is deterministic, a first-order solver of the probability-flow ODE; eta = 1 is DDPM.
+eta = 0 is deterministic, a first-order solver of the probability-flow ODE; eta = 1 is DDPM. With a = alpha_t / alpha_s
+and b = sigma_t^2 - a^2 sigma_s^2 that variance is b sigma_s^2 / sigma_t^2 (`ddpm.py`), and what is left for eps
+
+    sigma_s^2 - c^2 = (1 - eta^2) sigma_s^2 + (eta a sigma_s^2 / sigma_t)^2
+
+is a sum of squares: computed so, it cannot fall below 0 by rounding, and keeps its digits near pure noise (a = 0).
 """
 
 import math
@@ -45,11 +50,11 @@ def ddim(
         eps = epsilon_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)
         if trace is not None:
             trace.append(x_0)
-        # Song et al. 2021, eq. 16; b is the noise the chain adds between s and t
-        b = sigma_t**2 - (alpha_t / alpha_s) ** 2 * sigma_s**2
-        c = eta * math.sqrt(b) * sigma_s / sigma_t
         # Song et al. 2021, eq. 12
-        x = alpha_s * x_0 + math.sqrt(max(sigma_s**2 - c**2, 0.0)) * eps
+        a = alpha_t / alpha_s
+        x = alpha_s * x_0 + math.hypot(math.sqrt(1.0 - eta**2) * sigma_s, eta * a * sigma_s**2 / sigma_t) * eps
         if draw is not None and s is not None:
-            x = x + c * draw()
+            # Song et al. 2021, eq. 16; b is the noise the chain adds between s and t
+            b = sigma_t**2 - a**2 * sigma_s**2
+            x = x + (eta * math.sqrt(b) * sigma_s / sigma_t) * draw()
     return x

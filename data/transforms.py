@@ -1,0 +1,169 @@
+"""From the bytes of a picture file to uint8 (3, H, W): decoding, background, orientation, aspect buckets, crops.
+
+Axis letters: H W size that is asked for, h w size of the whole picture.
+"""
+import io
+import math
+import re
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats are never reached
+TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
+
+# A mirrored picture makes these captions wrong: sides and directions, and writing, which would read backwards.
+_FIXED = re.compile(r"\b(left|right|leftmost|rightmost|facing|faces|clockwise|anti-?clockwise|counter-?clockwise|east|"
+                    r"west|text|texts|word|words|letter|letters|lettering|alphabet|writing|written|writes|handwriting|"
+                    r"handwritten|inscription|caption|captioned|title|titled|label|labell?ed|sign|signs|signage|"
+                    r"signature|logo|logos|poster|number|numbers|digit|digits|numeral|numerals|says|saying|reads|"
+                    r"reading|spells|spelling|clock|clocks|map|maps|flag|flags|page|newspaper|billboard|"
+                    r"left-handed|right-handed|mirrored)\b|[\"\u201c\u201d\u00ab\u00bb]", re.IGNORECASE)
+
+
+class Unreadable(ValueError):
+    """A picture or caption that cannot be read: ``name`` of the file and ``reason``."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.name, self.reason)
+
+
+def may_flip(caption: str) -> bool:
+    """Whether a caption stays true when its picture is mirrored: it names no side, direction or writing."""
+    return _FIXED.search(caption) is None
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """RGB of a colour such as "white" or "#ff8000"; raises ValueError for what is none."""
+    try:
+        red, green, blue = ImageColor.getrgb(name)[:3]
+    except ValueError:
+        raise ValueError(f"background: '{name}'; valid: a colour such as white or #ff8000") from None
+    return red, green, blue
+
+
+# ---- decoding
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 for upright, from what the header says: Pillow would decode a PNG to look behind its end."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1
+    return int(image.getexif().get(0x0112, 1))
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0].replace("<_io.BytesIO object at ", "<")
+
+
+def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """The header of a picture. Raises Unreadable, also for one of more than ``max_pixels``."""
+    if not data:
+        raise Unreadable(name, "the file is empty")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        raise Unreadable(name, f"not a picture in one of the formats {', '.join(FORMATS)}") from None
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise Unreadable(name, _reason(error)) from None
+    if image.width * image.height > max_pixels:
+        raise Unreadable(name, f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels}")
+    return image
+
+
+def picture_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
+    """(height, width) of an upright picture from its header. Raises Unreadable."""
+    image = _opened(data, name, max_pixels)
+    try:
+        turned = _orientation(image) in TURNED
+    except Exception as error:  # damaged EXIF data
+        raise Unreadable(name, _reason(error)) from None
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def decoded(data: bytes, name: str, background: tuple[int, int, int], max_pixels: int, least: int = 0) -> Image.Image:
+    """The first frame, upright, as 8-bit RGB on ``background``. Raises Unreadable.
+
+    A JPEG whose sides are more than twice ``least`` may come at a half, quarter or eighth of its size, which its
+    decoder makes for a fraction of the cost; ``least`` = 0 decodes all of it.
+    """
+    image = _opened(data, name, max_pixels)
+    try:
+        if image.format == "JPEG" and least:
+            image.draft(None, (2 * least, 2 * least))
+        turned = _orientation(image)
+        image.load()
+        if turned != 1:
+            image = ImageOps.exif_transpose(image)
+        return _on_background(image, background)
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise Unreadable(name, _reason(error)) from None
+
+
+def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """8-bit RGB of a picture in any mode, transparent parts over ``background``."""
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
+        deep = np.asarray(image).astype(np.int64)
+        grey = np.clip((deep + 128) // 257, 0, 255).astype(np.uint8)  # 65535 / 255 = 257
+        hidden = image.info.get("transparency")
+        if hidden is None:
+            return Image.fromarray(grey).convert("RGB")
+        opaque = np.where(deep == hidden, 0, 255).astype(np.uint8)
+        image = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(opaque)))
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        over = image.convert("RGBA")
+        below = Image.new("RGBA", over.size, (*background, 255))
+        return Image.alpha_composite(below, over).convert("RGB")
+    return image.convert("RGB")
+
+
+# ---- sizes
+
+def bucket_sizes(size: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
+    """(H, W) of about ``size`` squared pixels and no more, multiples of ``step``, sides in at most ``max_aspect``.
+
+    For every width the tallest height that fits, as in NovelAI's aspect ratio bucketing (2022), and the same turned
+    round; sorted, the square among them.
+    """
+    found = {(size, size)}
+    for one in range(step, int(size * math.sqrt(max_aspect)) + 1, step):
+        other = size * size // one // step * step
+        if other >= step and max(one, other) <= max_aspect * min(one, other):
+            found |= {(one, other), (other, one)}
+    # of several with the same side only the largest is of use: (64, 192) where (64, 256) is there wastes pixels
+    return sorted((h, w) for h, w in found if not any((h, wider) in found for wider in range(w + step, 8 * size, step))
+                  and not any((taller, w) in found for taller in range(h + step, 8 * size, step)))
+
+
+def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
+    """Number of the bucket (N,) whose aspect ratio, as a logarithm, is nearest to that of each size (N, 2)."""
+    ratios = np.log(sizes[:, 0] / sizes[:, 1])  # (N,)
+    have = np.log([h / w for h, w in buckets])  # (K,)
+    return np.abs(ratios[:, None] - have[None]).argmin(axis=1)
+
+
+def fitted(image: Image.Image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5), flip: bool = False,
+           whole: tuple[int, int] | None = None) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """The largest part of a picture with the shape ``size`` = (H, W), resized (bicubic, antialiased), uint8 (3, H, W).
+
+    ``place`` says where the part lies, (0, 0) top left to (1, 1) bottom right. Also the frame (h, w, top, left, height,
+    width) in pixels of the picture, or of ``whole`` = (h, w) where ``image`` is a smaller version of it. A mirrored
+    picture has the frame of what was mirrored.
+    """
+    (height, width), (h, w) = size, (image.height, image.width)
+    scale = max(height / h, width / w)
+    part_h, part_w = min(height / scale, h), min(width / scale, w)
+    top, left = (h - part_h) * place[0], (w - part_w) * place[1]
+    box = (left, top, min(left + part_w, w), min(top + part_h, h))
+    small = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if flip:
+        small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()  # (3, H, W)
+    full_h, full_w = whole or (h, w)
+    down, across = full_h / h, full_w / w
+    return pixels, (full_h, full_w, top * down, left * across, part_h * down, part_w * across)

@@ -1,0 +1,1 @@
+"""What evaluate.py does, step by step: prompts, samples, scores, pages."""

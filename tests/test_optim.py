@@ -1,0 +1,61 @@
+"""Optimizers and learning rates."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from training.muon import orthogonalized
+from training.optim import OptimConfig, build_optimizer, learning_rate
+
+
+def test_learning_rate_end_points():
+    config = OptimConfig(learning_rate=0.1, warmup=10, schedule="cosine")
+    assert learning_rate(0, 100, config) == pytest.approx(0.01)
+    assert learning_rate(9, 100, config) == learning_rate(10, 100, config) == pytest.approx(0.1)
+    assert learning_rate(55, 100, config) == pytest.approx(0.05)  # half of the cosine
+    assert 0 < learning_rate(99, 100, config) < 1e-4
+    wsd = replace(config, schedule="wsd", decay=0.3)
+    assert learning_rate(10, 100, wsd) == learning_rate(70, 100, wsd) == pytest.approx(0.1)
+    assert learning_rate(85, 100, wsd) == pytest.approx(0.05)
+    assert learning_rate(99, 100, wsd) == pytest.approx(0.1 / 30)
+    constant = replace(config, schedule="constant")
+    assert {learning_rate(step, 100, constant) for step in range(10, 100)} == {0.1}
+    assert learning_rate(0, 100, replace(config, warmup=0)) == pytest.approx(0.1)
+    for schedule in (config, wsd):
+        after = [learning_rate(step, 100, schedule) for step in range(10, 100)]
+        assert after == sorted(after, reverse=True)
+
+
+def test_weight_decay_acts_on_matrices_only():
+    """Without a gradient signal one step multiplies a decayed weight by 1 - rate * decay and leaves the others."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 4))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.5)).step()
+    for name, parameter in model.named_parameters():
+        expected = 0.95 if name in ("0.weight", "2.weight") else 1.0
+        torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
+
+
+@pytest.mark.parametrize("rows, columns, smallest, tolerance", [
+    (16, 144, 1.0, 0.02), (144, 16, 1.0, 0.02), (32, 32, 1e-6, 0.4), (32, 288, 1e-6, 0.4)])
+def test_orthogonalized_matches_the_iteration_in_fp64(rows, columns, smallest, tolerance):
+    """Also where singular values fall over six decades, as in gradients of few pictures: there the smallest are the
+    bf16 rounding of the largest, and directions agree less; none may grow."""
+    draw = torch.Generator().manual_seed(0)
+    side = min(rows, columns)
+    left, right = (torch.linalg.qr(torch.randn(3, n, side, generator=draw, dtype=torch.float64))[0]
+                   for n in (rows, columns))
+    values = torch.logspace(0, math.log10(smallest), side, dtype=torch.float64)
+    matrices = left * values @ right.mT
+    wanted = values / values.norm()
+    for _ in range(5):  # a polynomial of the singular values: Jordan et al. 2024
+        wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
+    expected = left * wanted @ right.mT
+    given = orthogonalized(matrices.float()).double()
+    assert given.shape == matrices.shape
+    assert (given - expected).norm() < tolerance * expected.norm()
+    assert torch.linalg.svdvals(given).max() < 1.5

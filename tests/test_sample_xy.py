@@ -1,0 +1,134 @@
+"""X/Y grids over any two parameters, and settings by name."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from sample_calls import PROMPT, draw, parameters, pixels
+
+import sample
+from eval.grid import PAPER, axes_grid
+from pipeline import TextToImage
+from sampling.request import (
+    AXES,
+    SETTINGS,
+    Request,
+    crossed,
+    described,
+    parse_axis,
+    request_of,
+    settings_of,
+    with_settings,
+    written,
+)
+from training.config import to_dict
+
+
+@pytest.fixture(scope="module")
+def system(tiny_run) -> TextToImage:
+    return TextToImage.load(tiny_run)
+
+
+def test_xy_grid_is_every_combination(tiny_run, tmp_path):
+    files = draw(tiny_run, tmp_path / "a", PROMPT, "--xy", "steps=1,2,3", "guidance=1,4")
+    data = [parameters(path) for name, path in files.items() if name != "xy.png"]
+    assert [(d["steps"], d["guidance"]["scale"]) for d in data] == [(s, g) for g in (1, 4) for s in (1, 2, 3)]
+    sheet = pixels(files["xy.png"])
+    names = [name for name in files if name != "xy.png"]
+    left, top = sheet.shape[1] - 3 * 136, sheet.shape[0] - 2 * 136
+    for k, name in enumerate(names):
+        y, x = top + k // 3 * 136, left + k % 3 * 136
+        assert (sheet[y:y + 128, x:x + 128] == pixels(files[name]).repeat(4, 0).repeat(4, 1)).all()
+    alone = draw(tiny_run, tmp_path / "b", PROMPT, "--steps", "2", "--guidance", "4")
+    assert np.abs(pixels(files[names[4]]) - pixels(alone["00000_a-small-red-star_seed0.png"])).max() <= 1
+
+
+@pytest.mark.parametrize("axes, cells", [
+    (["sampler=ddim,ddpm", "seed=1,2"], [("ddim", 1), ("ddpm", 1), ("ddim", 2), ("ddpm", 2)]),
+    (["prompt=a star|a moon, at night", "spacing=trailing,leading"],
+     [("a star", "trailing"), ("a moon, at night", "trailing"),
+      ("a star", "leading"), ("a moon, at night", "leading")]),
+    (["negative=red|blue"], [("red",), ("blue",)])])
+def test_xy_over_other_parameters(tiny_run, tmp_path, axes, cells):
+    prompt = [] if axes[0].startswith("prompt") else [PROMPT]
+    files = draw(tiny_run, tmp_path, *prompt, "--xy", *axes)
+    names = [axis.partition("=")[0] for axis in axes]
+    assert [tuple(parameters(path)[name] for name in names)
+            for file, path in files.items() if file != "xy.png"] == cells
+
+
+def test_every_axis_changes_its_parameter(system):
+    base = Request(PROMPT, 0, system.experiment.sampling, strength=0.5)
+    values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
+              "negative": "c", "chunks": "2", "spacing": "leading", "eta": "0.5", "order": "1", "offset": "1",
+              "clean_end": "false", "method": "apg", "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25",
+              "apg_norm": "5", "apg_momentum": "-0.25", "zero_init": "0.1", "threshold": "0.9",
+              "threshold_limit": "3"}
+    assert values.keys() == AXES.keys()
+    fields_of_settings = {*to_dict(base.config), *to_dict(base.config.guidance), "prompt", "negative", "seed",
+                          "strength", "chunks", "guidance"} - {"scale"}
+    assert values.keys() == fields_of_settings  # nothing that decides a picture of one call is left out
+    for name, value in values.items():
+        axis = parse_axis(f"{name}={value}")
+        [request] = crossed(base, [axis])
+        assert request != base and written(value_of(request, name)) == value
+        assert axis.labels == [value if name == "prompt" else f"{name} {value}"]
+        assert request_of(settings_of(request)) == request
+        if name in SETTINGS:
+            assert with_settings(base.config, [f"{name}={value}"]) == request.config
+            assert described(request.config)[name] == f"{name} {value}"
+    assert parse_axis("interval=off,0.2:inf").values == (None, (0.2, math.inf))
+
+
+def value_of(request: Request, name: str):
+    """What a request has for one parameter."""
+    if name == "guidance":
+        return request.config.guidance.scale
+    return getattr(next(part for part in (request, request.config, request.config.guidance) if hasattr(part, name)),
+                   name)
+
+
+def test_variants_of_guidance_are_choices_like_others(tiny_run, tmp_path):
+    """A grid over them; and set for a whole call they are the same pictures, said in the title and the metadata."""
+    grid = draw(tiny_run, tmp_path / "grid", PROMPT, "--guidance", "4", "--xy", "method=cfg,apg,cfg_zero_star",
+                "interval=off,0.5:4")
+    files = [path for name, path in grid.items() if name != "xy.png"]
+    assert [(d["guidance"]["method"], d["guidance"]["interval"]) for d in map(parameters, files)] == [
+        (method, interval) for interval in (None, [0.5, 4.0]) for method in ("cfg", "apg", "cfg_zero_star")]
+    assert len({path.read_bytes() for path in files}) == 6
+    alone = draw(tiny_run, tmp_path / "alone", PROMPT, "--guidance", "4", "--set", "method=apg", "interval=0.5:4")
+    picture = alone["00000_a-small-red-star_seed0.png"]
+    assert np.abs(pixels(picture) - pixels(files[4])).max() <= 1
+    assert parameters(picture)["guidance"] == parameters(files[4])["guidance"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--set", "steps=5"], "--set steps=5; valid: NAME=VALUE with one of spacing, eta"),
+    (["--set", "rescale"], "--set rescale; valid: NAME=VALUE"),
+    (["--set", "rescale=much"], "--set rescale=much; valid: a number"),
+    (["--set", "interval=1"], "--set interval=1; valid: LOW:HIGH or off"),
+    (["--set", "clean_end=no"], "--set clean_end=no; valid: true or false"),
+    (["--set", "method=best"], "method: value 'best'; valid: cfg, apg, cfg_zero_star"),
+    (["--set", "spacing=wide"], "spacing: value 'wide'; valid: leading, linspace, trailing"),
+    (["--set", "interval=4:1"], "interval: value (4.0, 1.0); valid"),
+    (["--set", "zero_init=0.1"], "zero_init: value 0.1 with prediction_type 'v_prediction'"),
+    (["--xy", "interval=1,2"], "--xy interval=1,2; valid: LOW:HIGH or off between the commas"),
+    (["--xy", "spacing=karras"], "spacing: value 'karras' spaces sigma / alpha"),
+])
+def test_settings_that_cannot_be_are_one_line(tiny_run, tmp_path, arguments, message):
+    with pytest.raises(ValueError) as caught:
+        sample.main(["--run", str(tiny_run), "--out", str(tmp_path / "out"), PROMPT, *arguments])
+    assert message in str(caught.value) and "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_labels_stand_on_top_and_at_the_left():
+    images = torch.zeros(6, 3, 16, 16, dtype=torch.uint8)
+    sheet = np.asarray(axes_grid(images, ["steps 5", "steps 10", "steps 20"], ["guidance 1", "guidance 3"], cell=32))
+    dark = (sheet == 0).all(axis=2)
+    left, top = np.argmax(dark.any(axis=0)), np.argmax(dark.any(axis=1))
+    assert dark.sum() == 6 * 32 * 32
+    for part in (sheet[:top, left:left + 40], sheet[:top, left + 40:left + 80], sheet[top:top + 32, :left],
+                 sheet[top + 40:top + 72, :left]):
+        assert (part != PAPER).any()
+    with pytest.raises(ValueError, match="6 pictures for 2 rows of 2"):
+        axes_grid(images, ["a", "b"], ["c", "d"])

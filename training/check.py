@@ -1,0 +1,207 @@
+"""What can be said before a run: python train.py CONFIG --check
+
+Sizes, captions that are cut, a few steps of each stage by the clock, what they take in memory and on the disk, the
+scale of the latents, and the oldest proof that everything works together: eight pairs are learnt by heart. Nothing is
+written into the run folder.
+"""
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.order import Places
+from data.source import Source, build_source, caption_batch, image_batch
+from data.tokenizer import Tokenizer
+from model.autoencoder import Autoencoder, Posterior
+from training.autoencoder import losses
+from training.checkpoint import load_weights
+from training.denoiser import Denoising, new_networks
+from training.device import autocast_dtype, placed
+from training.experiment import Experiment
+from training.loop import TrainConfig
+from training.optim import build_optimizer
+from training.pairs import Read
+from training.perceptual import perceptual_distance
+from training.run import RunFolder
+from training.seed import generator, whole
+from training.speed import duration, forward_flops, peak_flops, peak_memory
+
+PAIRS = 8
+FALL = {"autoencoder": 0.5, "denoiser": 0.8}  # share of the first loss below which learning by heart counts as proven
+PATIENCE = 30.0  # seconds for each measurement
+CAPTIONS = 2000  # that the tokenizer is tried on
+STILL = 0.05  # mean and deviation of latents may be off by that much times ten before it is worth a word
+
+Step = Callable[[int], torch.Tensor]  # loss of a step
+
+
+def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
+    """Print what there is to say about a run of ``experiment`` into ``path``; whether nothing speaks against it."""
+    run = RunFolder(path)
+    source = build_source(experiment.held_out_data, "train")  # as squares: what is timed here has one size
+    validation = build_source(experiment.held_out_data, "validation")
+    for name, split in (("train", source), ("validation", validation)):
+        if not len(split):
+            raise ValueError(f"data.{experiment.data.source}: its {name} split is empty; valid: at least one item")
+    print(f"sizes: pictures {experiment.data.size} x {experiment.data.size}, latents "
+          f"{' x '.join(map(str, experiment.latent_shape))}: all parts fit together")
+    print(f"data: {len(source):,} pictures for training, {len(validation):,} held out")
+    peak = peak_flops(device, autocast_dtype("auto", device) or torch.float32)
+    print(f"machine: {device}, {torch.get_num_threads()} threads, matrix products at {peak / 1e9:,.0f} GFLOP/s")
+    tokenizer = tokens(experiment, run, source)
+    good, seconds = True, 0.0
+    autoencoder = placed(Autoencoder(experiment.autoencoder.model), device)
+    if run.weights("autoencoder").is_file():
+        load_weights(autoencoder, run.weights("autoencoder"))
+        print("autoencoder: that of the run folder")
+    elif "autoencoder" in experiment.stages:
+        proven, cost = autoencoder_stage(experiment, autoencoder, source, device)
+        good, seconds = good and proven, seconds + cost
+    good = latents(autoencoder, source, device, run.weights("autoencoder").is_file()) and good
+    if "denoiser" in experiment.stages:
+        proven, cost = denoiser_stage(experiment, tokenizer, autoencoder, source, device)
+        good, seconds = good and proven, seconds + cost
+    print(f"together: about {duration(seconds)} on this machine with one process, without validation and samples")
+    print("nothing speaks against this run" if good else "see above before you start this run")
+    return good
+
+
+def tokens(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
+    """The tokenizer, and how many captions it cuts."""
+    captions = [caption for i in range(min(CAPTIONS, len(source))) for caption in source.captions(i)]
+    path = run.path / "tokenizer.json"
+    tokenizer = Tokenizer.load(path) if path.is_file() else Tokenizer.train(captions, experiment.tokenizer)
+    cut = [caption for caption in captions if tokenizer.lost(caption)]
+    print(f"captions: {100 * len(cut) / len(captions):.1f} % of {len(captions):,} are longer than tokenizer.length = "
+          f"{tokenizer.length} and lose their end" + (f", as '{max(cut, key=len)[:100]}'" if cut else ""))
+    return tokenizer
+
+
+def steps_of(model: nn.Module, loss_at: Step, config: TrainConfig, device: torch.device,
+             most: int, until: float = 0.0) -> tuple[list[float], list[float]]:
+    """Seconds and losses of up to ``most`` steps at the configured rate, fewer when `PATIENCE` is over or the mean of
+    the last five losses is below ``until`` times that of the first five."""
+    optimizer = build_optimizer(model, config.optim)
+    dtype = autocast_dtype(config.precision, device)
+    seconds: list[float] = []
+    found: list[float] = []
+    model.train()
+    while len(found) < most and (sum(seconds) < PATIENCE or not found):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.learning_rate * min(1.0, (len(found) + 1) / 20)
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            loss = loss_at(len(found))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.append(float(loss.detach()))
+        seconds.append(time.perf_counter() - began)
+        if len(found) >= 15 and np.mean(found[-5:]) < until * np.mean(found[:5]):
+            break
+    return seconds, found
+
+
+def costs(name: str, model: nn.Module, config: TrainConfig, seconds: list[float], flops: int,
+          device: torch.device) -> float:
+    """Print what a stage takes; the seconds of all its steps."""
+    step = float(np.median(seconds[1:] or seconds))
+    parameters = sum(p.numel() for p in model.parameters())
+    averages = 1 + (len(set(config.snapshots.stds) - {config.ema_std}) if config.snapshots.every else 0)
+    kept = parameters * 4 * (1 + averages + (1 if config.optim.optimizer == "muon" else 2))
+    peak = peak_flops(device, autocast_dtype(config.precision, device) or torch.float32)
+    print(f"{name}: {parameters / 1e6:,.1f} million parameters; {len(seconds)} steps of {config.batch} took "
+          f"{step:.3g} s each, {config.batch / step:,.1f} images/s, {300 * config.batch * flops / step / peak:.0f} % "
+          f"of the machine; {config.steps:,} steps take about {duration(step * config.steps)}")
+    print(f"{name}: this process has used {peak_memory(device) / 1e9:.2f} GB of memory so far; {kept / 1e9:.2f} GB a "
+          f"checkpoint, of which {config.keep} to {config.keep + 1} are kept, and the best weights")
+    return step * config.steps
+
+
+def proof(name: str, found: list[float]) -> bool:
+    """Print whether eight pairs were learnt by heart."""
+    first, last = float(np.mean(found[:5])), float(np.mean(found[-5:]))
+    proven = len(found) >= 15 and last < FALL[name] * first
+    verdict = "they are learnt" if proven else (
+        "too few steps to judge" if len(found) < 100 else "NOT learnt: something does not work together")
+    print(f"{name}: on {PAIRS} pairs alone the loss goes from {first:.4g} to {last:.4g} in {len(found)} steps (below "
+          f"{FALL[name]:g} of the first counts): {verdict}")
+    return proven or len(found) < 100
+
+
+def autoencoder_stage(experiment: Experiment, model: Autoencoder, source: Source,
+                      device: torch.device) -> tuple[bool, float]:
+    """A few steps of the stage, then eight pictures by heart, which ``model`` knows afterwards."""
+    stage, seed = experiment.autoencoder, experiment.seed
+    perceptual, _ = perceptual_distance(stage.perceptual, device)
+
+    def loss_of(images: torch.Tensor) -> Step:
+        return lambda step: losses(model, images, generator(seed, "check", step), 0, stage, perceptual, None)["loss"]
+
+    images = image_batch(source, np.arange(stage.train.batch) % len(source)).to(device)
+    flops = forward_flops(model, lambda: model.decode_raw(model.moments(images[:1]).mean))
+    seconds, _ = steps_of(model, loss_of(images), stage.train, device, 4)
+    cost = costs("autoencoder", model, stage.train, seconds, flops, device)
+    few = image_batch(source, np.arange(PAIRS) % len(source)).to(device)
+    _, found = steps_of(model, loss_of(few), stage.train, device, 300, FALL["autoencoder"])
+    return proof("autoencoder", found), cost
+
+
+def latents(model: Autoencoder, source: Source, device: torch.device, trained: bool) -> bool:
+    """Print mean and deviation of the latents of 64 pictures; those of an untrained autoencoder are set to 0 and 1."""
+    images = image_batch(source, np.arange(64) % len(source)).to(device)
+    model.eval().requires_grad_(False)
+    if not trained:
+        model.measure([images])
+        return True
+    posterior = model.encode(images)
+    both = posterior.sample(torch.randn(posterior.mean.shape, device=device)).transpose(0, 1).flatten(1)  # (C, B h w)
+    mean, std = both.mean(dim=1), both.std(dim=1)
+    good = bool((mean.abs() < 10 * STILL).all() and ((std - 1).abs() < 10 * STILL).all())
+    print(f"latents: by channel, mean {mean.min():.2f} to {mean.max():.2f}, deviation {std.min():.2f} to "
+          f"{std.max():.2f}: " + ("about 0 and 1, as they should be" if good else
+                                  "NOT about 0 and 1, the autoencoder is of other pictures"))
+    return good
+
+
+def denoiser_stage(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Autoencoder, source: Source,
+                   device: torch.device) -> tuple[bool, float]:
+    """A few steps of the stage, then eight pairs by heart."""
+    stage, seed = experiment.denoiser, experiment.seed
+    networks = new_networks(stage, seed, device)
+    encoded: list[float] = []
+
+    def pairs(count: int) -> Read:
+        places = np.arange(count) % min(len(source), stage.images or len(source))
+        parts = []
+        for begin in range(0, count, PAIRS):
+            began = time.perf_counter()
+            with torch.no_grad():
+                parts.append(autoencoder.encode(image_batch(source, places[begin:begin + PAIRS]).to(device)))
+            encoded.append((time.perf_counter() - began) / len(parts[-1].mean))
+        captions = caption_batch(source, Places(np.zeros_like(places), places), seed)
+        both: Posterior = Posterior(*(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "logvar")))
+        return Read(both.mean.cpu(), both.logvar.cpu(), captions)
+
+    def loss_of(read: Read, batch: int) -> Step:
+        denoising = Denoising(replace(stage, caption_dropout=0.0), tokenizer, seed, device)
+        return lambda step: denoising.loss_at(networks, read, step, whole(batch))["loss"]
+
+    piece = max(1, stage.train.batch // stage.train.accumulate)
+    read = pairs(piece)
+    one = Read(read.mean[:1], read.logvar[:1], read.captions[:1])
+    flops = forward_flops(networks, lambda: loss_of(one, 1)(0))
+    seconds, _ = steps_of(networks, loss_of(read, piece), stage.train, device, 4)
+    cost = costs("denoiser", networks, stage.train, [s * stage.train.accumulate for s in seconds], flops, device)
+    count = min(len(source), stage.images or len(source))
+    if stage.cache:
+        before = float(np.median(encoded)) * count
+        print(f"denoiser: encoding {count:,} pictures before the first step takes about {duration(before)}")
+        cost += before
+    _, found = steps_of(networks, loss_of(pairs(PAIRS), PAIRS), stage.train, device, 300, FALL["denoiser"])
+    return proof("denoiser", found), cost

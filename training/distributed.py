@@ -1,0 +1,222 @@
+"""Several processes as one: who a process is, what it waits for, and how the model is spread over them.
+
+Started by torchrun, a run is the same as with one process: every process computes its part of the same batch, and the
+gradients are averaged. ``ddp`` keeps a whole copy of everything in each process. ``fsdp`` keeps a slice of weights,
+gradients, averages and optimizer state in each, and puts the weights of one block after the other together where they
+are needed (Zhao et al. 2023, arXiv:2304.11277; Rajbhandari et al. 2020). ``hybrid`` does so within groups of ``shards``
+processes, each group with a copy of its own.
+"""
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from model.attention import CrossAttention
+from model.unet import Level
+
+Parallel = Literal["ddp", "fsdp", "hybrid"]
+
+# How long processes wait for each other: for the main one to fill a cache, and to validate and draw samples. A process
+# that dies breaks its connections and ends the job at once, whatever is said here.
+LONG, PATIENCE = datetime.timedelta(days=30), datetime.timedelta(hours=2)
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL",
+        "Socket Timeout", "Timed out waiting", "failed to recv", "connectFullMesh", "unhandled system error")
+
+
+class ProcessLost(RuntimeError):
+    """Another process of this job has ended, so this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process is number ``rank`` of ``world``, and ``local_rank`` of ``local_world`` on its machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    store: Any = None
+    turns: Iterator[int] = field(default_factory=itertools.count)  # all processes do the same in the same order
+
+    @property
+    def main(self) -> bool:
+        """Whether it is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` of any shape, added over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in some process; every process gets the same answer."""
+        return bool(self.sum(torch.tensor(int(flag)))) if self.world > 1 else flag
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.world > 1:
+            self.any(False)
+
+    def from_main(self, value: Any = None) -> Any:
+        """``value`` of the main process, plain data, in every process. However long it takes: nothing times out, and
+        when the main process dies torchrun ends the others."""
+        if self.world == 1:
+            return value
+        name = f"from_main/{next(self.turns)}"
+        if self.main:
+            self.store.set(name, json.dumps(value))
+            return value
+        self.store.wait([name], LONG)
+        return json.loads(self.store.get(name))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The block runs in the main process, then in the others: they find what it has made."""
+        if not self.main:
+            self.from_main()
+        yield
+        if self.main:
+            self.from_main()
+
+    def device(self) -> torch.device:
+        """The GPU of this process when there are any, else the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank) if self.world > 1 else torch.device("cuda")
+
+
+ALONE = Processes()
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Processes]:
+    """This process among those that torchrun started, or alone. Raises ProcessLost in place of what a broken
+    connection raises: another process has ended."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    # a filter of one pixel has two equal orders in memory; DDP says so at every start, and it costs nothing here
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        store, rank, world = next(rendezvous("env://"))
+        # after a restart the store still has the addresses of the processes before
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        workers = Processes(rank, world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
+        yield workers
+        workers.wait()  # the store may end with the main process
+    except (RuntimeError, OSError) as error:
+        if not any(word in str(error) for word in LOST):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun is about to send it; the line below comes first
+        raise ProcessLost(f"process {rank} of {world} has lost another one ({str(error).splitlines()[0][:120]}); see "
+                          "above for why that one ended; the same command goes on from the last checkpoint") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Loss(nn.Module):
+    """A model with what is minimised: ``forward`` is a call of ``loss_at``, so that wrappers see one module."""
+
+    def __init__(self, model: nn.Module, loss_at: Any):
+        super().__init__()
+        self.model, self.loss_at = model, loss_at
+
+    def forward(self, *arguments: Any) -> dict[str, Tensor]:
+        """``loss_at(model, *arguments)``."""
+        return self.loss_at(self.model, *arguments)
+
+
+def spread(loss: Loss, parallel: Parallel, shards: int, workers: Processes, device: torch.device) -> nn.Module:
+    """``loss`` as it is called in every process; its model is changed in place by ``fsdp`` and ``hybrid``.
+
+    ``shards`` processes hold one copy under ``hybrid``, 0 for those of one machine. Raises ValueError where they do not
+    divide the processes.
+    """
+    if parallel == "ddp":
+        if workers.world == 1:
+            return loss
+        return DistributedDataParallel(loss, gradient_as_bucket_view=True)
+    from torch.distributed.device_mesh import init_device_mesh  # these take 0.7 s, for those who shard
+    from torch.distributed.fsdp import fully_shard
+
+    if not dist.is_initialized():  # sharding over one process: the same code, the same files
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
+                                world_size=1)
+    shape: tuple[int, ...] = (workers.world,)
+    if parallel == "hybrid":
+        shards = shards or workers.local_world
+        if workers.world % shards:
+            raise ValueError(f"shards: {shards} for {workers.world} processes; valid: a divisor of {workers.world}")
+        shape = (workers.world // shards, shards)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
+    for parameter in loss.parameters():  # a slice of rows is only one piece of memory in this order
+        parameter.data = parameter.data.contiguous()
+    for unit in units_of(loss.model):
+        fully_shard(unit, mesh=mesh)  # type: ignore[arg-type]
+    fully_shard(loss, mesh=mesh)
+    return loss
+
+
+def units_of(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+    """What is put together at a time: each block that stands in a list, and before them, as one, what works on the
+    context, since the UNet computes all keys and values before its first block. Not whole levels of the UNet: they
+    hand a list on to each other, which the hooks of PyTorch would copy."""
+    contexts: list[nn.Module] = [part.kv for part in model.modules() if isinstance(part, CrossAttention)]
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)
+             and not any(isinstance(block, Level) for block in part)]
+    inner = {id(part) for outer in lists for part in outer.modules() if part is not outer}
+    blocks = [block for outer in lists if id(outer) not in inner for block in outer]
+    return [*([contexts] if contexts else []), *(block for block in blocks if any(True for _ in block.parameters()))]
+
+
+@contextlib.contextmanager
+def gradients_kept_here(module: nn.Module, here: bool) -> Iterator[None]:
+    """Inside, if ``here``, gradients are added up in this process alone: all but the last part of a batch."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync() if here else contextlib.nullcontext():
+            yield
+        return
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(not here)  # type: ignore[operator]
+    yield
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The slice of a tensor that this process holds; it shares its memory."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, in every process; all of them must call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sliced_like(whole: Tensor, like: Tensor) -> Tensor:
+    """The slice of ``whole``, which every process has, that belongs to this process as it does in ``like``."""
+    if not hasattr(like, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    copies = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return copies.redistribute(mesh, placements).to_local()

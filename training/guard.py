@@ -1,0 +1,82 @@
+"""What to do about a step whose gradient is not a number, or far larger than usual: skip it, go back, stop.
+
+One bad batch costs its step. Several in a row mean that the weights are at fault: the run goes back to its last
+checkpoint and goes on with the data behind the bad ones. If that does not help either, it stops. All that is remembered
+is in the checkpoint, so an interrupted run decides as an uninterrupted one.
+"""
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["good", "skip", "roll back", "stop"]
+
+MEMORY = 0.99  # of the mean of the logarithms: about the last hundred steps
+KNOWN = 50  # good steps after which it is known what is usual
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """``spike``: a gradient that many times the usual norm (the geometric mean of about the last hundred) is bad, 0
+    counts only what is not a number; ``skip`` bad steps in a row are left out, the next one rolls back, at most
+    ``rollbacks`` times to the same checkpoint."""
+
+    spike: float = 50.0
+    skip: int = 3
+    rollbacks: int = 2
+
+    def __post_init__(self):
+        if self.spike != 0 and self.spike <= 1:
+            raise ValueError(f"spike: {self.spike}; valid: above 1, or 0 for off")
+        for name in ("skip", "rollbacks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: from 0 up")
+
+
+class Guard:
+    """Judges steps by the norm of their gradient; ``moved`` is by how many steps the data is ahead of the run."""
+
+    def __init__(self, config: GuardConfig):
+        self.config = config
+        self.moved, self.bad, self.rollbacks = 0, 0, 0
+        self.known, self.usual = 0, 0.0  # good steps so far, running mean of the logarithm of their norms
+
+    def judge(self, norm: float) -> Verdict:
+        """What is to be done about a step with this norm; call it once a step."""
+        if self.is_good(norm):
+            self.bad = 0
+            if norm > 0:
+                self.known += 1
+                weight = max(1 / self.known, 1 - MEMORY)
+                self.usual += weight * (math.log(norm) - self.usual)
+            return "good"
+        self.bad += 1
+        if self.bad <= self.config.skip:
+            return "skip"
+        return "roll back" if self.rollbacks < self.config.rollbacks else "stop"
+
+    def is_good(self, norm: float) -> bool:
+        """Whether the norm is a number, and no spike."""
+        if not math.isfinite(norm):
+            return False
+        return not self.config.spike or self.known < KNOWN or norm <= self.config.spike * math.exp(self.usual)
+
+    def reason(self, norm: float) -> str:
+        """Why a norm is bad, in words."""
+        if not math.isfinite(norm):
+            return "the gradient is not finite"
+        return f"the gradient has norm {norm:.3g}, {norm / math.exp(self.usual):.0f} times the usual"
+
+    def moved_on(self, position: int, step: int, rollbacks: int) -> None:
+        """A checkpoint after ``step`` steps was loaded, for the ``rollbacks``-th time: go on with the data of
+        ``position``."""
+        self.moved, self.rollbacks, self.bad = position - step, rollbacks, 0
+
+    def state_dict(self) -> dict[str, float]:
+        """All that `judge` depends on besides its arguments."""
+        return {"moved": self.moved, "bad": self.bad, "rollbacks": self.rollbacks, "known": self.known,
+                "usual": self.usual}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from what `state_dict` gave."""
+        for name, value in state.items():
+            setattr(self, name, value)
