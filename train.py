@@ -117,8 +117,8 @@ def run_stages(experiment: Experiment, run: RunFolder, workers: Processes) -> No
         if workers.main:
             print(f"{stage}: done in {time.perf_counter() - began:.0f} s")
     if workers.main:
-        ready = "denoiser" in experiment.stages
-        print(f"trained: {run.path}" + (f"; sample with: python sample.py --run {run.path} \"a prompt\"" if ready else ""))
+        how = f"; sample with: python sample.py --run {run.path} \"a prompt\""
+        print(f"trained: {run.path}{how if 'denoiser' in experiment.stages else ''}")
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def check(words: list[str], monkeypatch) -> None:
         if module == "train":
             load_experiment(ROOT / options.config, [text for text in options.overrides if not text.startswith("run=")])
     else:
-        assert words[0] in ("source", "cd", "pip", "git", "npm", "mkdir", "cp", "diff"), f"not checked by this test: {words}"
+        assert words[0] in ("source", "cd", "pip", "git", "npm", "mkdir", "cp", "diff"), f"not checked: {words}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
