@@ -1,150 +1,144 @@
-"""Measure a run and write its page: python evaluate.py runs/shapes
+"""Measure a run and write its page: python evaluate.py runs/shapes [--suite full] [--compare runs/other ...]
 
 On shapes, guidance is chosen on validation prompts; then prompts that training never saw are sampled and every picture
-is read back into its scene and scored. On other data the page shows held-out prompts and the curves.
+is read back into its scene and scored. The full suite adds what needs features of pictures: distances to real ones,
+CLIP score where there is a CLIP, copies of training pictures, guidance and steps against both. Samples are kept:
+started again it goes on where it was. Several processes share the sampling: torchrun --nproc-per-node 8 evaluate.py RUN
 """
 import argparse
+import hashlib
 import html
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from data.shapes import Shapes
-from data.shapes_draw import vocabulary
-from data.source import Source, build_source, to_uint8, to_unit
-from diffusion.sampling import SamplingConfig
+from data.source import build_source, data_key
+from eval.compare import comparison, read_figures
+from eval.interval import Estimate
 from eval.report import draw_curves, markdown_table, page, pictures, read_metrics
-from eval.scenes_score import SceneReport, read_scenes, scene_report, score_scene, score_table
+from eval.suite import rows_table
+from evaluation.draw import Drawn, Sampler, at_scales, at_steps
+from evaluation.full import Judges, Real, full_sections, judges_of, real_pictures
+from evaluation.prompts import Prompts, captions_of_training, held_out_prompts, unseen_prompts
+from evaluation.scenes import SHOWN, Section, best_guidance, scene_sections
 from pipeline import TextToImage, with_options
 from training.checkpoint import write_text
-from training.device import default_device
-from training.run import RunFolder
+from training.distributed import Processes, ProcessLost, processes
+from training.run import RunFolder, environment
 
-SHOWN = 64  # pictures of the page
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts of a split of shapes that training never saw, with what they promise and the pictures drawn for them."""
-
-    captions: list[str]
-    facts: list[dict[str, Any]]
-    drawn: list[torch.Tensor]
-    seeds: list[int]
+# (test prompts, validation prompts, guidance scales, numbers of steps) of each suite
+SUITES: dict[str, tuple[int, int, list[float], list[int]]] = {
+    "quick": (256, 64, [1.5, 3.0, 5.0], []), "full": (1000, 128, [1.0, 1.5, 3.0, 5.0, 7.5], [5, 10, 25, 50])}
+EXTREME = 8  # pictures shown of the best and of the worst
 
 
-def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
-    """One phrasing of each of the first ``count`` items that have one outside ``trained``."""
-    found = Prompts([], [], [], [])
-    for index in range(len(source)):
-        item = source[index]
-        number = len(item["captions"])
-        order = [(item["phrasing"] + shift) % number for shift in range(number)]
-        phrasing = next((i for i in order if item["captions"][i] not in trained), None)
-        if phrasing is not None:
-            found.captions.append(item["captions"][phrasing])
-            found.facts.append(item["facts"][phrasing])
-            found.drawn.append(item["image"])
-            found.seeds.append(index)
-        if len(found.captions) == count:
-            return found
-    raise ValueError(f"only {len(found.captions)} items of the split '{source.split}' have a caption that training "
-                     f"never saw; valid: fewer than --count {count}, or a larger data.shapes.{source.split}")
+def prompts_of(system: TextToImage, options: argparse.Namespace) -> tuple[Prompts, Prompts]:
+    """(test, validation) prompts that training never saw."""
+    data = system.experiment.data
+    if data.source == "shapes":
+        trained = captions_of_training(system)
+        return (unseen_prompts(Shapes(data.shapes, "test"), trained, options.count),
+                unseen_prompts(Shapes(data.shapes, "validation"), trained, options.validation))
+    return (held_out_prompts(build_source(data, "test"), options.count),
+            held_out_prompts(build_source(data, "validation"), options.validation))
 
 
-def captions_of_training(system: TextToImage) -> set[str]:
-    """Every caption the denoiser may have seen."""
-    source = build_source(system.experiment.data, "train")
-    count = min(system.experiment.denoiser.images or len(source), len(source))
-    return {caption for index in range(count) for caption in source.captions(index)}
-
-
-def choose_guidance(system: TextToImage, prompts: Prompts, scales: list[float],
-                    config: SamplingConfig) -> tuple[float, list[dict[str, float]]]:
-    """The scale with the most whole scenes right (then attributes) on ``prompts``, and the score of every scale."""
-    rows = []
-    for scale in scales:
-        images = sample(system, prompts, with_options(config, scale=scale), f"validation, guidance {scale:g}")
-        scored = [(facts, score_scene(scene, facts))
-                  for scene, facts in zip(read_scenes(images, vocabulary()), prompts.facts)]
-        rates = score_table(scored)["all"]
-        rows.append({"guidance": scale, "scene": rates["scene"].value, "attributes": rates["attributes"].value})
-    best = max(rows, key=lambda row: (row["scene"], row["attributes"]))
-    return best["guidance"], rows
-
-
-def sample(system: TextToImage, prompts: Prompts, config: SamplingConfig, name: str) -> torch.Tensor:
-    """Pictures (B, 3, H, W) uint8 of all prompts."""
-    def progress(starts: list) -> tqdm:
-        return tqdm(starts, desc=name, unit="batch", mininterval=0.5 if sys.stderr.isatty() else 30)
-
-    return system.images_in_batches(prompts.captions, prompts.seeds, config, progress=progress)
-
-
-@torch.no_grad()
-def reconstructions(system: TextToImage, drawn: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Pictures, uint8 (3, H, W) each, after the autoencoder: what a perfect denoiser would be scored."""
-    model, device = system.autoencoder, next(system.autoencoder.parameters()).device
-    return [picture for part in torch.stack(drawn).split(64)
-            for picture in to_uint8(model.decode(model.encode(to_unit(part.to(device))).mean)).cpu()]
-
-
-def evaluate_shapes(system: TextToImage, run: RunFolder, options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Choose guidance, sample, score, write metrics.json; returns the sections of the page."""
-    trained = captions_of_training(system)
-    validation, test = (Shapes(system.experiment.data.shapes, split) for split in ("validation", "test"))
+def draw(system: TextToImage, options: argparse.Namespace, sampler: Sampler, test: Prompts,
+         validation: Prompts) -> tuple[Drawn, list[dict[str, float]]]:
+    """All samples, and the scores that guidance was chosen by. Every process calls it."""
     base = with_options(system.experiment.sampling, options.sampler, options.steps)
-    held_out = unseen_prompts(validation, trained, options.validation)
-    scale, sweep = choose_guidance(system, held_out, options.guidance, base)
+    choosing = bool(validation.facts)
+    guidance = at_scales(sampler, validation, options.guidance, base) if choosing or options.suite == "full" else []
+    scale, sweep = best_guidance(guidance, validation) if choosing else (base.guidance.scale, [])
     config = with_options(base, scale=scale)
-    prompts = unseen_prompts(test, trained, options.count)
-    images = sample(system, prompts, config, f"test, guidance {scale:g}")
-    report = scene_report(list(images), prompts.facts, zip(prompts.drawn, prompts.facts), vocabulary(),
-                          reconstructed=zip(reconstructions(system, prompts.drawn), prompts.facts))
-    missed = [not score_scene(scene, facts)["scene"][0]
-              for scene, facts in zip(read_scenes(images[:SHOWN], vocabulary()), prompts.facts)]
-    write_text(run.path / "report" / "metrics.json", json.dumps(
-        {"prompts": len(prompts.captions), "sampler": config.sampler, "steps": config.steps, "guidance": scale,
-         "guidance_on_validation": sweep, **report.as_dict()}, indent=1))
-    print(f"{report}\n{summary(report, len(prompts.captions), config)}")
-    sweep_table = "| guidance | whole scenes | attributes |\n|---|---|---|\n" + "\n".join(
-        f"| {row['guidance']:g} | {100 * row['scene']:.1f} | {100 * row['attributes']:.1f} |" for row in sweep)
-    folder = run.path / "report" / "pictures"
-    return [("Scores on prompts that training never saw, in percent", f"<p>{summary(report, len(images), config)}</p>"
-             + markdown_table(str(report))),
-            ("Pictures (framed: something in the prompt is missed)",
-             pictures(images[:SHOWN], prompts.captions, folder, missed)),
-            (f"Guidance, chosen on {options.validation} validation prompts", markdown_table(sweep_table))]
+    images = sampler(test, config, f"test, guidance {scale:g}")
+    return Drawn(test, config, images, validation, guidance,
+                 at_steps(sampler, validation, options.sweep_steps, config)), sweep
 
 
-def summary(report: SceneReport, count: int, config: SamplingConfig) -> str:
-    """One sentence with the headline figures, the floor and the reader's own accuracy."""
-    assert report.ceiling is not None
-    rates, reader, ceiling = report.score["all"], report.calibration["all"], report.ceiling["all"]
-    return (f"{count} unseen prompts, {config.steps} {config.sampler} steps, guidance {config.guidance.scale:g}: "
-            f"attributes {100 * rates['attributes'].value:.1f} %, whole scenes {100 * rates['scene'].value:.1f} %; "
-            f"by chance {100 * report.chance['all']['attributes'].value:.1f} and "
-            f"{100 * report.chance['all']['scene'].value:.1f} %; the reader itself on drawn pictures "
-            f"{100 * reader['attributes'].value:.1f} and {100 * reader['scene'].value:.1f} %, after the autoencoder "
-            f"{100 * ceiling['attributes'].value:.1f} and {100 * ceiling['scene'].value:.1f} % (ceiling).")
+def judged_by(system: TextToImage, run: RunFolder, options: argparse.Namespace, test: Prompts) -> tuple[Judges, Real]:
+    """What the full suite compares with, before anything is sampled: what is wrong with it is said at once."""
+    source = build_source(system.experiment.data, "test")
+    real = real_pictures(source, test.seeds[-1] + 1, hash_of_data(system), options.reference, test.drawn[0].shape[1:])
+    return judges_of(options.inception, options.clip, run.path, system.device), real
 
 
-def show_held_out(system: TextToImage, source: Source, run: RunFolder,
-                  options: argparse.Namespace) -> list[tuple[str, str]]:
-    """Pictures of the first captions of the test split: data without a scene to read back is only looked at."""
-    count = min(SHOWN, options.count, len(source))
-    captions = [source.captions(index)[0] for index in range(count)]
-    config = with_options(system.experiment.sampling, options.sampler, options.steps)
-    images = sample(system, Prompts(captions, [], [], list(range(count))), config, "test")
-    return [("Pictures of held-out prompts", pictures(images, captions, run.path / "report" / "pictures"))]
+def hash_of_data(system: TextToImage) -> str:
+    """Of all that the pictures of the source depend on."""
+    return hashlib.sha256(json.dumps(data_key(system.experiment.data), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def training_section(run: RunFolder) -> tuple[str, str]:
+def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, drawn: Drawn,
+            sweep: list[dict[str, float]], protocol: dict[str, Any], full: tuple[Judges, Real] | None) -> list[Section]:
+    """Score the samples, write metrics.json; returns the sections of the page."""
+    folder, data = run.path / "report", system.experiment.data
+    sections: list[Section] = []
+    metrics: dict[str, Any] = {}
+    ranking = None
+    if drawn.prompts.facts:
+        sections, metrics, ranking = scene_sections(system, drawn, sweep, folder)
+    else:
+        sections = [("Pictures of held-out prompts",
+                     pictures(drawn.images[:SHOWN], drawn.prompts.captions, folder / "pictures"))]
+    if full is not None:
+        judges, real = full
+        protocol |= {"reference": f"{real.about} (sha256 {real.data[:16]})", "features": judges.features.stamp,
+                     "clip": judges.clip.stamp if judges.clip else None}
+        training = build_source(data, "train")
+        more, figures, scores = full_sections(drawn, judges, real, training, protocol["data"], folder)
+        sections, metrics, ranking = sections + more, metrics | figures, ranking or scores
+        if scores is not None:
+            metrics.setdefault("per_prompt", {})["CLIP score"] = [[score, 100] for score in scores]
+    if ranking is not None:
+        sections += extremes(drawn, ranking, folder)
+    metrics = {"protocol": protocol, **metrics}
+    if options.compare:
+        table = comparison(metrics, {str(name): read_figures(name) for name in options.compare})
+        print(table)
+        sections.insert(0, ("Beside other runs, 95 % intervals", markdown_table(table)))
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=1))
+    sections.append(("How these figures were made", markdown_table(rows_table(("what", "value"), protocol.items()))))
+    write_text(folder / "figures.md", "\n\n".join(tables_of(metrics)) + "\n")
+    return sections
+
+
+def tables_of(metrics: dict[str, Any]) -> list[str]:
+    """The figures as Markdown: scenes, then distances and agreement, then how they were made."""
+    rows = ("score", "chance", "calibration", "ceiling")
+    scenes = [rows_table(("measure", "samples", "chance", "drawn pictures", "through the autoencoder"), (
+        (name, *(f"{100 * metrics[row]['all'][name]['value']:.1f} %" for row in rows))
+        for name in metrics["score"]["all"]))] if "score" in metrics else []
+    figures = [rows_table(("figure", "samples", "real pictures", "chance"), (
+        (name, *("" if cell is None else Estimate(**cell) for cell in figure.values()))
+        for name, figure in metrics["figures"].items()))] if "figures" in metrics else []
+    return [*scenes, *figures, rows_table(("protocol", "value"), metrics["protocol"].items())]
+
+
+def protocol_of(options: argparse.Namespace, drawn: Drawn, data: str, weights: dict[str, str]) -> dict[str, Any]:
+    """Everything a figure depends on."""
+    config = drawn.config
+    here = environment()
+    return {"suite": options.suite, "data": data, "prompts": len(drawn.prompts),
+            "prompts_sha256": hashlib.sha256("\n".join(drawn.prompts.captions).encode()).hexdigest()[:16],
+            "seeds": "the number of the item in its split", "sampler": config.sampler, "steps": config.steps,
+            "guidance": config.guidance.scale, "validation": len(drawn.validation), "precision": options.precision,
+            "picture": "x".join(map(str, drawn.images.shape[2:])), "weights": weights, "revision": here["revision"],
+            "device": here["device"], "torch": here["versions"]["torch"]}
+
+
+def extremes(drawn: Drawn, ranking: list[float], folder: Path) -> list[Section]:
+    """The samples with the most and with the least of what their prompts promised."""
+    order = sorted(range(len(ranking)), key=ranking.__getitem__)
+    found = []
+    for name, chosen in (("Best", order[::-1][:EXTREME]), ("Worst", order[:EXTREME])):
+        labels = [f"{ranking[i]:.2f}: {drawn.prompts.captions[i]}" for i in chosen]
+        found.append((f"{name} by score", pictures(drawn.images[chosen], labels, folder / name.lower())))
+    return found
+
+
+def training_section(run: RunFolder) -> Section:
     """Curves, and what the run wrote down about itself."""
     known = json.loads(run.manifest.read_text(encoding="utf-8")) if run.manifest.is_file() else {}
     drawn = draw_curves(read_metrics(run.metrics), run.path / "report" / "curves.png")
@@ -154,40 +148,64 @@ def training_section(run: RunFolder) -> tuple[str, str]:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+    """The command line; what is not given comes from the suite."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder, such as runs/shapes")
-    parser.add_argument("--count", type=int, default=256, help="test prompts (%(default)s)")
-    parser.add_argument("--validation", type=int, default=64, help="validation prompts a guidance scale (%(default)s)")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 3.0, 5.0], metavar="W",
-                        help="scales to choose from (%(default)s)")
+    parser.add_argument("--suite", choices=list(SUITES), default="quick",
+                        help="quick: scenes of shapes; full: also distances, CLIP score, copies, sweeps (%(default)s)")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="runs measured the same way before")
+    parser.add_argument("--count", type=int, help="test prompts (quick 256, full 1000)")
+    parser.add_argument("--validation", type=int, help="validation prompts a setting (quick 64, full 128)")
+    parser.add_argument("--guidance", type=float, nargs="+", metavar="W", help="scales to choose from")
     parser.add_argument("--steps", type=int, help="sampler steps")
     parser.add_argument("--sampler", help="sampler")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of sampling (%(default)s)")
+    parser.add_argument("--inception", metavar="FILE", help="weights of InceptionV3, for the FID that papers report")
+    parser.add_argument("--clip", metavar="DIR", help="run folder with a stage clip, or a folder of transformers' CLIP")
+    parser.add_argument("--reference", metavar="DIR", help="pictures to compare with (the rest of the test split)")
     options = parser.parse_args(arguments)
+    count, validation, scales, options.sweep_steps = SUITES[options.suite]
+    for name, value in (("count", count), ("validation", validation), ("guidance", scales)):
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    least = 20 if options.suite == "full" else 2  # memorization needs 20 held-out pictures
     for name in ("count", "validation"):
-        if getattr(options, name) < 2:
-            raise ValueError(f"--{name} {getattr(options, name)}; valid: from 2 up")
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} {getattr(options, name)}; valid: from {least} up")
+    for name in ("inception", "clip", "reference"):
+        if getattr(options, name) and options.suite != "full":
+            raise ValueError(f"--{name} is for --suite full; valid: both together")
     return options
+
+
+def run_evaluation(options: argparse.Namespace, workers: Processes) -> None:
+    """Sample in every process, measure and write report/index.html in the main one."""
+    run = RunFolder.open(Path(options.run))
+    for other in options.compare:
+        read_figures(other)  # now, and not after an hour
+    system = TextToImage.load(run.path, workers.device())
+    sampler = Sampler(system, run.path / "report" / "cache", options.precision, workers)
+    test, validation = prompts_of(system, options)
+    full = judged_by(system, run, options, test) if options.suite == "full" and workers.main else None
+    drawn, sweep = draw(system, options, sampler, test, validation)
+    if workers.main:
+        protocol = protocol_of(options, drawn, hash_of_data(system), sampler.weights)
+        sections = [*measure(system, run, options, drawn, sweep, protocol, full), training_section(run)]
+        write_text(run.path / "report" / "index.html", page(f"Run {run.path.name}", sections))
+        print(f"wrote {run.path / 'report' / 'index.html'}")
 
 
 def main(arguments: list[str]) -> None:
     """Evaluate and write report/index.html."""
     options = parse(arguments)
-    run = RunFolder.open(Path(options.run))
-    system = TextToImage.load(run.path, default_device())
-    if system.experiment.data.source == "shapes":
-        sections = evaluate_shapes(system, run, options)
-    else:
-        sections = show_held_out(system, build_source(system.experiment.data, "test"), run, options)
-    sections.append(training_section(run))
-    write_text(run.path / "report" / "index.html", page(f"Run {run.path.name}", sections))
-    print(f"wrote {run.path / 'report' / 'index.html'}")
+    with processes() as workers:
+        run_evaluation(options, workers)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ProcessLost) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped by the keyboard") from None
+        raise SystemExit("stopped by the keyboard; the same command goes on where it was") from None

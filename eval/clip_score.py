@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.interval import Estimate, bootstrap_mean
+from eval.interval import Estimate, bootstrap_mean, bootstrap_share
 
 BLOCK = 1024  # pictures compared with all captions at a time
 
@@ -55,7 +55,7 @@ def agreement(images: Tensor, texts: Tensor, captions: Sequence[str], seed: int 
     """Score and retrieval of pictures against their captions' vectors, both (N, E), with intervals over pairs."""
     ranks = caption_ranks(images, texts, captions).cpu().numpy()
     return Agreement(bootstrap_mean(clip_scores(images, texts).cpu().numpy(), seed),
-                     *(bootstrap_mean((ranks < k).astype(np.float64), seed) for k in (1, 5)))
+                     *(bootstrap_share(ranks < k, seed) for k in (1, 5)))
 
 
 def strangers(count: int, seed: int = 0) -> Tensor:
@@ -70,7 +70,7 @@ def strangers(count: int, seed: int = 0) -> Tensor:
 
 def _checked(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
-        raise ValueError(f"vectors: {tuple(images.shape)} and {tuple(texts.shape)}; valid: both (N, E), text by picture")
+        raise ValueError(f"vectors: {tuple(images.shape)} and {tuple(texts.shape)}; valid: both (N, E), one each")
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):
         raise ValueError("vectors: some are not finite")
     return F.normalize(images.double(), dim=1), F.normalize(texts.double(), dim=1)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.resize import STAMPS, resized
+
 SIZE = 224  # pixels along a side of what the classifier was trained on
 WIDTH = 1280  # of its pooled features
 NORM_EPS = 1e-3
@@ -96,10 +98,7 @@ def prepared(images: Tensor) -> Tensor:
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: {tuple(images.shape)}; valid: (B, 3, H, W)")
-    pixels = (images.float().clamp(-1, 1) + 1) * 127.5
-    if pixels.shape[2:] != (SIZE, SIZE):
-        pixels = F.interpolate(pixels, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(0, 255)
-    return (pixels - 127) / 128
+    return (resized((images.float().clamp(-1, 1) + 1) * 127.5, SIZE) - 127) / 128
 
 
 class Features:
@@ -114,7 +113,7 @@ class Features:
         self.device = torch.device(device)
         self.part = 4 if self.device.type == "cpu" else 256  # pictures at a time; few fit a CPU's cache, twice as fast
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-        self.stamp = f"EfficientNet-Lite0 pooled (ImageNet, sha256 {digest}), {SIZE} px, cubic antialiased"
+        self.stamp = f"EfficientNet-Lite0 pooled (ImageNet, sha256 {digest}), {SIZE} px, {STAMPS['clean']}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

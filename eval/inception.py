@@ -71,7 +71,7 @@ class Conv(nn.Module):
     """Convolution without bias, normalisation, ReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
-                 padding: int | tuple[int, ...] = 0):
+                 padding: int | tuple[int, int] = 0):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=NORM_EPS)
@@ -98,7 +98,7 @@ class Mixed(nn.Module):
     @staticmethod
     def _conv(c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1) -> Conv:
         sides = kernel if isinstance(kernel, tuple) else (kernel, kernel)
-        return Conv(c_in, c_out, kernel, stride, 0 if stride == 2 else tuple(side // 2 for side in sides))
+        return Conv(c_in, c_out, kernel, stride, 0 if stride == 2 else (sides[0] // 2, sides[1] // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, sum of the last channels of the paths, H, W), or half of H and W."""

@@ -8,7 +8,8 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the interval that holds what it estimates in about 95 of 100 repetitions; ``note`` says of what."""
+    """A value and the interval that holds what it estimates in about 95 of 100 repetitions; ``note`` says how it was
+    found. An interval of no width, of a value known without sampling, is not written."""
 
     value: float
     low: float
@@ -16,7 +17,8 @@ class Estimate:
     note: str = ""
 
     def __str__(self) -> str:
-        return f"{_short(self.value)} ({_short(self.low)} to {_short(self.high)})"
+        interval = "" if self.low == self.value == self.high else f" ({_short(self.low)} to {_short(self.high)})"
+        return _short(self.value) + interval
 
     def scaled(self, factor: float) -> "Estimate":
         """The same in another unit; factor above 0."""
@@ -47,6 +49,20 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
     times = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
     low, high = np.percentile(times @ values / len(values), [2.5, 97.5])
     return Estimate(float(values.mean()), float(low), float(high), note)
+
+
+def bootstrap_share(hits: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
+    """`bootstrap_mean` of hits, 0 or 1 each (N,). Where none or all are hits resampling knows no spread, and the
+    interval is that of Clopper and Pearson 1934: up to 1 - 0.025^(1/N) away."""
+    return opened(bootstrap_mean(np.asarray(hits, dtype=np.float64), seed), len(hits))
+
+
+def opened(share: Estimate, count: int) -> Estimate:
+    """A bootstrapped share of ``count`` samples, with an interval also where it is 0 or 1."""
+    reach = 1 - 0.025 ** (1 / count)
+    if share.value == 0:
+        return Estimate(0.0, 0.0, max(share.high, reach), share.note)
+    return Estimate(1.0, min(share.low, 1 - reach), 1.0, share.note) if share.value == 1 else share
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> tuple[float, float]:

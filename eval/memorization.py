@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.interval import Estimate
+from eval.interval import Estimate, opened
 
 NEAR = 5  # percent of held-out pictures that are nearer to training than the distance called near
 
@@ -81,7 +81,7 @@ def memorization(samples: Nearest, held_out: Nearest, seed: int = 0, resamples: 
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
     near, nearer = (Estimate(value, float(low[i]), float(high[i]), "bootstrap over samples and held-out pictures")
                     for i, value in enumerate(shares(ours, theirs)))
-    return Memorization(near, nearer, float(np.median(ours)), float(np.median(theirs)))
+    return Memorization(opened(near, len(ours)), nearer, float(np.median(ours)), float(np.median(theirs)))
 
 
 def pixel_vectors(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.interval import Estimate, bootstrap_mean
+from eval.interval import Estimate, bootstrap_mean, bootstrap_share
 from eval.kernel import BLOCK, checked_sets
 
 
@@ -43,8 +43,9 @@ def prdc(generated: Tensor, real: Tensor, k: int = 3, seed: int = 0) -> Prdc:
         counts.append(hit.sum(dim=1))
         recalled |= (distance <= reach[:, None]).any(dim=0)
         nearest = torch.minimum(nearest, distance.min(dim=0).values)
-    shares = (torch.cat(inside), recalled, torch.cat(counts) / k, nearest <= y_reach)
-    return Prdc(*(bootstrap_mean(share.double().cpu().numpy(), seed) for share in shares))
+    precision, recall, coverage = (bootstrap_share(hits.double().cpu().numpy(), seed)
+                                   for hits in (torch.cat(inside), recalled, nearest <= y_reach))
+    return Prdc(precision, recall, bootstrap_mean(torch.cat(counts).double().cpu().numpy() / k, seed), coverage)
 
 
 def reaches(vectors: Tensor, k: int) -> Tensor:

@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eval.files import whole
-from eval.frechet import Moments, frechet_distance
+from eval.frechet import Moments, frechet_distance, frechet_of_vectors
 from eval.interval import Estimate, from_error, jackknife
 from eval.resize import check_images
 
 GROUPS = 8  # of the jackknife; each costs one more Frechet distance
+WAITING = 1024  # vectors that are taken into the moments at once
 KEPT = 10_000  # vectors kept of a set for the distances that need them: 51 MB at width 1280
 
 
@@ -38,28 +39,39 @@ class FeatureSet:
     """
 
     def __init__(self, width: int, kept: int = KEPT, groups: int = GROUPS):
-        self.width, self.kept = width, kept
-        self.groups = [Moments(width) for _ in range(groups)]
+        self.width, self.kept, self.count = width, kept, 0
+        self._groups = [Moments(width) for _ in range(groups)]
         self._vectors: list[Tensor] = []
-
-    @property
-    def count(self) -> int:
-        """Vectors seen."""
-        return sum(moments.count for moments in self.groups)
+        self._waiting: list[Tensor] = []  # not yet in the groups: a (D, D) update for a few vectors costs as for many
 
     @property
     def vectors(self) -> Tensor:
         """The first vectors (at most ``kept``, D), fp32."""
         return torch.cat(self._vectors) if self._vectors else torch.zeros(0, self.width)
 
+    @property
+    def groups(self) -> list[Moments]:
+        """Moments of the vectors whose number is 0, 1, .. modulo G."""
+        if self._waiting:
+            vectors = torch.cat(self._waiting)
+            first = self.count - len(vectors)
+            for group, moments in enumerate(self._groups):
+                moments.update(vectors[(group - first) % len(self._groups)::len(self._groups)])
+            self._waiting = []
+        return self._groups
+
     def update(self, vectors: Tensor) -> "FeatureSet":
         """Take in vectors (N, D); returns itself. Raises ValueError for another width or a value that is no number."""
-        vectors, count = vectors.detach().float().cpu(), self.count
-        for group, moments in enumerate(self.groups):
-            moments.update(vectors[(group - count) % len(self.groups)::len(self.groups)])
-        room = self.kept - min(count, self.kept)
-        if room:
-            self._vectors.append(vectors[:room])
+        vectors = vectors.detach().float().cpu()
+        if vectors.ndim != 2 or vectors.shape[1] != self.width or not torch.isfinite(vectors).all():
+            raise ValueError(f"vectors: {tuple(vectors.shape)}, {int((~torch.isfinite(vectors)).sum())} values not "
+                             f"finite; valid: (N, {self.width}), all finite")
+        if self.count < self.kept:
+            self._vectors.append(vectors[:self.kept - self.count])
+        self._waiting.append(vectors)
+        self.count += len(vectors)
+        if sum(map(len, self._waiting)) >= WAITING:
+            self.groups
         return self
 
     def moments(self, without: int | None = None) -> Moments:
@@ -72,9 +84,11 @@ class FeatureSet:
 
     def save(self, path: str | Path, stamp: dict[str, Any]) -> None:
         """Write the set and the stamp of its making as safetensors, whole or not at all."""
-        tensors = {"vectors": self.vectors, "counts": torch.tensor([m.count for m in self.groups]),
-                   "means": torch.stack([m.mean for m in self.groups]),
-                   "scatters": torch.stack([m.scatter for m in self.groups])}
+        tensors = {"vectors": self.vectors}
+        if self.count > self.kept:  # else the vectors say it all
+            tensors |= {"counts": torch.tensor([m.count for m in self.groups]),
+                        "means": torch.stack([m.mean for m in self.groups]),
+                        "scatters": torch.stack([m.scatter for m in self.groups])}
         with whole(path) as temporary:
             save_file(tensors, temporary, metadata={"stamp": json.dumps(stamp, sort_keys=True)})
 
@@ -85,7 +99,8 @@ class FeatureSet:
         try:
             with safe_open(path, framework="pt") as file:
                 theirs = json.loads((file.metadata() or {})["stamp"])
-                tensors = {name: file.get_tensor(name) for name in ("vectors", "counts", "means", "scatters")}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            vectors = tensors["vectors"]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path} is no statistics file, or damaged: {reason}") from None
@@ -93,9 +108,11 @@ class FeatureSet:
                  if theirs.get(key) != value]
         if wrong:
             raise ValueError(f"{path} was made otherwise ({'; '.join(wrong)}); valid: the same for both sets")
-        found = cls(tensors["means"].shape[1], groups=len(tensors["counts"]))
-        found._vectors = [tensors["vectors"]]
-        for moments, count, mean, scatter in zip(found.groups, tensors["counts"].tolist(), tensors["means"],
+        if "counts" not in tensors:
+            return cls(vectors.shape[1]).update(vectors)
+        found = cls(vectors.shape[1], len(vectors), len(tensors["counts"]))
+        found._vectors, found.count = [vectors], int(tensors["counts"].sum())
+        for moments, count, mean, scatter in zip(found._groups, tensors["counts"].tolist(), tensors["means"],
                                                  tensors["scatters"]):
             moments.count, moments.mean, moments.scatter = count, mean.clone(), scatter.clone()
         return found
@@ -137,12 +154,20 @@ def frechet_estimate(generated: FeatureSet, real: FeatureSet) -> tuple[Estimate,
     """
     if generated.width != real.width:
         raise ValueError(f"width: {generated.width} and {real.width}; valid: the same extractor for both sets")
-    groups = len(generated.groups)
-    if min(generated.count, real.count) < 2 * groups or groups != len(real.groups):
+    groups = len(generated._groups)
+    if min(generated.count, real.count) < 2 * groups or groups != len(real._groups):
         raise ValueError(f"{generated.count} generated and {real.count} real pictures; valid: from {2 * groups} up")
-    value = frechet_distance(generated.moments(), real.moments())
-    left_out = [frechet_distance(generated.moments(g), real.moments(g)) for g in range(groups)]
+    value, *left_out = [_distance(generated, real, group) for group in (None, *range(groups))]
     unbiased, error = jackknife(value, left_out)
     note = f"jackknife over {groups} groups"
     at_count = from_error(value, error, note, groups - 1)
     return Estimate(value, max(0.0, at_count.low), at_count.high, note), from_error(unbiased, error, note, groups - 1)
+
+
+def _distance(generated: FeatureSet, real: FeatureSet, without: int | None) -> float:
+    if max(generated.count, real.count) >= generated.width or not all(
+            found.count == len(found.vectors) for found in (generated, real)):
+        return frechet_distance(generated.moments(without), real.moments(without))
+    kept = [found.vectors[torch.arange(found.count) % len(found._groups) != without] if without is not None
+            else found.vectors for found in (generated, real)]
+    return frechet_of_vectors(*kept)  # fewer vectors than their width: much faster, the same number

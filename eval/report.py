@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from eval.files import whole
 from eval.grid import to_picture
 
 STYLE = """
@@ -60,6 +61,47 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     return True
 
 
+def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path, score: str, distance: str) -> bool:
+    """Distance against score as a line through the rows, each labelled by its guidance, with both intervals.
+
+    A row is {"guidance", "score", "distance"}, the last two as {"value", "low", "high"}. False without matplotlib.
+    """
+    return _draw(path, [(rows, "score", "distance", "guidance", score, distance)])
+
+
+def draw_steps(rows: Sequence[dict[str, Any]], path: Path, score: str, distance: str) -> bool:
+    """Score and distance against the number of sampler steps; rows as above with "steps" for "guidance"."""
+    return _draw(path, [(rows, "steps", key, "", "sampler steps", name)
+                        for key, name in (("score", score), ("distance", distance))])
+
+
+def _draw(path: Path, panels: Sequence[tuple]) -> bool:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(5.2 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        rows, across, up, label, x_name, y_name = panel
+        points = [[row[key] if isinstance(row[key], dict) else {"value": row[key], "low": row[key], "high": row[key]}
+                   for key in (across, up)] for row in rows]
+        x, y = ([point[axis]["value"] for point in points] for axis in (0, 1))
+        reach_x, reach_y = ([[max(0.0, point[axis]["value"] - point[axis]["low"]) for point in points],
+                             [max(0.0, point[axis]["high"] - point[axis]["value"]) for point in points]]
+                            for axis in (0, 1))
+        axes.errorbar(x, y, yerr=reach_y, xerr=reach_x, marker="o", color="#3457d5", ecolor="#b9c4ee", linewidth=1.3)
+        for row, a, b in zip(rows, x, y):
+            if label:
+                axes.annotate(f"w = {row[label]:g}", (a, b), textcoords="offset points", xytext=(6, 6), fontsize=9)
+        axes.set(xlabel=x_name, ylabel=y_name)
+        axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return True
+
+
 def markdown_table(text: str) -> str:
     """A Markdown table as HTML."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()
@@ -71,11 +113,11 @@ def markdown_table(text: str) -> str:
 
 def pictures(images: torch.Tensor, captions: Sequence[str], folder: Path, missed: Sequence[bool] = ()) -> str:
     """HTML of pictures (B, 3, H, W) under their captions, each saved as a PNG in ``folder``; ``missed`` get a frame."""
-    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for number, (image, caption) in enumerate(zip(images, captions)):
         name = f"{number:04d}.png"
-        to_picture(image).save(folder / name)
+        with whole(folder / name) as temporary:
+            to_picture(image).save(temporary, format="PNG")
         kind = ' class="missed"' if number < len(missed) and missed[number] else ""
         text = html.escape(caption)
         parts.append(f'<figure{kind}><img src="{folder.name}/{name}" alt="{text}">'

@@ -181,9 +181,13 @@ def scene_report(images: Sequence[Any], facts: Sequence[Facts], drawn: Iterable[
     if len(images) != len(facts) or len(images) < 2:
         raise ValueError(f"images, facts: {len(images)} and {len(facts)}; valid: equal lengths, at least 2")
     scenes = read_scenes(images, vocabulary)
+    return SceneReport(score_table(zip(facts, map(score_scene, scenes, facts)), seed),
+                       score_table(stranger_rows(scenes, facts, seed), seed), calibrate(drawn, vocabulary, seed),
+                       None if reconstructed is None else calibrate(reconstructed, vocabulary, seed))
+
+
+def stranger_rows(scenes: Sequence[Scene], facts: Sequence[Facts], seed: int = 0) -> list[tuple[Facts, Score]]:
+    """(facts, score) of each prompt and a scene that was made for another one: what chance is scored."""
     order = np.random.default_rng(seed).permutation(len(scenes))
     strangers = {int(row): scenes[int(other)] for row, other in zip(order, np.roll(order, 1))}  # never its own
-    return SceneReport(score_table(zip(facts, map(score_scene, scenes, facts)), seed),
-                       score_table([(fact, score_scene(strangers[row], fact)) for row, fact in enumerate(facts)], seed),
-                       calibrate(drawn, vocabulary, seed),
-                       None if reconstructed is None else calibrate(reconstructed, vocabulary, seed))
+    return [(fact, score_scene(strangers[row], fact)) for row, fact in enumerate(facts)]

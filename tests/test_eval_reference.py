@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.frechet import Moments, frechet_distance
-from eval.interval import bootstrap_mean, from_error, jackknife
+from eval.frechet import Moments, frechet_distance, frechet_of_vectors
+from eval.interval import bootstrap_mean, bootstrap_share, from_error, jackknife
 from eval.pictures import hash_of_files, picture_batches, picture_files
-from eval.reference import FeatureSet, cached_features, features_of, frechet_estimate
+from eval.reference import FeatureSet, _distance, cached_features, features_of, frechet_estimate
 
 
 class Colours:
@@ -56,6 +56,17 @@ def test_a_set_and_itself_are_nothing_apart(count):
     assert at_count.value < 1e-3 and at_count.low == 0.0
 
 
+@pytest.mark.parametrize("count", [40, 200])
+def test_vectors_and_moments_give_the_same_distance(count, monkeypatch):
+    """The shortcut for fewer vectors than their width against the general way, whole and with a group left out."""
+    x, y = gathered(draw(count, 64)), gathered(draw(count - 3, 64, seed=1, shift=0.3))
+    expected = [frechet_distance(x.moments(g), y.moments(g)) for g in (None, 0, 5)]
+    assert [_distance(x, y, g) for g in (None, 0, 5)] == pytest.approx(expected, rel=1e-9)
+    assert frechet_of_vectors(x.vectors, y.vectors) == pytest.approx(expected[0], rel=1e-9)
+    with pytest.raises(ValueError, match=r"vectors: \(1, 64\)"):
+        frechet_of_vectors(x.vectors[:1], y.vectors)
+
+
 def test_groups_together_are_the_whole_whatever_the_batches():
     x = draw(101)
     whole = Moments(24).update(x)
@@ -95,6 +106,10 @@ def test_intervals_of_what_is_known():
     left_out = [np.delete(values[:50], i).mean() for i in range(50)]
     value, error = jackknife(values[:50].mean(), left_out)
     assert value == pytest.approx(values[:50].mean()) and error == pytest.approx(values[:50].std(ddof=1) / 50**0.5)
+    for hits, low, high in (([0] * 100, 0, 0.0362), ([1] * 100, 0.9638, 1)):  # Clopper and Pearson's tables
+        found = bootstrap_share(hits)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    assert bootstrap_share([0, 1] * 50) == bootstrap_mean([0, 1] * 50)
     with pytest.raises(ValueError, match="3 of which 1 are not finite"):
         bootstrap_mean([1.0, float("nan"), 2.0])
     with pytest.raises(ValueError, match="left_out: 1 groups"):
@@ -124,6 +139,19 @@ def test_a_reference_is_read_back_and_made_again_when_it_is_damaged(tmp_path, ca
     cached_features(tmp_path, "data 1", batches, Colours())
     assert len(calls) == 4 and "damaged" in capsys.readouterr().out
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"] * 3
+
+
+@pytest.mark.parametrize("kept", [100, 30])
+def test_a_file_holds_the_whole_set(tmp_path, kept, monkeypatch):
+    """All vectors kept, or moments of more than are kept; taken in one by one, or many at once."""
+    monkeypatch.setattr("eval.reference.WAITING", 20)
+    first = gathered(draw(77), 9, kept=kept)
+    first.save(tmp_path / "a.safetensors", {})
+    again = FeatureSet.load(tmp_path / "a.safetensors", {})
+    assert again.count == 77 and torch.equal(again.vectors, draw(77)[:kept])
+    for group in (None, 5):
+        torch.testing.assert_close(again.moments(group).covariance, first.moments(group).covariance, rtol=1e-9,
+                                   atol=1e-12)
 
 
 def test_a_reference_of_another_extractor_is_refused(tmp_path):

@@ -1,0 +1,86 @@
+"""The figures of a run beside what real pictures and what chance would give, as a table and as plain JSON.
+
+Axis letters: N pictures, D and E widths of features and of CLIP vectors.
+"""
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from eval.clip_score import agreement, strangers
+from eval.interval import Estimate
+from eval.kernel import cmmd, kid
+from eval.memorization import Nearest, memorization
+from eval.prdc import prdc
+from eval.reference import FeatureSet, frechet_estimate
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the samples, the same of real pictures in their place, and that of chance where there is one."""
+
+    value: Estimate
+    real: Estimate | None = None
+    chance: Estimate | None = None
+
+
+Figures = dict[str, Figure]
+
+
+def distance_figures(ours: FeatureSet, reference: FeatureSet, real: FeatureSet, name: str) -> Figures:
+    """Frechet distance, KID, precision, recall, density, coverage of samples against a reference of real pictures.
+
+    ``real`` are other real pictures, as many as the samples and of the same prompts: what a perfect model would get.
+    ``name`` is that of the features. Raises ValueError for sets too small or of another extractor.
+    """
+    columns = []
+    for found in (ours, real):
+        at_count, unbiased = frechet_estimate(found, reference)
+        shares = prdc(found.vectors, reference.vectors)
+        columns.append({
+            f"Frechet distance ({name}), {found.count} against {reference.count}": at_count,
+            f"Frechet distance ({name}), continued to infinitely many": unbiased,
+            f"KID ({name}) x 1000": kid(found.vectors, reference.vectors).scaled(1000),
+            "precision": shares.precision, "recall": shares.recall, "density": shares.density,
+            "coverage": shares.coverage})
+    return {key: Figure(value, other) for (key, value), other in zip(columns[0].items(), columns[1].values())}
+
+
+def text_figures(images: Tensor, real: Tensor, texts: Tensor, captions: list[str], reference: Tensor) -> Figures:
+    """CLIP score, retrieval and CMMD of vectors (N, E) of samples, of real pictures of the same captions, and of the
+    captions; chance is the samples under each other's captions. ``reference`` (M, E) is for the CMMD."""
+    order = strangers(len(images))
+    ours, theirs, chance = (agreement(x, texts, captions) for x in (images, real, images[order.to(images.device)]))
+    names = {"score": "CLIP score", "recall_1": f"caption found among {len(set(captions))}",
+             "recall_5": "caption among the first 5"}
+    found = {label: Figure(getattr(ours, key), getattr(theirs, key), getattr(chance, key))
+             for key, label in names.items()}
+    return {**found, "CMMD": Figure(cmmd(images, reference), cmmd(real, reference))}
+
+
+def memory_figures(samples: Nearest, held_out: Nearest, where: str) -> Figures:
+    """How near samples are to training pictures, beside what a model that does not copy would get."""
+    found = memorization(samples, held_out)
+    half, twentieth = (Estimate(value, value, value, "by definition") for value in (0.5, 0.05))
+    return {f"nearer to training than all but 5 % of held-out pictures ({where})": Figure(found.near, twentieth),
+            f"nearer to training than a held-out picture ({where})": Figure(found.nearer, half)}
+
+
+def figures_table(figures: Figures) -> str:
+    """Markdown: a row a figure, 95 % intervals in brackets."""
+    lines = ["| figure | samples | real pictures | chance |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {figure.value} | {figure.real or ''} | {figure.chance or ''} |"
+                              for name, figure in figures.items()])
+
+
+def figures_dict(figures: Figures) -> dict[str, Any]:
+    """Plain JSON types."""
+    return {name: asdict(figure) for name, figure in figures.items()}
+
+
+def rows_table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown of a header and rows."""
+    header = list(header)
+    return "\n".join(["| " + " | ".join(header) + " |", "|---" * len(header) + "|",
+                      *("| " + " | ".join(map(str, row)) + " |" for row in rows)])

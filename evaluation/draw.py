@@ -1,0 +1,86 @@
+"""Everything a measurement needs to sample, in batches that are kept: a stopped measurement goes on where it was.
+
+A batch is a file named after all it depends on: weights, prompts, seeds, settings, arithmetic. Several processes take
+turns. Axis letters: N samples, H W size.
+"""
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from diffusion.sampling import SamplingConfig
+from evaluation.prompts import Prompts
+from pipeline import TextToImage, with_options
+from training.checkpoint import file_hash, whole_file
+from training.distributed import ALONE, Processes
+
+BATCH = 64  # samples at a time
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples uint8 (N, 3, H, W) of the test prompts, and of the validation prompts at other settings."""
+
+    prompts: Prompts
+    config: SamplingConfig
+    images: torch.Tensor
+    validation: Prompts
+    guidance: list[tuple[float, torch.Tensor]] = field(default_factory=list)  # (scale, samples)
+    steps: list[tuple[int, torch.Tensor]] = field(default_factory=list)  # (steps, samples)
+
+
+class Sampler:
+    """sampler(prompts, config, name) -> samples uint8 (N, 3, H, W), drawn once and read back afterwards."""
+
+    def __init__(self, system: TextToImage, folder: str | Path, precision: str = "fp32", workers: Processes = ALONE):
+        self.system, self.folder, self.precision, self.workers = system, Path(folder), precision, workers
+        self.weights = {name: file_hash(path)[:16] for name, path in sorted(system.files.items())}
+
+    def __call__(self, prompts: Prompts, config: SamplingConfig, name: str) -> torch.Tensor:
+        """Every process draws its part of the batches and reads all of them. ``name`` is for the progress bar."""
+        about = {"weights": self.weights, "captions": prompts.captions, "seeds": prompts.seeds,
+                 "config": asdict(config), "precision": self.precision, "batch": BATCH}
+        folder = self.folder / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+        starts = list(range(0, len(prompts), BATCH))
+        missing = [start for start in starts[self.workers.rank::self.workers.world]
+                   if batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) is None]
+        for start in tqdm(missing, desc=name, unit="batch", disable=not (missing and self.workers.main),
+                          mininterval=0.5 if sys.stderr.isatty() else 30):
+            part = slice(start, start + BATCH)
+            with torch.autocast(self.system.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                images = self.system.images(prompts.captions[part], prompts.seeds[part], config)
+            with whole_file(folder / f"{start:06d}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, images.numpy())
+        self.workers.wait()
+        found = [batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) for start in starts]
+        return torch.cat([part for part in found if part is not None])
+
+
+def batch_of(path: Path, count: int) -> torch.Tensor | None:
+    """The kept batch of ``count`` samples, None when it is missing, damaged or not whole."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = array.dtype == np.uint8 and array.ndim == 4 and len(array) == count
+    return torch.from_numpy(array) if whole else None
+
+
+def at_scales(sampler: Sampler, prompts: Prompts, scales: Sequence[float],
+              config: SamplingConfig) -> list[tuple[float, torch.Tensor]]:
+    """(scale, samples) at each guidance scale."""
+    return [(scale, sampler(prompts, with_options(config, scale=scale), f"validation, guidance {scale:g}"))
+            for scale in scales]
+
+
+def at_steps(sampler: Sampler, prompts: Prompts, steps: Sequence[int],
+             config: SamplingConfig) -> list[tuple[int, torch.Tensor]]:
+    """(steps, samples) with so many sampler steps."""
+    return [(count, sampler(prompts, with_options(config, steps=count), f"validation, {count} steps"))
+            for count in steps]

@@ -1,0 +1,135 @@
+"""The clip stage: learns pairs, is a judge that the run's seed does not change, resumes, and refuses what cannot be."""
+import dataclasses
+
+import pytest
+import torch
+
+from data.tokenizer import TokenizerConfig
+from eval.clip_score import agreement, strangers
+from model.clip import ClipConfig, ImageEncoderConfig
+from model.text_encoder import TextEncoderConfig
+from training.checkpoint import CheckpointError
+from training.clip import ClipStage, ClipVectors, train_clip
+from training.distributed import Processes
+from training.loop import TrainConfig
+from training.optim import OptimConfig
+from training.run import RunFolder
+
+CPU = torch.device("cpu")
+
+
+def config(steps: int = 60) -> ClipStage:
+    model = ClipConfig(ImageEncoderConfig(24, 6, width=32, layers=2, heads=2, mlp_width=64),
+                       TextEncoderConfig(300, 24, width=32, layers=1, heads=2, mlp_width=64, causal=False), width=32)
+    train = TrainConfig(steps=steps, batch=32, log_every=20, validate_every=30, preview_every=60, checkpoint_every=30,
+                        optim=OptimConfig(learning_rate=3e-3, warmup=5))
+    return ClipStage(model, TokenizerConfig(300, 24), train, validation=9)
+
+
+COLOURS = {"red": (220, 40, 50), "green": (40, 160, 70), "blue": (40, 80, 210), "yellow": (250, 210, 40),
+           "black": (20, 20, 20), "white": (250, 250, 250), "grey": (150, 150, 150), "pink": (250, 130, 190)}
+
+
+class Halves:
+    """Pictures of two colours side by side; a seventh of the pairs is held out."""
+
+    def __init__(self, held_out: bool):
+        pairs = [(a, b) for a in COLOURS for b in COLOURS]
+        self.pairs = [pair for i, pair in enumerate(pairs) if (i % 7 == 3) == held_out]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        left, right = self.pairs[index]
+        return f"{left} on the left and {right} on the right", f"{right} to the right of {left}"
+
+    def __getitem__(self, index: int) -> dict:
+        image = torch.zeros(3, 24, 24, dtype=torch.uint8)
+        for part, name in zip((image[:, :, :12], image[:, :, 12:]), self.pairs[index]):
+            part[:] = torch.tensor(COLOURS[name], dtype=torch.uint8)[:, None, None]
+        captions = self.captions(index)
+        return {"image": image, "caption": captions[0], "captions": captions, "id": str(index)}
+
+
+@pytest.fixture(scope="module")
+def sources() -> tuple[Halves, Halves]:
+    return Halves(False), Halves(True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, sources) -> RunFolder:
+    run = RunFolder(tmp_path_factory.mktemp("runs") / "clip")
+    run.path.mkdir()
+    train_clip(config(), *sources, run, CPU)
+    return run
+
+
+def test_it_learns_which_caption_belongs_to_which_picture(run, sources):
+    """Held-out pairs score above shuffled ones, and their captions are found more often than by chance."""
+    vectors = ClipVectors.of_run(run.path)
+    items = [sources[1][i] for i in range(9)]
+    captions = [item["captions"][0] for item in items]
+    x = vectors(torch.stack([item["image"] for item in items]).float() / 127.5 - 1)
+    y = vectors.texts(captions)
+    assert x.shape == y.shape == (9, 32) and not x.requires_grad
+    torch.testing.assert_close(x.norm(dim=1), torch.ones(9))
+    right, wrong = agreement(x, y, captions), agreement(x[strangers(9)], y, captions)
+    assert right.score.low > wrong.score.high and right.recall_1.value >= 5 / 9
+    assert "sha256" in vectors.stamp and "24 px" in vectors.stamp
+    assert (run.path / "samples" / "clip_000060.png").is_file()
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(run, sources, tmp_path):
+    """Stopped after the checkpoint at 30, as by a crash, then to the end: bit for bit those of the run in one go."""
+    again = RunFolder(tmp_path / "again")
+    again.path.mkdir()
+
+    class Crash(Exception):
+        pass
+
+    class Failing(Halves):
+        reads = 0
+
+        def __getitem__(self, index):
+            Failing.reads += 1
+            if Failing.reads > 40 * 32:
+                raise Crash
+            return super().__getitem__(index)
+
+    with pytest.raises((Crash, ValueError)):
+        train_clip(config(), Failing(False), sources[1], again, CPU)
+    assert not again.weights("clip").exists()
+    train_clip(config(), *sources, again, CPU)
+    assert again.weights("clip").read_bytes() == run.weights("clip").read_bytes()
+
+
+def test_the_tokenizer_is_its_own_and_all_files_are_needed(run, tmp_path):
+    assert (run.path / "clip_tokenizer.json").is_file() and not (run.path / "tokenizer.json").exists()
+    vectors = ClipVectors.of_run(run.path)
+    assert vectors.tokenizer.length == 24
+    (run.path / "clip_tokenizer.json").rename(run.path / "away.json")
+    with pytest.raises(CheckpointError, match="no file .*clip_tokenizer.json; train the stage clip"):
+        ClipVectors.of_run(run.path)
+    (run.path / "away.json").rename(run.path / "clip_tokenizer.json")
+    other = tmp_path / "clip.safetensors"
+    other.write_bytes(b"no")
+    (tmp_path / "clip_tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="is damaged, or not of the stage clip"):
+        ClipVectors.of_run(tmp_path)
+    with pytest.raises(CheckpointError, match="no file .*clip.safetensors"):
+        ClipVectors.of_run(run.path / "nowhere")
+
+
+def test_what_cannot_be_trained_is_refused(sources, run):
+    stage = config()
+    for change, line in (
+            ({"tokenizer": TokenizerConfig(400, 24)}, "vocab_size: 300; valid: from tokenizer.vocab_size = 400"),
+            ({"tokenizer": TokenizerConfig(300, 30)}, "model.text.length: 24; valid: tokenizer.length = 30"),
+            ({"validation": 1}, "validation: 1"),
+            ({"train": TrainConfig(batch=8, accumulate=2)}, "train.accumulate: 2; valid: 1")):
+        with pytest.raises(ValueError, match=line):
+            dataclasses.replace(stage, **change)
+    with pytest.raises(ValueError, match="stage clip with 2 processes; valid: one"):
+        train_clip(stage, *sources, run, CPU, Processes(world=2))
+    ClipStage()  # the defaults fit each other

@@ -1,0 +1,201 @@
+"""evaluate.py as it is called: scores, page, protocol, comparison; it goes on where it was, and refuses in one line."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import evaluate
+from data.tokenizer import Tokenizer
+from eval.compare import comparison, paired_difference
+from model.clip import Clip, ClipConfig, ImageEncoderConfig
+from model.text_encoder import TextEncoderConfig
+from training.checkpoint import save_weights
+from training.config import to_dict
+
+
+def copied(tiny_run: Path, path: Path, **sizes: int) -> Path:
+    """The run with larger held-out splits: what was trained does not depend on them."""
+    shutil.copytree(tiny_run, path, ignore=shutil.ignore_patterns("report", "state", "cache"))
+    config = yaml.safe_load((path / "config.yaml").read_text())
+    config["data"]["shapes"].update(sizes)
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_run) -> Path:
+    """A run evaluated in full, with a judge of random weights."""
+    run = copied(tiny_run, tmp_path_factory.mktemp("runs") / "judged", validation=40, test=80)
+    torch.manual_seed(0)
+    config = ClipConfig(ImageEncoderConfig(16, 8, width=16, layers=1, heads=1, mlp_width=32),
+                        TextEncoderConfig(300, 24, width=16, layers=1, heads=1, mlp_width=32, causal=False), width=8)
+    save_weights(Clip(config), run / "clip.safetensors", {"model": json.dumps(to_dict(config))})
+    (run / "clip_tokenizer.json").write_text(Tokenizer.load(run / "tokenizer.json").to_json())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.full.TRAINING", 24)
+        patch.setattr("evaluate.SUITES", {"full": (24, 20, [2.0], [2])})
+        evaluate.main([str(run), "--suite", "full"])
+    return run
+
+
+class Sources(HTMLParser):
+    """What a page loads."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found += [value for name, value in attributes if name in ("src", "href", "srcset", "data", "action")]
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def check_page(folder: Path) -> str:
+    """The page's text, once every picture it shows is there, whole and local, and every element is closed."""
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    sources = Sources(text)
+    assert sources.open == [] and len(sources.found) > 3
+    assert not re.search(r"https?:|//\w|<script|@import|url\(", text)
+    for source in sources.found:
+        with Image.open(folder / source) as picture:
+            picture.load()
+    return text
+
+
+def test_the_full_suite_writes_figures_with_their_making(run):
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    protocol = metrics["protocol"]
+    assert {"data", "prompts", "reference", "features", "clip", "sampler", "steps", "guidance", "seeds", "revision",
+            "weights", "precision"} <= set(protocol)
+    assert "EfficientNet-Lite0" in protocol["features"] and "antialiased" in protocol["features"]
+    assert protocol["prompts"] == 24 and len(protocol["weights"]) == 4 and "test items 2" in protocol["reference"]
+    names = " ".join(metrics["figures"])
+    for word in ("Frechet", "continued", "KID", "precision", "recall", "density", "coverage", "CLIP score", "CMMD",
+                 "caption found", "(features)", "(pixels)"):
+        assert word in names, word
+    for name, figure in metrics["figures"].items():
+        value = figure["value"]
+        assert value["low"] <= value["value"] <= value["high"] and figure["real"] is not None, name
+    frechet = next(value for name, value in metrics["figures"].items() if name.startswith("Frechet"))
+    assert frechet["value"]["value"] > 2 * frechet["real"]["value"]  # untrained samples against real pictures
+    assert {"score", "chance", "calibration", "ceiling", "groups", "values", "per_prompt"} <= set(metrics)
+    written = (run / "report" / "figures.md").read_text()
+    assert all(f"| {name} |" in written for name in [*metrics["figures"], "attributes", "features", "revision"])
+    assert len(metrics["per_prompt"]["attributes"]) == len(metrics["per_prompt"]["CLIP score"]) == 24
+
+
+def test_the_page_opens_from_disk_with_everything_it_shows(run):
+    text = check_page(run / "report")
+    for heading in ("Scores on prompts", "Kinds of prompts", "Promises by what they name", "Distances, agreement",
+                    "training pictures, which lies below", "Guidance against score", "Steps against score", "Best by",
+                    "Worst by", "How these figures were made", "Training"):
+        assert heading in text, heading
+
+
+def test_the_quick_suite_prints_its_table_and_goes_on_where_it_was(tiny_run, tmp_path, capsys, monkeypatch):
+    """A batch that is missing or cut is drawn again to the same bytes; the others are not touched."""
+    run = copied(tiny_run, tmp_path / "quick", validation=12, test=12)
+    monkeypatch.setattr("evaluation.draw.BATCH", 4)
+    arguments = [str(run), "--count", "8", "--validation", "4", "--guidance", "1", "3"]
+    evaluate.main(arguments)
+    printed, metrics = capsys.readouterr().out, (run / "report" / "metrics.json").read_text()
+    assert "| prompts | n | attributes | scene |" in printed and "| reader: drawn pictures | 8 |" in printed
+    assert "8 unseen prompts, 3 ddim steps, guidance" in printed and "wrote" in printed
+    check_page(run / "report")
+    files = sorted((run / "report" / "cache").rglob("*.npy"))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+    assert len(files) == 4
+    files[0].unlink()
+    files[1].write_bytes(files[1].read_bytes()[:-7])
+    evaluate.main(arguments)
+    for path, (content, time) in before.items():
+        assert path.read_bytes() == content and (path.stat().st_mtime_ns == time) == (path not in files[:2])
+    assert (run / "report" / "metrics.json").read_text() == metrics
+
+
+def test_other_settings_are_other_samples(run, tmp_path):
+    folders = len(list((run / "report" / "cache").glob("*/")))
+    evaluate.main([str(run), "--count", "24", "--validation", "20", "--guidance", "2", "--steps", "2"])
+    assert len(list((run / "report" / "cache").glob("*/"))) == folders + 1  # of two steps were there for validation
+
+
+def test_runs_are_compared_only_when_measured_the_same_way(run, tiny_run, tmp_path, capsys):
+    other = copied(tiny_run, tmp_path / "other", validation=40, test=80)
+    quick = ["--count", "8", "--validation", "4", "--guidance", "2"]
+    with pytest.raises(ValueError, match="make it with: python evaluate.py .*other"):
+        evaluate.main([str(run), *quick, "--compare", str(other)])
+    evaluate.main([str(other), *quick])
+    capsys.readouterr()
+    evaluate.main([str(other), *quick, "--compare", str(other)])
+    assert "(+0.0: +0.0 to +0.0)" in capsys.readouterr().out
+    assert "Beside other runs" in check_page(other / "report")
+    with pytest.raises(ValueError, match="was measured otherwise .*prompts: 8 there, 6 here"):
+        evaluate.main([str(run), "--count", "6", *quick[2:], "--compare", str(other)])
+
+
+def test_a_paired_difference_does_not_mind_hard_prompts():
+    """Prompts differ far more than the runs do: the paired interval is narrow, and 0 is outside."""
+    theirs = [[kept, 10] for kept in (0, 10) for _ in range(50)]
+    ours = [[min(10, kept + 1), 10] for kept, _ in theirs]
+    found = paired_difference(ours, theirs)
+    assert found.value == pytest.approx(0.05) and 0.03 < found.low and found.high < 0.07
+    with pytest.raises(ValueError, match="the same prompts in both"):
+        paired_difference(ours, theirs[:-1])
+    figures = {"protocol": {}, "per_prompt": {"attributes": theirs}, "figures": {}}
+    table = comparison(figures, {"runs/b": {**figures, "per_prompt": {"attributes": ours}}})
+    assert "| attributes, % | 50.0 | 55.0 (+5.0:" in table and ", apart)" in table
+
+
+@pytest.mark.parametrize("arguments, line", [
+    (["nowhere"], "no run folder nowhere"),
+    (["RUN", "--count", "1"], "--count 1; valid: from 2 up"),
+    (["RUN", "--suite", "full", "--count", "10"], "--count 10; valid: from 20 up"),
+    (["RUN", "--clip", "x"], "--clip is for --suite full"),
+    (["RUN", "--count", "500", "--validation", "4", "--guidance", "2"], "only .* items of the split 'test'"),
+    (["RUN", "--sampler", "magic"], "magic"),
+    (["RUN", "--suite", "full", "--count", "24", "--validation", "20", "--guidance", "2", "--inception", "no.pth"],
+     "no weights file no.pth; valid: pt_inception"),
+    (["RUN", "--suite", "full", "--count", "24", "--validation", "20", "--guidance", "2", "--reference", "SMALL"],
+     "pictures of 8x8; valid: 32x32"),
+], ids=["run", "count", "few", "clip", "many", "sampler", "inception", "reference"])
+def test_what_cannot_be_measured_gets_one_line(run, arguments, line, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.SUITES", {"quick": (24, 20, [2.0], []), "full": (24, 20, [2.0], [2])})
+    for number in range(16):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    arguments = [{"RUN": str(run), "SMALL": str(tmp_path)}.get(word, word) for word in arguments]
+    samples = len(list((run / "report" / "cache").rglob("*.npy")))
+    with pytest.raises(ValueError, match=line) as error:
+        evaluate.main(arguments)
+    assert "\n" not in str(error.value)
+    assert len(list((run / "report" / "cache").rglob("*.npy"))) == samples  # before anything was drawn
+
+
+@pytest.mark.slow
+def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
+    """Batches are shared between them; bytes of samples and scores are those of one process."""
+    runs = [copied(tiny_run, tmp_path / name, validation=40, test=200) for name in ("one", "two")]
+    arguments = ["--count", "130", "--validation", "4", "--guidance", "2"]
+    evaluate.main([str(runs[0]), *arguments])
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "evaluate.py", str(runs[1]), *arguments], cwd=Path(__file__).parents[1], text=True,
+                          capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    one, two = ({path.relative_to(run): path.read_bytes() for path in (run / "report" / "cache").rglob("*.npy")}
+                for run in runs)
+    assert len(one) == 4 and one == two
+    scores = [json.loads((run / "report" / "metrics.json").read_text())["score"] for run in runs]
+    assert scores[0] == scores[1] and done.stdout.count("wrote") == 1

@@ -1,0 +1,183 @@
+"""The clip stage: an evaluator that the generator has never seen (Radford et al. 2021, section 2.3).
+
+A CLIP trained contrastively on the training split, with a tokenizer, a seed and an order of the data of its own, so
+that what the denoiser and its text encoder get wrong is not what the judge gets wrong, too. Nothing of it is used in
+training or sampling. Axis letters: B pairs, H W size of the pictures, L tokens, E width of the shared space.
+"""
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from data.clip_tokenizer import ClipTokenizer
+from data.loader import Batch, Loader
+from data.order import Order
+from data.source import Source, image_batch, to_unit
+from data.tokenizer import Tokenizer, TokenizerConfig
+from eval.clip_score import caption_ranks
+from eval.grid import save_grid
+from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
+from model.pretrained_folder import read_clip_folder
+from model.text_encoder import TextEncoderConfig
+from training.checkpoint import CheckpointError, file_hash, load_weights, save_weights, write_text
+from training.config import from_dict, to_dict
+from training.device import autocast_dtype, frozen, placed
+from training.distributed import ALONE, Processes
+from training.loop import Task, TrainConfig, fit
+from training.run import RunFolder
+from training.seed import Part
+
+CORPUS = 50_000  # items whose captions the tokenizer is fitted to
+SHOWN = 16  # pairs of a preview
+
+
+def small_clip() -> ClipConfig:
+    """1.7 M parameters: enough for pictures of 48 pixels and captions of a few hundred words."""
+    return ClipConfig(ImageEncoderConfig(size=48, patch=6, width=128, layers=4, heads=4, mlp_width=512),
+                      TextEncoderConfig(1024, 40, width=128, layers=3, heads=4, mlp_width=512, causal=False), width=128)
+
+
+@dataclass(frozen=True)
+class ClipStage:
+    """``seed`` is the evaluator's own, not that of the run: runs with different seeds are judged by the same one.
+    ``validation`` held-out pairs are measured, and are each other's wrong answers."""
+
+    model: ClipConfig = field(default_factory=small_clip)
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024, length=40))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=128))
+    validation: int = 256
+    seed: int = 1
+
+    def __post_init__(self):
+        text = self.model.text
+        if text.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(f"model.text.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
+                             f"{self.tokenizer.vocab_size} up")
+        if text.length != self.tokenizer.length:
+            raise ValueError(f"model.text.length: {text.length}; valid: tokenizer.length = {self.tokenizer.length}")
+        if self.model.image.channels != 3:
+            raise ValueError(f"model.image.channels: {self.model.image.channels}; valid: 3")
+        if self.validation < 2 or self.train.batch < 2:
+            raise ValueError(f"validation: {self.validation}, train.batch: {self.train.batch}; valid: from 2 pairs up, "
+                             "a pair alone has no wrong answer")
+        if self.train.accumulate > 1:
+            raise ValueError(f"train.accumulate: {self.train.accumulate}; valid: 1, a batch is its own set of wrong "
+                             "answers and cannot be cut")
+
+
+class ClipVectors:
+    """Pictures and captions as unit vectors of one space (B, E), in fp32; ``stamp`` says by which network."""
+
+    def __init__(self, clip: Clip, tokenizer: Tokenizer | ClipTokenizer, stamp: str):
+        self.clip, self.tokenizer, self.stamp = frozen(clip), tokenizer, stamp
+        self.width = clip.config.width
+        self.device = next(clip.parameters()).device
+
+    @classmethod
+    def of_run(cls, folder: str | Path, device: torch.device | str = "cpu") -> "ClipVectors":
+        """The evaluator that the clip stage has left in a run folder; raises CheckpointError when it has not."""
+        weights, words = Path(folder) / "clip.safetensors", Path(folder) / "clip_tokenizer.json"
+        for path in (weights, words):
+            if not path.is_file():
+                raise CheckpointError(f"no file {path}; train the stage clip of this run")
+        try:
+            with safe_open(weights, framework="pt") as file:
+                config = from_dict(ClipConfig, json.loads(file.metadata()["model"]))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{weights} is damaged, or not of the stage clip: {error}") from None
+        clip = Clip(config)
+        load_weights(clip, weights)
+        return cls(placed(clip, device), Tokenizer.load(words),
+                   f"CLIP of the stage clip (sha256 {file_hash(weights)[:16]}), {config.image.size} px, cubic "
+                   "antialiased")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu") -> "ClipVectors":
+        """A folder of transformers' CLIPModel with its tokenizer; raises ValueError naming what does not fit."""
+        clip = read_clip_folder(path)
+        tokenizer = ClipTokenizer.load(Path(path), clip.config.text.length)
+        files = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("*.bin"))
+        return cls(placed(clip, device), tokenizer,
+                   f"CLIP {Path(path).name} (sha256 {file_hash(files[0])[:16]}), {clip.config.image.size} px, cubic "
+                   "antialiased")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> (B, E)."""
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self.clip.image_vectors(self.clip.resized(part.to(self.device).float()))
+                              for part in images.split(64)])
+
+    @torch.no_grad()
+    def texts(self, captions: Sequence[str]) -> Tensor:
+        """Captions -> (B, E)."""
+        with torch.autocast(self.device.type, enabled=False):
+            ids, mask = self.tokenizer.encode(list(captions))
+            return torch.cat([self.clip.text_vectors(i.to(self.device), m.to(self.device))
+                              for i, m in zip(ids.split(256), mask.split(256))])
+
+
+def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFolder, device: torch.device,
+               workers: Processes = ALONE) -> None:
+    """Fit the tokenizer, train, write clip_tokenizer.json and clip.safetensors and what held-out pairs say of them.
+
+    Raises ValueError for several processes: each would have only its own part of the wrong answers.
+    """
+    if workers.world > 1:
+        raise ValueError(f"stage clip with {workers.world} processes; valid: one, a batch is its own set of wrong "
+                         "answers")
+    tokenizer = fitted_tokenizer(source, config.tokenizer)
+    torch.manual_seed(config.seed)  # initial weights
+    model = placed(Clip(config.model), device)
+    count = min(config.validation, len(validation))
+    if count < 2:
+        raise ValueError(f"the validation split has {count} pairs; valid: from 2 up")
+    held_out = image_batch(validation, np.arange(count))  # (V, 3, H, W)
+    captions = [validation.captions(i)[0] for i in range(count)]
+
+    def logits(model: Clip, images: Tensor, texts: list[str]) -> Tensor:
+        model.limit_scale()  # after each step is before the next
+        ids, mask = (tensor.to(device) for tensor in tokenizer.encode(texts))  # (B, L)
+        return model(model.resized(images.to(device)), ids, mask)  # (B, B)
+
+    def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
+        table = logits(model, to_unit(part.of_read(read.images)), part.of_read(read.captions))
+        return {"loss": contrastive_loss(table.float())}
+
+    @torch.no_grad()
+    def validate(model: Clip) -> dict[str, float]:
+        vectors = ClipVectors(model, tokenizer, "")
+        x, y = vectors(held_out), vectors.texts(captions)
+        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T)
+        return {"loss": float(loss), "recall_1": float((caption_ranks(x, y, captions) == 0).float().mean())}
+
+    def preview(model: Clip, step: int) -> None:
+        vectors = ClipVectors(model, tokenizer, "")
+        shown = min(SHOWN, count)
+        nearest = (vectors(held_out[:shown]) @ vectors.texts(captions).T).argmax(dim=1).tolist()
+        save_grid(held_out[:shown], run.path / "samples" / f"clip_{step:06d}.png", [captions[i] for i in nearest],
+                  title=f"step {step}: the caption of {count} held-out ones that each picture finds")
+
+    order = Order(len(source), config.seed, getattr(source, "buckets", None))
+    with Loader(source, order, config.train.batch, config.seed, config.train.workers) as loader:
+        task = Task("clip", loader.batch_at, loss_at, validate, preview, ("loss", "min"),
+                    lambda model: logits(model, held_out[:1], captions[:1]))
+        average = fit(task, model, config.train, run, config.seed, workers)
+    average.limit_scale()
+    write_text(run.path / "clip_tokenizer.json", tokenizer.to_json())
+    # last: its presence says that the stage is finished; with its shape, so that other runs can be judged by it
+    save_weights(average, run.weights("clip"), {"model": json.dumps(to_dict(config.model))})
+    measured = validate(average)
+    run.record(clip={"validation_loss": round(measured["loss"], 5), "recall_1": round(measured["recall_1"], 4),
+                     "pairs": count, "seed": config.seed, "parameters": sum(p.numel() for p in model.parameters()),
+                     "bf16": autocast_dtype(config.train.precision, device) is not None})
+
+
+def fitted_tokenizer(source: Source, config: TokenizerConfig) -> Tokenizer:
+    """The evaluator's own byte-pair encoding of the captions of the training split."""
+    return Tokenizer.train((caption for i in range(min(len(source), CORPUS)) for caption in source.captions(i)), config)
