@@ -21,12 +21,13 @@ from pipeline import TextToImage
 from training.autoencoder import train_autoencoder
 from training.check import check
 from training.checkpoint import load_weights, write_text
-from training.config import from_dict, to_dict
+from training.config import from_dict, read_yaml, to_dict
 from training.denoiser import Networks, train_denoiser
 from training.device import default_device, frozen, placed
 from training.distributed import Processes, ProcessLost, processes
 from training.experiment import Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
+from training.moderator import load_config, train_moderator
 from training.run import RunFolder
 
 CORPUS = 50_000  # items whose captions the tokenizer is fitted to
@@ -84,9 +85,12 @@ def main(arguments: list[str]) -> None:
     # flags first, of which none has a value: argparse wants the overrides in one piece
     options = parser.parse_args(sorted(arguments, key=lambda text: not text.startswith("-")))
     folders = [text.partition("=")[2] for text in options.overrides if text.startswith("run=")]
-    experiment = load_experiment(options.config, [text for text in options.overrides if not text.startswith("run=")])
+    overrides = [text for text in options.overrides if not text.startswith("run=")]
     if "" in folders:
         raise ValueError("run= is empty; valid: run=DIR, the run folder to write")
+    if read_yaml(options.config).get("stages") == ["moderator"]:  # on text alone, without the rest
+        return train_moderation(options.config, overrides, folders[-1] if folders else None, options.check)
+    experiment = load_experiment(options.config, overrides)
     path = Path(folders[-1] if folders else Path("runs") / experiment.name)
     if options.check:
         if not check(experiment, path, default_device()):
@@ -98,6 +102,16 @@ def main(arguments: list[str]) -> None:
                                    workers.main)
             stack.enter_context(run.locked())
         run_stages(experiment, run, workers)
+
+
+def train_moderation(config: str, overrides: list[str], folder: str | None, check: bool) -> None:
+    """Train the classifier of prompts and write it into the run folder."""
+    if check:
+        raise ValueError("--check is for stages that draw pictures; valid: without it, training takes minutes")
+    experiment = load_config(config, overrides)
+    path = Path(folder or Path("runs") / experiment.name)
+    train_moderator(experiment.moderator, experiment.data, path, experiment.seed)
+    print(f"moderator: written to {path}; it is safety/moderation.safetensors that `python -m safety` reads")
 
 
 def run_stages(experiment: Experiment, run: RunFolder, workers: Processes) -> None:

@@ -5,9 +5,13 @@ step has is a function of (seed, step) (data/order.py), and process ``rank`` of 
 batch. So a run is the same with any number of workers and of processes, and one that is resumed at step s asks for
 step s. Axis letters: B items of this process's batch, H W size of the pictures.
 """
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,10 +88,25 @@ class _From:
             step += 1
 
 
-def _quiet(worker: int) -> None:
-    """A signal for the whole group of processes is answered by the one that trains; it ends its workers itself."""
+def _quiet(reader: int, worker: int) -> None:
+    """A signal for the whole group of processes is answered by the one that reads; it ends its workers itself.
+
+    Where it is killed it cannot, so each worker looks whether process ``reader`` is there. (torch looks for the parent,
+    which is another process where workers are started by a server, as they are from Python 3.14 on.)
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.name == "posix":  # elsewhere signal 0 is no question
+        threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
+
+
+def _end_with(reader: int) -> None:
+    while True:
+        time.sleep(1.0)
+        try:
+            os.kill(reader, 0)
+        except ProcessLookupError:
+            os._exit(1)
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -130,7 +149,7 @@ class Loader:
                 self.close()
                 steps: DataLoader = DataLoader(_Steps(self), batch_size=None, sampler=_From(step),  # type: ignore
                                                num_workers=self.workers, collate_fn=_as_it_is,
-                                               prefetch_factor=AHEAD, worker_init_fn=_quiet,
+                                               prefetch_factor=AHEAD, worker_init_fn=partial(_quiet, os.getpid()),
                                                generator=torch.Generator())  # else it draws from everybody's
                 self._ahead = _unwatched(iter(steps))
             try:

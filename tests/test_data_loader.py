@@ -153,11 +153,12 @@ def test_settings_that_make_no_sense(source, workers, batch, rank, world, messag
 # ---- processes
 
 READER = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from data.loader import Loader
 from data.order import Order
 from data.shapes import Shapes, ShapesConfig
 
+multiprocessing.set_start_method(sys.argv[1])
 source = Shapes(ShapesConfig(size=16, train=30), "train")
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -184,10 +185,11 @@ def alive(number: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes in /proc")
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_no_worker_outlives_its_run(number):
-    run = subprocess.Popen([sys.executable, "-c", READER], stdout=subprocess.PIPE, text=True, start_new_session=True,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("number, start", [(signal.SIGTERM, "fork"), *(pytest.param(
+    signal.SIGKILL, start, marks=pytest.mark.slow) for start in ("fork", "forkserver"))])
+def test_no_worker_outlives_its_run(number, start):
+    run = subprocess.Popen([sys.executable, "-c", READER, start], stdout=subprocess.PIPE, text=True,
+                           start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     workers = list(map(int, run.stdout.readline().split()))
     assert len(workers) == 2 and all(map(alive, workers))
     if number == signal.SIGTERM:

@@ -114,7 +114,7 @@ def test_an_allowed_edge_is_not(path, source):
 
 def test_every_leaf_and_command_is_looked_at():
     assert {group(path) for path in FILES} >= {"model", "diffusion", "data", "eval", "training", "pipeline", "train",
-                                               "sample", "tests"}
+                                               "sample", "tests", "safety"}
 
 
 # ---- libraries

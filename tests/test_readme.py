@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 UNLISTED = {"README.md", "build", "dist", "runs", "__pycache__"}  # the page itself, and what work leaves behind
-LISTED = re.compile(r"[\w./-]+\.(?:py|yaml|md|cfg|toml)|[\w-]+/|Makefile|LICENSE")
+LISTED = re.compile(r"[\w./-]+\.(?:py|yaml|md|cfg|toml|json|safetensors)|[\w-]+/|Makefile|LICENSE")
 
 
 def blocks(text: str, kind: str) -> list[str]:
@@ -117,13 +117,16 @@ def check(words: list[str], monkeypatch) -> None:
         if module == "pytest":
             assert all((ROOT / word).exists() for word in arguments if not word.startswith("-")), words
             return
+        if (ROOT / module / "__main__.py").is_file():
+            module += ".__main__"
         path = ROOT / (module.replace(".", "/") + ".py")
         assert path.is_file(), f"no such file: {words}"
         options = parsed(module, arguments, monkeypatch)
         if module == "train":
             load_experiment(ROOT / options.config, [text for text in options.overrides if not text.startswith("run=")])
     else:
-        assert words[0] in ("source", "cd", "pip", "git", "npm", "mkdir", "cp", "diff"), f"not checked: {words}"
+        known = ("source", "cd", "pip", "git", "npm", "mkdir", "cp", "diff", "torchrun")
+        assert words[0] in known, f"not checked: {words}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -192,7 +195,8 @@ def test_files_named_in_the_text_exist(page):
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     named = {word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split()
              if re.fullmatch(r"[\w/-]+\.(py|yaml|md)|(\w+/)+", word) and not word.startswith("runs/")}
-    written = {"config.yaml", "ATTRIBUTION.md", "state/", "samples/", "cache/", "report/"}  # by runs and builds
+    written = {"config.yaml", "ATTRIBUTION.md", "state/", "samples/", "cache/", "report/", "report/cache/",
+               "report/figures.md"}  # by runs and builds
     missing = {name for name in named - written if not (ROOT / name).exists() and not (page.parent / name).exists()}
     assert {name for name in missing if not list(ROOT.glob(f"[!.]*/**/{name}"))} == set()
 

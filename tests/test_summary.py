@@ -103,7 +103,9 @@ def test_a_published_model_is_counted_without_its_memory():
     assert round(sum(row.flops for row in rows) / 1e9) == 803
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("config", [path for path in sorted((ROOT / "configs").glob("*.yaml"))
+                                    if "\nautoencoder:" in path.read_text(encoding="utf-8")],
+                         ids=lambda path: path.name)
 def test_every_shipped_config_is_summarized(config, capsys):
     main([str(config)])
     said = capsys.readouterr().out

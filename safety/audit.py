@@ -1,0 +1,160 @@
+"""A log of decisions that tells nobody what was asked, and whose every change is seen.
+
+A line holds the hour, an HMAC-SHA-256 of the normalised prompt cut to 128 bits (keyed, since prompts can be guessed and
+a plain hash be looked up), stage, category, score, action, policy, model, and the chain: an HMAC over the chain of the
+line before and the line itself. Never a prompt, a word of it, or the term that was found.
+"""
+import datetime
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from safety.normalize import folded
+from safety.policy import Decision
+
+START = "0" * 64
+FIELDS = ("time", "prompt", "stage", "category", "score", "action", "policy", "model", "chain")
+
+
+class AuditError(ValueError):
+    """A log that cannot be written or does not verify; the message names the file and the line."""
+
+
+def new_key(path: str | Path) -> None:
+    """Write 32 random bytes, readable by the owner only. Raises FileExistsError when there is a key."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        file.write(secrets.token_bytes(32))
+
+
+def read_key(path: str | Path) -> bytes:
+    """The key in a file; raises AuditError for one that is missing, short, or that others can read."""
+    path = Path(path)
+    try:
+        key, mode = path.read_bytes(), path.stat().st_mode
+    except OSError as error:
+        raise AuditError(f"audit key {path}: {error.strerror}; make one with: python -m safety key {path}") from None
+    if len(key) < 32:
+        raise AuditError(f"audit key {path}: {len(key)} bytes; valid: from 32 up")
+    if mode & 0o077:
+        raise AuditError(f"audit key {path}: others can read it; valid: mode 0600")
+    return key
+
+
+def prompt_hash(prompt: str, key: bytes) -> str:
+    """32 hexadecimal digits, the same for prompts that are read the same."""
+    try:
+        text = " ".join(folded(prompt)[0].split())
+    except ValueError:
+        text = str(prompt)[:2000]
+    return hmac.new(key, b"prompt:" + text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
+
+
+class AuditLog:
+    """A file of JSON lines, and the older ones it was rotated into: NAME.1 is the one before NAME.
+
+    ``largest`` bytes start a new file, ``keep`` older files stay. Several processes may write at once.
+    """
+
+    def __init__(self, path: str | Path, key: bytes, largest: int = 10_000_000, keep: int = 12):
+        if len(key) < 32:
+            raise AuditError(f"audit key: {len(key)} bytes; valid: from 32 up")
+        if largest < 1 or keep < 1:
+            raise AuditError(f"audit: largest {largest}, keep {keep}; valid: from 1 up")
+        self.path, self._key, self.largest, self.keep = Path(path), key, largest, keep
+
+    def write(self, prompt: str, stage: str, decision: Decision) -> None:
+        """Append a line and flush it to the disk; raises AuditError when that is not possible."""
+        now = datetime.datetime.now(datetime.timezone.utc)
+        line = {"time": now.strftime("%Y-%m-%dT%H"), "prompt": prompt_hash(prompt, self._key), "stage": stage,
+                "category": decision.category, "score": round(decision.score, 2), "action": decision.action,
+                "policy": decision.policy_version, "model": decision.model_hash}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path.with_name(self.path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._append(line)
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise AuditError(f"audit log {self.path}: {error.strerror}") from None
+
+    def _append(self, line: dict) -> None:
+        before = self._last_chain()
+        if self.path.exists() and self.path.stat().st_size >= self.largest:
+            self._rotate()
+        line["chain"] = _chain(self._key, before, line)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _last_chain(self) -> str:
+        for path in (self.path, self._older(1)):
+            if path.exists() and path.stat().st_size:
+                with open(path, "rb") as file:
+                    file.seek(max(0, path.stat().st_size - 4096))
+                    last = file.read().decode("utf-8", "replace").splitlines()[-1]
+                return _parsed(last, path, 0)["chain"]
+        return START
+
+    def _older(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def _rotate(self) -> None:
+        self._older(self.keep).unlink(missing_ok=True)
+        for number in range(self.keep - 1, 0, -1):
+            if self._older(number).exists():
+                os.replace(self._older(number), self._older(number + 1))
+        os.replace(self.path, self._older(1))
+
+    def verify(self) -> int:
+        """The number of lines, oldest file first, whose chain holds; raises AuditError naming the first that does not.
+
+        When the oldest file has been deleted by rotation, the chain is taken up at the first line that is left. The
+        end of the log cannot vouch for itself: keep the last chain elsewhere to see lines cut off there.
+        """
+        numbers = sorted((int(match[1]) for path in self.path.parent.glob(self.path.name + ".*")
+                          if (match := re.fullmatch(r".*\.(\d+)", path.name))), reverse=True)
+        if numbers != list(range(len(numbers), 0, -1)):
+            raise AuditError(f"audit log {self.path}: files are missing among .1 to .{max(numbers)}")
+        cut = len(numbers) >= self.keep
+        before, count = START, 0
+        for path in [*map(self._older, numbers), self.path]:
+            for number, line in _lines(path):
+                if not (cut and count == 0) and not hmac.compare_digest(line["chain"], _chain(self._key, before, line)):
+                    raise AuditError(f"{path}: line {number} was changed, or lines before it were removed")
+                before, count = line["chain"], count + 1
+        return count
+
+
+def _chain(key: bytes, before: str, line: dict) -> str:
+    content = json.dumps({name: line[name] for name in FIELDS if name != "chain"})
+    return hmac.new(key, f"chain:{before}:{content}".encode(), hashlib.sha256).hexdigest()
+
+
+def _parsed(text: str, path: Path, number: int) -> dict:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        line = None
+    if not isinstance(line, dict) or sorted(line) != sorted(FIELDS) or not isinstance(line["chain"], str):
+        raise AuditError(f"{path}: {f'line {number}' if number else 'the last line'} is no line of this log")
+    return line
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise AuditError(f"audit log {path}: {error.strerror}") from None
+    for number, line in enumerate(text.splitlines(), 1):
+        yield number, _parsed(line, path, number)

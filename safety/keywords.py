@@ -1,0 +1,211 @@
+"""Listed terms found in the readings of a text, from hashes alone: the file holds no term that can be read.
+
+A term is kept as 8 bytes of BLAKE2b; a bitmap indexed by CRC-32 tells in a fraction of a microsecond that almost every
+span is none, and only a span that passes is hashed. A dictionary and names are kept as a Bloom filter (Bloom 1970).
+"""
+import hashlib
+import itertools
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from safety.normalize import WILD, Normalized
+
+STEM = 5  # letters from which on a severe term counts inside a longer word
+WORDS = 4  # of the longest term
+LETTERS = 24  # of the longest term found inside another word
+JOINED = 8  # letters from which on two words make a term together, even if both are words of their own
+_HASHES = 3
+SIGNAL, FLAG, BLOCK = 1, 2, 3  # levels: counts for the rule on minors only, flags, blocks
+
+
+@dataclass(frozen=True)
+class Term:
+    """A listed term as it is given to ``Lexicon.build``. ``inside``: it also counts in a longer unknown word."""
+
+    text: str
+    category: int
+    level: int
+    inside: bool = True
+
+
+@dataclass(frozen=True)
+class Match:
+    """A term that was found: its category, its level, and for ``explain`` only where it was found."""
+
+    category: int
+    level: int
+    kind: str
+    span: str
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("ascii", "replace"), digest_size=8, person=b"term").digest(),
+                          "little")
+
+
+class WordFilter:
+    """A set of words as a Bloom filter; about one word in a thousand is taken for one of it wrongly."""
+
+    def __init__(self, bits: np.ndarray):
+        """bits: uint8, a power of two of them."""
+        if bits.dtype != np.uint8 or bits.ndim != 1 or len(bits) & (len(bits) - 1):
+            raise ValueError(f"word filter: {bits.dtype} {bits.shape}; valid: a power of two of uint8")
+        self.bits, self._bytes, self._mask = bits, bits.tobytes(), 8 * len(bits) - 1
+
+    @classmethod
+    def build(cls, words: Iterable[str], size: int = 2**20) -> "WordFilter":
+        """The filter of ``words`` in ``size`` bytes."""
+        bits = np.zeros(size, np.uint8)
+        for word in words:
+            for place in cls._places(word, 8 * size - 1):
+                bits[place >> 3] |= 1 << (place & 7)
+        return cls(bits)
+
+    @staticmethod
+    def _places(word: str, mask: int) -> list[int]:
+        first = zlib.crc32(word.encode("ascii", "replace"))
+        second = first * 0x85EBCA6B >> 13 | 1  # CRC is linear: one with another start would be no second hash
+        return [(first + i * second) & mask for i in range(_HASHES)]
+
+    def __contains__(self, word: str) -> bool:
+        first, bits, mask = zlib.crc32(word.encode("ascii", "replace")), self._bytes, self._mask
+        second = first * 0x85EBCA6B >> 13 | 1
+        for i in range(_HASHES):
+            place = (first + i * second) & mask
+            if not bits[place >> 3] >> (place & 7) & 1:
+                return False
+        return True
+
+
+def masked_forms(term: str) -> Iterator[str]:
+    """``term`` with one or two of its letters unknown, never more than half, and never the first and the last both."""
+    places = range(len(term))
+    for count in (1, 2):
+        if len(term) < max(4, 2 * count):
+            return
+        for hidden in itertools.combinations(places, count):
+            if hidden[0] == 0 or hidden[-1] == len(term) - 1:
+                continue
+            yield "".join(WILD if i in hidden else c for i, c in enumerate(term))
+
+
+def bold_forms(term: str) -> list[str]:
+    """What a blocking term is kept as: itself, without spaces, with letters unknown, and after "=" without repeats."""
+    joined = term.replace(" ", "")
+    forms = [term] if len(joined) < STEM and joined != term else [term, joined]
+    if joined.isalpha() and len(joined) <= LETTERS:
+        forms += masked_forms(joined)
+        once = re.sub(r"(.)\1+", r"\1", joined)
+        if len(once) >= 4 and once != joined:
+            forms.append("=" + once)
+    return list(dict.fromkeys(forms))
+
+
+class Lexicon:
+    """Terms as hashes with a category and a level each."""
+
+    def __init__(self, keys: np.ndarray, categories: np.ndarray, levels: np.ndarray, inside: np.ndarray,
+                 bitmap: np.ndarray, words: WordFilter):
+        """keys uint64 (N,), categories, levels, inside uint8 (N,), bitmap uint8, a power of two of them."""
+        if not len(keys) == len(categories) == len(levels) == len(inside):
+            raise ValueError(f"lexicon: {len(keys)} keys, {len(categories)} categories, {len(levels)} levels")
+        self.keys, self.categories, self.levels, self.inside, self.bitmap = keys, categories, levels, inside, bitmap
+        self.words = words
+        self._terms = {key: (category, level, bool(within)) for key, category, level, within in
+                       zip(keys.tolist(), categories.tolist(), levels.tolist(), inside.tolist())}
+        self._bits, self._mask = bitmap.tobytes(), 8 * len(bitmap) - 1
+
+    @classmethod
+    def build(cls, terms: Sequence[Term], words: WordFilter, size: int = 2**18) -> "Lexicon":
+        """Hashes of the terms, of the masked forms of those that block, and of their beginnings, in a bitmap of
+        ``size`` bytes. Of two terms with one text the higher level stays."""
+        found: dict[int, tuple[int, int, bool]] = {}
+        bitmap = np.zeros(size, np.uint8)
+
+        def mark(text: str) -> None:
+            place = zlib.crc32(text.encode()) & (8 * size - 1)
+            bitmap[place >> 3] |= 1 << (place & 7)
+
+        for term in sorted(terms, key=lambda term: term.level):
+            severe = term.level >= BLOCK
+            joined = term.text.replace(" ", "")
+            inside = (term.inside and severe and joined.isalpha()
+                      and len(joined) >= (STEM if joined == term.text else JOINED))
+            for form in bold_forms(term.text) if severe else [term.text]:
+                mark(form)
+                found[_key(form)] = (term.category, term.level, inside and form == joined)
+            if inside:
+                mark("<" + joined[:STEM])
+        keys = sorted(found)
+        columns = np.array([found[key] for key in keys], np.uint8).reshape(-1, 3)
+        categories, levels, within = (np.ascontiguousarray(columns[:, i]) for i in range(3))
+        return cls(np.array(keys, np.uint64), categories, levels, within, bitmap, words)
+
+    def is_word(self, word: str) -> bool:
+        """Whether a word is of the dictionary or a name, and no listed term."""
+        return word in self.words
+
+    def term(self, text: str) -> tuple[int, int, bool] | None:
+        """(category, level, counts inside other words) of a text that is a listed term."""
+        place = zlib.crc32(text.encode("ascii", "replace")) & self._mask
+        if not self._bits[place >> 3] >> (place & 7) & 1:
+            return None
+        return self._terms.get(_key(text))
+
+    def matches(self, normalized: Normalized) -> list[Match]:
+        """Every listed term in the words of the text and in its bolder readings, which find blocking terms only."""
+        found = {(category, level, "words", span): None for category, level, span in self._in_words(normalized.plain)}
+        tried: dict[str, tuple[int, int, bool] | None] = {}
+
+        def term(text: str) -> tuple[int, int, bool] | None:
+            if text not in tried:
+                tried[text] = self.term(text)
+            return tried[text]
+
+        for reading in normalized.readings:
+            spans = [reading.text] if reading.whole else self._stems(reading.text)
+            if reading.kind.endswith("once"):
+                spans = [reading.text, "=" + reading.text]
+            for span in spans:
+                hit = term(span)
+                if hit and (hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
+                    found[hit[0], hit[1], reading.kind, span] = None
+        return [Match(*key) for key in found]
+
+    def _in_words(self, plain: str) -> Iterator[tuple[int, int, str]]:
+        words, bits, mask = plain.split(), self._bits, self._mask
+        encoded = [word.encode("ascii", "replace") for word in words]
+        spaced = [b" " + word for word in encoded]
+        for start, first in enumerate(encoded):
+            code = zlib.crc32(first)  # goes on from word to word
+            if start + 1 < len(words) and len(first) + len(encoded[start + 1]) >= JOINED:
+                place = zlib.crc32(encoded[start + 1], code)
+                if bits[(place & mask) >> 3] >> (place & 7) & 1:
+                    hit = self._terms.get(_key(words[start] + words[start + 1]))
+                    if hit and hit[1] >= BLOCK:
+                        yield hit[0], hit[1], words[start] + words[start + 1]
+            for end in range(start + 1, min(start + WORDS, len(words)) + 1):
+                if end > start + 1:
+                    code = zlib.crc32(spaced[end - 1], code)
+                if bits[(code & mask) >> 3] >> (code & 7) & 1:
+                    span = " ".join(words[start:end])
+                    hit = self._terms.get(_key(span))
+                    if hit:
+                        yield hit[0], hit[1], span
+
+    def words_in(self, plain: str) -> bool:
+        """Whether a term stands in the words of ``plain`` as they are."""
+        return next(self._in_words(plain), None) is not None
+
+    def _stems(self, text: str) -> Iterator[str]:
+        """Spans of ``text`` whose first letters are those of a term that counts inside other words."""
+        bits, mask = self._bits, self._mask
+        for start in range(len(text) - STEM + 1):
+            place = zlib.crc32(("<" + text[start:start + STEM]).encode("ascii", "replace")) & mask
+            if bits[place >> 3] >> (place & 7) & 1:
+                for end in range(start + STEM, min(len(text), start + LETTERS) + 1):
+                    yield text[start:end]

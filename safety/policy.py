@@ -1,0 +1,131 @@
+"""What is done about a score: the one place that knows categories, actions and thresholds.
+
+Scores are probabilities that a text is harmful in a category. Rules come first, then the network's heads, joined by
+noisy-or. Whatever is not a finite number ends in a refusal.
+"""
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+VERSION = "1"
+Action = Literal["allow", "flag", "blur", "block"]
+ACTIONS: tuple[Action, ...] = ("allow", "flag", "blur", "block")  # from mild to severe
+Mode = Literal["block", "blur", "flag", "off"]
+MODES: tuple[Mode, ...] = ("block", "blur", "flag", "off")
+HEADS = ("sexual", "violence", "hate", "self_harm", "harassment", "illegal", "privacy")  # learned, in this order
+CATEGORIES = (*HEADS, "sexual_minors")  # the last is a rule, never learned
+MINORS = len(HEADS)
+
+HELP = ("If you are thinking about harming yourself, you are not alone: please talk to somebody now. In many countries "
+        "the emergency number or a free help line answers day and night (988 in the USA and Canada, 116 123 in the UK "
+        "and Ireland); findahelpline.com lists others.")
+_NEUTRAL = {
+    "sexual": "sexual content", "sexual_minors": "content that is never made", "violence": "violence",
+    "hate": "hate", "self_harm": "self-harm", "harassment": "harassment", "illegal": "illegal activity",
+    "privacy": "private data of a person", "": "content that could not be checked",
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with a text or a picture, and why. ``reason`` is for logs and people alike: it names no word."""
+
+    action: Action
+    category: str = ""
+    score: float = 0.0
+    threshold: float = 1.0
+    reason: str = ""
+    policy_version: str = VERSION
+    model_hash: str = ""
+    scores: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def message(self) -> str:
+        """The sentence shown to the person who asked; it tells the category and no more."""
+        if self.action == "allow":
+            return "allowed"
+        verb = {"flag": "flagged", "blur": "blurred", "block": "refused"}[self.action]
+        text = f"{verb}: {_NEUTRAL[self.category]}"
+        return f"{text}. {HELP}" if self.category == "self_harm" else text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """From which score on a category is flagged and blocked; above 1 means never."""
+
+    flag: float
+    block: float
+
+    def __post_init__(self):
+        for name in ("flag", "block"):
+            value = getattr(self, name)
+            if not value > 0:  # also NaN
+                raise ValueError(f"{name}: {value}; valid: a number above 0")
+        if self.block < self.flag:
+            raise ValueError(f"block: {self.block}; valid: from flag = {self.flag} up")
+
+
+def noisy_or(scores: Sequence[float]) -> float:
+    """1 - prod(1 - p): the chance that at least one of independent causes is there. NaN stays NaN."""
+    return 1 - math.prod(1 - score for score in scores)
+
+
+def refusal(reason: str, category: str = "", score: float = 1.0, threshold: float = 0.0,
+            scores: Mapping[str, float] | None = None) -> Decision:
+    """A block with its reason."""
+    return Decision("block", category, score, threshold, reason, scores=scores or {})
+
+
+class Policy:
+    """Thresholds of every category. ``minors`` is the sexual score from which a text with a minor is refused."""
+
+    def __init__(self, limits: Mapping[str, Limits], minors: float):
+        missing = [name for name in HEADS if name not in limits]
+        unknown = [name for name in limits if name not in HEADS]
+        if missing or unknown:
+            raise ValueError(f"limits: missing {missing}, unknown {unknown}; valid: {', '.join(HEADS)}")
+        if not 0 < minors <= 1:
+            raise ValueError(f"minors: {minors}; valid: above 0 and up to 1")
+        self.limits, self.minors = dict(limits), minors
+
+    def decide(self, heads: Sequence[Mapping[str, float]], rules: Sequence[tuple[str, str]] = (),
+               minor: bool = False, sexual_term: bool = False) -> Decision:
+        """The decision on a text.
+
+        heads: probabilities by category, one mapping for each head; rules: (category, action) of listed terms;
+        minor: a term for a minor is there; sexual_term: a listed sexual term of any level is there.
+        """
+        scores = {name: noisy_or([head[name] for head in heads if name in head]) for name in HEADS}
+        if not all(math.isfinite(score) and 0 <= score <= 1 for score in scores.values()):
+            return refusal("the score is not a number between 0 and 1")
+        if minor and (sexual_term or scores["sexual"] >= self.minors):
+            return refusal("rule", "sexual_minors", 1.0, self.minors, scores)
+        for action in ("block", "flag"):
+            hits = [category for category, level in rules if level == action]
+            if action == "block" and hits:
+                return Decision("block", hits[0], 1.0, 0.0, "rule", scores=scores)
+            # the category that passes its threshold by the largest factor names the decision
+            over = [(score / self.limit(name, action), name) for name, score in scores.items()
+                    if score >= self.limit(name, action)]
+            if over:
+                name = max(over)[1]
+                return Decision(action, name, scores[name], self.limit(name, action), "score",  # type: ignore[arg-type]
+                                scores=scores)
+            if hits:
+                return Decision("flag", hits[0], 1.0, 0.0, "rule", scores=scores)
+        name = max(scores, key=lambda name: scores[name] / self.limits[name].flag)
+        return Decision("allow", name, scores[name], self.limits[name].flag, "score", scores=scores)
+
+    def limit(self, category: str, action: str) -> float:
+        """The score from which ``action`` is taken in ``category``."""
+        return getattr(self.limits[category], action)
+
+
+def in_mode(action: Action, mode: Mode) -> Action:
+    """What becomes of an action under a switch of the user: ``block`` changes nothing, ``blur`` and ``flag`` are the
+    most that is done, ``off`` lets everything through."""
+    if mode not in MODES:
+        raise ValueError(f"moderation: '{mode}'; valid: {', '.join(MODES)}")
+    most = {"block": "block", "blur": "blur", "flag": "flag", "off": "allow"}[mode]
+    return ACTIONS[min(ACTIONS.index(action), ACTIONS.index(most))]  # type: ignore[arg-type]

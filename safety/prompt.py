@@ -1,0 +1,182 @@
+"""A text to the probabilities of seven kinds of harm, in a fraction of a millisecond on a CPU.
+
+Hashed character 2-5-grams inside words, words and pairs of words -> bags of embeddings -> a small network, beside a
+linear weight for every n-gram ("wide and deep", Cheng et al. 2016; hashing: Weinberger et al. 2009; subwords:
+Bojanowski et al. 2017). Inference is NumPy alone. Axis letters: N n-grams, D embedding width, H hidden, K categories.
+"""
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from safety.keywords import Lexicon, WordFilter
+from safety.policy import HEADS, Limits, Policy
+
+FORMAT = "1"
+DEFAULT = Path(__file__).with_name("moderation.safetensors")  # what is shipped; its card is moderation.json
+LONGEST_GRAM = 5
+_CODES = np.zeros(128, np.uint64)
+_CODES[[ord(c) for c in "abcdefghijklmnopqrstuvwxyz0123456789"]] = np.arange(1, 37)
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, The Art of Computer Programming 3, 6.4)
+
+
+class ArtefactError(ValueError):
+    """A file of weights that is missing, damaged, or of another format; the message names it."""
+
+
+def ngram_ids(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Buckets of the character n-grams, below 2^bits[0], and of words and pairs of words, below 2^bits[1].
+
+    plain: words of a-z and 0-9 with one space between. A space counts as the letter before and after a word.
+    """
+    codes = _CODES[np.frombuffer(f" {plain} ".encode("ascii", "replace"), np.uint8) & 127]
+    space = codes == 0
+    before = np.concatenate([[0], np.cumsum(space)])  # spaces before each place
+    shift, grams, found = np.uint64(64 - bits[0]), codes, []
+    for size in range(2, LONGEST_GRAM + 1):
+        if len(codes) < size:
+            break
+        grams = grams[:-1] * np.uint64(37) + codes[size - 1:]
+        inner = before[size - 1:len(codes)] - before[1:len(codes) - size + 2]  # spaces that are not at either end
+        kept = grams[inner == 0] + np.uint64(size * 0x1000003)
+        found.append((kept * _MIX) >> shift)
+    characters = np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+    words = np.array([zlib.crc32(word.encode()) for word in plain.split()], np.uint64)
+    pairs = words[:-1] * np.uint64(31) + words[1:] * np.uint64(0x85EBCA6B) + np.uint64(97)
+    mixed = (np.concatenate([words, pairs]) * _MIX) >> np.uint64(64 - bits[1])
+    return characters, mixed.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Sizes of the network: buckets of characters and of words as powers of two, embedding and hidden width."""
+
+    char_bits: int = 17
+    word_bits: int = 16
+    width: int = 16
+    hidden: int = 64
+
+    def __post_init__(self):
+        for name, low, high in (("char_bits", 4, 24), ("word_bits", 4, 24), ("width", 1, 256), ("hidden", 1, 4096)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: {low} to {high}")
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        return self.char_bits, self.word_bits
+
+
+class PromptHead:
+    """The trained network. Tables are int8 with one scale a column; the rest is float32."""
+
+    def __init__(self, config: HeadConfig, weights: Mapping[str, np.ndarray]):
+        """weights: char.table (2^char_bits, D + K) and word.table (2^word_bits, D + K) int8, their .scale (D + K,),
+        hidden.weight (H, 2D), hidden.bias (H,), out.weight (K, H), out.bias (K,), slope (K,), shift (K,).
+
+        Raises ArtefactError for what is missing, misshapen or not finite.
+        """
+        columns = config.width + len(HEADS)
+        shapes = {"char.table": (2**config.char_bits, columns), "word.table": (2**config.word_bits, columns),
+                  "char.scale": (columns,), "word.scale": (columns,),
+                  "hidden.weight": (config.hidden, 2 * config.width), "hidden.bias": (config.hidden,),
+                  "out.weight": (len(HEADS), config.hidden), "out.bias": (len(HEADS),), "slope": (len(HEADS),),
+                  "shift": (len(HEADS),)}
+        for name, shape in shapes.items():
+            if name not in weights or weights[name].shape != shape:
+                got = weights[name].shape if name in weights else "nothing"
+                raise ArtefactError(f"moderation weights: {name} is {got}; valid: {shape}")
+            if not np.isfinite(weights[name]).all():
+                raise ArtefactError(f"moderation weights: {name} is not finite")
+        self.config, self.weights = config, dict(weights)
+
+    def bags(self, plain: str) -> tuple[np.ndarray, np.ndarray]:
+        """Sums over n-grams divided by the root of their number: embeddings (2D,) and linear scores (K,)."""
+        deep, wide = [], np.zeros(len(HEADS), np.float32)
+        for name, ids in zip(("char", "word"), ngram_ids(plain, self.config.bits)):
+            rows = self.weights[f"{name}.table"][ids]  # (N, D + K)
+            total = rows.sum(axis=0, dtype=np.int32) * self.weights[f"{name}.scale"] / max(1, len(ids)) ** 0.5
+            deep.append(total[: self.config.width])
+            wide += total[self.config.width:]
+        return np.concatenate(deep).astype(np.float32), wide
+
+    def logits(self, plain: str) -> np.ndarray:
+        """(K,) before calibration."""
+        deep, wide = self.bags(plain)
+        w = self.weights
+        hidden = np.maximum(w["hidden.weight"] @ deep + w["hidden.bias"], 0)
+        return w["out.weight"] @ hidden + w["out.bias"] + wide
+
+    def scores(self, plain: str) -> dict[str, float]:
+        """Calibrated probability of each category: sigmoid(slope logit + shift) (Platt 1999)."""
+        if not plain:
+            return dict.fromkeys(HEADS, 0.0)
+        z = np.clip(self.logits(plain) * self.weights["slope"] + self.weights["shift"], -60, 60)
+        return dict(zip(HEADS, (1 / (1 + np.exp(-z))).tolist()))
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """Everything that a file of moderation holds. ``minors`` are hashes of terms for minors."""
+
+    head: PromptHead
+    lexicon: Lexicon
+    minors: Lexicon
+    policy: Policy
+    card: dict[str, Any]
+    hash: str
+
+
+LEXICON = ("keys", "categories", "levels", "inside", "bitmap")
+
+
+def tensors_of(head: PromptHead, lexicon: Lexicon, minors: Lexicon) -> dict[str, np.ndarray]:
+    """What ``load_artefact`` reads back, by name."""
+    found = {f"head.{name}": np.ascontiguousarray(value) for name, value in head.weights.items()}
+    for kind, one in (("lexicon", lexicon), ("minors", minors)):
+        found |= {f"{kind}.{name}": getattr(one, name) for name in LEXICON}
+    return {**found, "words.bits": lexicon.words.bits}
+
+
+def content_hash(tensors: Mapping[str, np.ndarray], settings: str) -> str:
+    """SHA-256 over names, types, shapes and bytes of all tensors and the settings."""
+    digest = hashlib.sha256(settings.encode())
+    for name in sorted(tensors):
+        value = np.ascontiguousarray(tensors[name])
+        digest.update(f"|{name}|{value.dtype.str}|{value.shape}|".encode() + value.tobytes())
+    return digest.hexdigest()
+
+
+def load_artefact(path: str | Path = DEFAULT) -> Artefact:
+    """The moderation of a file; raises ArtefactError when it is missing, when one byte of it is not as written, or when
+    it was made for another format."""
+    path = Path(path)
+    if not path.is_file():
+        raise ArtefactError(f"no moderation weights {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtefactError(f"{path} is damaged or not a safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ArtefactError(f"{path} has format {metadata.get('format')!r}; valid: {FORMAT!r}")
+    found = content_hash(tensors, metadata.get("settings", ""))
+    if found != metadata.get("sha256"):
+        raise ArtefactError(f"{path} is damaged: its contents have another SHA-256 than was written")
+    try:
+        settings = json.loads(metadata["settings"])
+        words = WordFilter(tensors["words.bits"])
+        lexicon, minors = (Lexicon(**{name: tensors[f"{kind}.{name}"] for name in LEXICON}, words=words)
+                           for kind in ("lexicon", "minors"))
+        head = PromptHead(HeadConfig(**settings["head"]), {name.removeprefix("head."): value for name, value in
+                                                           tensors.items() if name.startswith("head.")})
+        policy = Policy({name: Limits(**value) for name, value in settings["limits"].items()}, settings["minors"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"{path} does not fit this version: {error}") from None
+    return Artefact(head, lexicon, minors, policy, settings, found[:16])

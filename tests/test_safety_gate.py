@@ -1,0 +1,299 @@
+"""The gate fails closed: whatever is broken on purpose here, nothing gets through; and its command line."""
+import json
+import math
+import random
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from safety.__main__ import main
+from safety.audit import AuditLog
+from safety.gate import PromptGate
+from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter
+from safety.normalize import LONGEST
+from safety.policy import HEADS, MINORS, MODES, Limits, Policy
+from safety.prompt import ArtefactError, HeadConfig, PromptHead, content_hash, load_artefact, ngram_ids, tensors_of
+
+CONFIG = HeadConfig(char_bits=8, word_bits=8, width=4, hidden=6)
+COLUMNS = CONFIG.width + len(HEADS)
+
+
+def head_weights(seed: int = 0, out_bias: float = -4.0) -> dict[str, np.ndarray]:
+    random_ = np.random.default_rng(seed)
+    small = {"char.scale": (COLUMNS,), "word.scale": (COLUMNS,), "hidden.weight": (CONFIG.hidden, 2 * CONFIG.width),
+             "hidden.bias": (CONFIG.hidden,), "out.weight": (len(HEADS), CONFIG.hidden)}
+    weights = {name: random_.normal(0, 0.002, shape).astype(np.float32) for name, shape in small.items()}
+    for name in ("char.table", "word.table"):
+        weights[name] = random_.integers(-127, 128, (256, COLUMNS)).astype(np.int8)
+    return {**weights, "out.bias": np.full(len(HEADS), out_bias, np.float32), "slope": np.ones(len(HEADS), np.float32),
+            "shift": np.zeros(len(HEADS), np.float32)}
+
+
+def written(path, out_bias: float = -4.0):
+    words = WordFilter.build(["a", "red", "star"], 2**10)
+    lexicon = Lexicon.build([Term("zorbic", HEADS.index("hate"), BLOCK), Term("mildo", HEADS.index("harassment"), FLAG),
+                             Term("signo", HEADS.index("sexual"), SIGNAL)], words, 2**12)
+    minors = Lexicon.build([Term("smallperson", MINORS, SIGNAL, False)], words, 2**10)
+    tensors = tensors_of(PromptHead(CONFIG, head_weights(out_bias=out_bias)), lexicon, minors)
+    settings = json.dumps({"head": {"char_bits": 8, "word_bits": 8, "width": 4, "hidden": 6}, "minors": 0.9,
+                           "limits": {name: {"flag": 0.95, "block": 0.99} for name in HEADS}})
+    save_file(tensors, path, {"format": "1", "settings": settings, "sha256": content_hash(tensors, settings)})
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("weights") / "moderation.safetensors")
+
+
+@pytest.fixture
+def gate(weights) -> PromptGate:
+    return PromptGate.load(weights)
+
+
+def test_what_it_is_for(gate):
+    assert gate.check("a red star").action == "allow"
+    assert gate.check("a zorbic star").action == "block" and gate.check("a mildo star").action == "flag"
+    assert gate.check("a smallperson").action == "allow" and gate.check("a signo star").action == "allow"
+    assert gate.check("a signo smallperson").category == "sexual_minors"
+    assert gate.check("a red star").model_hash == gate.artefact.hash != ""
+
+
+def test_negative_prompts_get_the_hard_rules_only(gate, weights, tmp_path):
+    harsh = PromptGate.load(written(tmp_path / "harsh.safetensors", out_bias=9.0))
+    assert harsh.check("a red star").action == "block" and harsh.check("a red star", negative=True).action == "allow"
+    assert harsh.check("zorbic", negative=True).action == "block" and harsh.check("", negative=True).action == "allow"
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n", "a" * (LONGEST + 1), "e" + "\u0301" * 100_000, None, 7, b"a", ["a"],
+                                  "\u200b\u200b", "!!! ???", "\U0001f600", "\u0301" * 50])
+@pytest.mark.parametrize("mode", ["block", "blur", "flag"])
+def test_what_cannot_be_read_is_refused_in_every_mode(weights, text, mode):
+    decision = PromptGate.load(weights, mode=mode).check(text)
+    assert decision.action == "block" and "prompt" in decision.reason
+
+
+@pytest.mark.parametrize("text", ["a" * LONGEST, "red " * 500, "\ud800 red star", "red\udfffstar", "\x00 red",
+                                  "a red \u202e star", "e" + "\u0301" * 1900, "\ufdfa" * 1000, "(" * 1000 + "red",
+                                  "a*" * 900])
+def test_odd_text_ends_in_a_decision(gate, text):
+    assert gate.check(text).action in ("allow", "flag", "block")
+    assert not gate.check(text).reason.startswith("moderation failed")
+
+
+def test_random_bytes_never_break_it_nor_take_long(gate):
+    generator = random.Random(0)
+    began = time.perf_counter()
+    for _ in range(3000):
+        data = bytes(generator.randrange(256) for _ in range(generator.randrange(60)))
+        for encoding in ("latin-1", "utf-8"):
+            decision = gate.check(data.decode(encoding, "surrogateescape"))
+            assert not decision.reason.startswith("moderation failed"), data
+    assert time.perf_counter() - began < 120  # a hundred times what it takes
+
+
+def test_another_language_is_flagged(gate):
+    for text in ("\u043a\u0440\u0430\u0441\u043d\u0430\u044f \u0437\u0432\u0435\u0437\u0434\u0430 red",
+                 "\u7ea2\u8272\u7684\u661f"):
+        assert gate.check(text).action == "flag" and "English" in gate.check(text).reason
+    assert gate.check("une \u00e9toile tr\u00e8s rouge").action == "allow"  # Latin letters are not told apart
+
+
+def test_check_all_takes_the_worst(gate):
+    assert gate.check_all(["a red star", "mildo", "zorbic"]).action == "block"
+    assert gate.check_all(["a red star"]).action == "allow" and gate.check_all([]).action == "block"
+    assert gate.check_all([], negative=True).action == "allow"
+
+
+# ---- modes
+
+def test_modes(weights):
+    actions = {mode: [PromptGate.load(weights, mode=mode).check(text).action for text in ("zorbic", "mildo", "a star")]
+               for mode in MODES}
+    assert actions == {"block": ["block", "flag", "allow"], "blur": ["blur", "flag", "allow"],
+                       "flag": ["flag", "flag", "allow"], "off": ["allow"] * 3}
+    with pytest.raises(ValueError, match="valid"):
+        PromptGate.load(weights, mode="quiet")
+
+
+def test_off_is_said_and_logged(weights, tmp_path, caplog):
+    log = AuditLog(tmp_path / "log", bytes(32))
+    gate = PromptGate.load(weights, mode="off", audit=log)
+    assert "moderation is off" in caplog.text
+    assert gate.check("a red star").action == "allow" and log.verify() == 1
+
+
+# ---- mutations
+
+class Broken:
+    """Stands in for a part and fails in one way."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def scores(self, plain: str) -> dict[str, float]:
+        if self.kind == "raises":
+            raise RuntimeError("secret text")
+        if self.kind == "memory":
+            raise MemoryError
+        if self.kind == "empty":
+            return {}
+        value = {"nan": math.nan, "inf": math.inf, "negative": -1.0, "large": 2.0}[self.kind]
+        return dict.fromkeys(HEADS, value)
+
+
+@pytest.mark.parametrize("kind", ["raises", "memory", "nan", "inf", "negative", "large"])
+def test_a_broken_head_refuses(gate, kind, caplog):
+    gate.artefact = replace(gate.artefact, head=Broken(kind))
+    decision = gate.check("a red star")
+    assert decision.action == "block" and "secret" not in decision.reason + caplog.text
+
+
+@pytest.mark.parametrize("part", ["lexicon", "minors", "policy"])
+def test_any_other_broken_part_refuses(gate, part):
+    gate.artefact = replace(gate.artefact, **{part: None})
+    assert gate.check("a red star").action == "block"
+
+
+@pytest.mark.parametrize("encoder", [
+    lambda text: {}, lambda text: dict.fromkeys(HEADS, math.nan), lambda text: None, lambda text: 1 / 0,
+    lambda text: dict.fromkeys(HEADS, "high"), lambda text: time.sleep(30),
+], ids=["empty", "nan", "none", "raises", "words", "hangs"])
+def test_an_encoder_that_fails_or_hangs_refuses(weights, encoder):
+    began = time.perf_counter()
+    assert PromptGate.load(weights, encoder=encoder, timeout=0.3).check("a red star").action == "block"
+    assert time.perf_counter() - began < 20
+
+
+def test_an_encoder_adds_to_the_score(weights):
+    sure = PromptGate.load(weights, encoder=lambda text: {**dict.fromkeys(HEADS, 0.0), "violence": 0.999})
+    calm = PromptGate.load(weights, encoder=lambda text: dict.fromkeys(HEADS, 0.0))
+    assert sure.check("a red star").category == "violence" and calm.check("a red star").action == "allow"
+
+
+def test_a_log_that_fails_refuses(weights, tmp_path):
+    (tmp_path / "file").write_text("")
+    gate = PromptGate.load(weights, audit=AuditLog(tmp_path / "file" / "log", bytes(32)))
+    assert gate.check("a mildo star").action == "block"
+
+
+# ---- the file
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ArtefactError, match="no moderation weights"):
+        PromptGate.load(tmp_path / "none.safetensors")
+
+
+def test_every_flipped_byte_is_seen(weights, tmp_path):
+    data = weights.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    generator = random.Random(0)
+    places = [0, 9, header - 1, header, len(data) - 1, *(generator.randrange(header, len(data)) for _ in range(40)),
+              *(generator.randrange(8, header) for _ in range(40))]
+    path, before = tmp_path / "flipped.safetensors", load_artefact(weights)
+    for place in places:
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1:])
+        try:
+            after = load_artefact(path)
+        except ArtefactError:
+            continue
+        assert after.hash == before.hash and place < header, f"byte {place}"  # white space of the header
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_file_cut_short(weights, tmp_path, size):
+    path = tmp_path / "short.safetensors"
+    path.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ArtefactError):
+        load_artefact(path)
+
+
+@pytest.mark.parametrize("name, change", [("head.out.bias", np.nan), ("head.hidden.weight", np.inf)])
+def test_weights_that_are_no_numbers(weights, tmp_path, name, change):
+    tensors = load_file(weights)
+    tensors[name] = np.full_like(tensors[name], change)
+    settings = json.dumps(load_artefact(weights).card)
+    path = tmp_path / "nan.safetensors"
+    save_file(tensors, path, {"format": "1", "settings": settings, "sha256": content_hash(tensors, settings)})
+    with pytest.raises(ArtefactError, match="finite"):
+        load_artefact(path)
+
+
+@pytest.mark.parametrize("metadata", [{}, {"format": "2"}, {"format": "1", "settings": "{}"}])
+def test_another_format(weights, tmp_path, metadata):
+    path = tmp_path / "other.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors, path, {**metadata, "sha256": content_hash(tensors, metadata.get("settings", ""))})
+    with pytest.raises(ArtefactError):
+        load_artefact(path)
+
+
+# ---- the network
+
+def test_ngrams_are_those_of_a_plain_loop():
+    ids, words = ngram_ids("red star 42", (30, 30))
+    expected = sum(len(word) + 2 - size + 1 for word in ("red", "star", "42") for size in range(2, 6)
+                   if len(word) + 2 >= size)
+    assert len(ids) == expected and len(words) == 3 + 2
+    for piece in ("red", "star", "42"):
+        assert set(ngram_ids(piece, (30, 30))[0]) <= set(ids)
+    assert len(set(ngram_ids("abc", (30, 30))[0]) - set(ngram_ids("abd", (30, 30))[0])) > 3
+    assert [len(part) for part in ngram_ids("", (8, 8))] == [1, 0]  # one 2-gram of the two ends
+
+
+def test_head_is_its_formula():
+    weights = head_weights(3)
+    head = PromptHead(CONFIG, weights)
+    deep, wide = [], 0
+    for name, ids in zip(("char", "word"), ngram_ids("red star", CONFIG.bits)):
+        rows = weights[f"{name}.table"].astype(np.float64)[ids] * weights[f"{name}.scale"]
+        rows = rows.sum(0) / np.sqrt(len(ids))
+        deep, wide = [*deep, rows[:4]], wide + rows[4:]
+    hidden = np.maximum(weights["hidden.weight"] @ np.concatenate(deep) + weights["hidden.bias"], 0)
+    z = weights["out.weight"] @ hidden + weights["out.bias"] + wide
+    np.testing.assert_allclose(list(head.scores("red star").values()), 1 / (1 + np.exp(-z)), rtol=1e-5)
+
+
+def test_policy_of_the_file(weights):
+    policy = load_artefact(weights).policy
+    assert isinstance(policy, Policy) and policy.limits["hate"] == Limits(0.95, 0.99) and policy.minors == 0.9
+
+
+# ---- command line
+
+def test_check_prints_decisions_and_exits_by_action(weights, capsys, tmp_path):
+    base = ["check", "--weights", str(weights)]
+    assert [main([*base, text]) for text in ("a star", "mildo", "zorbic", "")] == [0, 3, 5, 5]
+    assert main([*base, "--mode", "blur", "zorbic"]) == 4
+    capsys.readouterr()
+    (tmp_path / "texts").write_text("a star\na zorbic star\n")
+    assert main([*base, "--file", str(tmp_path / "texts"), "--json"]) == 5
+    text = capsys.readouterr().out
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["action"] for line in lines] == ["allow", "block"] and lines[1]["category"] == "hate"
+    assert "zorbic" not in text and set(lines[0]["scores"]) == set(HEADS)
+
+
+def test_explain_shows_what_check_does_not(weights, capsys):
+    assert main(["explain", "--weights", str(weights), "a z0rbic star"]) == 0
+    assert "zorbic" in capsys.readouterr().out
+    assert main(["explain", "--weights", str(weights), "--json", "a z0rbic star"]) == 0
+    assert json.loads(capsys.readouterr().out)["matches"][0]["span"] == "zorbic"
+
+
+def test_key_log_and_verify(weights, tmp_path, capsys):
+    key, log = str(tmp_path / "key"), str(tmp_path / "log")
+    assert main(["key", key]) == 0
+    assert main(["check", "--weights", str(weights), "zorbic", "--log", log, "--key", key]) == 5
+    assert main(["verify", log, "--key", key]) == 0 and "1 lines" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["check", "--file", "none.txt"], ["check", "a", "--weights", "none"],
+                                       ["check", "a", "--log", "x"], ["verify", "none", "--key", "none"],
+                                       ["check", "--image", "none.safetensors"]])
+def test_mistakes_are_errors_of_one_line(arguments):
+    with pytest.raises((ValueError, OSError)):
+        main(arguments)

@@ -1,0 +1,158 @@
+"""Concepts on embeddings; here the "CLIP" reads the mean colour of a picture, so every figure is known."""
+import math
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from safety.__main__ import main
+from safety.image import VIEWS, Concept, ImageModerator, blurred, read_concepts, views, write_concepts
+
+AXES = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
+RED = Concept("red", "violence", ("red", "white"), threshold=0.9)
+
+
+def embed_images(images: torch.Tensor) -> torch.Tensor:
+    return (images.mean(dim=(2, 3)) + 1) / 2
+
+
+def embed_texts(texts) -> torch.Tensor:
+    return torch.tensor([AXES[text] for text in texts])
+
+
+def picture(**colours: float) -> torch.Tensor:
+    """16x16, with a little texture so that it is not of one colour."""
+    values = torch.tensor([colours.get(name, 0.0) for name in ("red", "green", "blue")]) * 1.9 - 0.95
+    return values[:, None, None] + 0.04 * torch.sin(torch.arange(256.0)).view(16, 16)
+
+
+def moderator(*concepts: Concept, **options) -> ImageModerator:
+    return ImageModerator(concepts, embed_images, embed_texts, **options)
+
+
+def test_margins_are_cosines_with_the_mean_phrasing():
+    mean = torch.nn.functional.normalize(torch.tensor([1.0, 0, 0]) + torch.tensor([1.0, 1, 1]) / math.sqrt(3), dim=0)
+    images = torch.stack([picture(red=1), picture(blue=1), picture(red=1, green=1)])
+    expected = torch.nn.functional.normalize(embed_images(images), dim=1) @ mean
+    torch.testing.assert_close(moderator(RED).margins(images)[:, 0], expected, atol=5e-3, rtol=0)
+
+
+def test_a_neighbour_takes_its_share_away():
+    plain = Concept("red", "violence", ("red",), threshold=0.5)
+    near = Concept("red", "violence", ("red",), allowed=(("white",), ("blue", "blue")), threshold=0.1)
+    images = torch.stack([picture(red=1), picture(red=1, green=1, blue=1)])
+    assert [d.action for d in moderator(plain).check(images)] == ["block", "block"]
+    assert [d.action for d in moderator(near).check(images)] == ["block", "allow"]
+
+
+def test_a_corner_is_seen():
+    image = picture(blue=1)
+    image[:, :10, :10] = picture(red=1)[:, :10, :10]
+    score = moderator(Concept("red", "violence", ("red",), threshold=0.9)).margins(image[None])
+    whole = embed_images(image[None])
+    assert float(score) > float(whole[0, 0] / whole.norm()) + 0.1
+
+
+def test_views():
+    images = torch.rand(2, 3, 20, 30)
+    seen = views(images)
+    assert seen.shape == (2, VIEWS, 3, 20, 30) and torch.equal(seen[:, 0], images)
+    flat = torch.full((1, 3, 20, 30), 0.25)
+    torch.testing.assert_close(views(flat), flat[:, None].expand(-1, VIEWS, -1, -1, -1))
+
+
+def test_actions_and_modes():
+    images = torch.stack([picture(red=1), picture(blue=1)])
+    red = Concept("red", "violence", ("red",), threshold=0.8)
+    for mode, expected in (("block", "block"), ("blur", "blur"), ("flag", "flag"), ("off", "allow")):
+        assert [d.action for d in moderator(red, mode=mode).check(images)] == [expected, "allow"]
+    soft = Concept("red", "violence", ("red",), action="blur", threshold=0.8)
+    assert moderator(soft).check(images)[0].action == "blur"
+
+
+def test_the_strongest_concept_names_the_decision():
+    found = moderator(Concept("red", "violence", ("red",), threshold=0.5),
+                      Concept("blue", "hate", ("blue",), threshold=0.5)).check(torch.stack([picture(blue=1, red=0.3)]))
+    assert found[0].category == "hate" and set(found[0].scores) == {"red", "blue"}
+
+
+@pytest.mark.parametrize("image, why", [
+    (torch.full((3, 16, 16), math.nan), "finite"), (torch.full((3, 16, 16), math.inf), "finite"),
+    (torch.zeros(3, 16, 16), "one colour"), (-torch.ones(3, 16, 16), "one colour"),
+])
+def test_a_broken_picture_has_failed_and_is_not_called_unsafe(image, why):
+    broken, fine = moderator(RED).check(torch.stack([image, picture(blue=1)]))
+    assert broken.action == "block" and "failed" in broken.reason and why in broken.reason and broken.category == ""
+    assert fine.action == "allow"  # its neighbour in the batch does not matter
+
+
+@pytest.mark.parametrize("embed", [lambda images: 1 / 0, lambda images: embed_images(images) * math.nan,
+                                   lambda images: torch.zeros(1, 7), lambda images: None])
+def test_a_broken_encoder_refuses(embed):
+    found = ImageModerator([RED], embed, embed_texts).check(torch.stack([picture(blue=1)] * 2))
+    assert [decision.action for decision in found] == ["block", "block"]
+
+
+def test_without_thresholds_nothing_passes():
+    found = moderator(Concept("red", "violence", ("red",))).check(torch.stack([picture(blue=1)]))
+    assert found[0].action == "block" and "calibrated" in found[0].reason
+
+
+def test_calibration_keeps_the_rate_on_harmless_pictures():
+    generator = torch.Generator().manual_seed(0)
+    concepts = [Concept("red", "violence", ("red",)), Concept("green", "hate", ("green",))]
+    margins = torch.randn(5000, 2, generator=generator)
+    fresh = torch.randn(20000, 2, generator=generator)
+    thresholds = torch.tensor([c.threshold for c in moderator(*concepts).calibrated(margins, 0.02)])
+    assert float((margins > thresholds).any(dim=1).float().mean()) <= 0.02
+    assert 0.014 < float((fresh > thresholds).any(dim=1).float().mean()) < 0.026
+    with pytest.raises(ValueError, match="rate"):
+        moderator(*concepts).calibrated(margins[:10], 0.01)
+
+
+def test_blur_leaves_no_detail():
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    soft = blurred(image)
+    assert soft.shape == image.shape and float(soft.diff(dim=3).abs().max()) < 0.1
+    assert float(image.diff(dim=3).abs().max()) > 1
+    torch.testing.assert_close(soft.mean(), image.mean(), atol=0.02, rtol=0)
+
+
+# ---- files
+
+def test_concepts_round_trip(tmp_path):
+    concepts = [RED, Concept("b", "stand_in", ("blue",), allowed=(("red", "white"), ("green",)), action="flag")]
+    write_concepts(tmp_path / "c.yaml", concepts)
+    assert read_concepts(tmp_path / "c.yaml") == concepts
+
+
+@pytest.mark.parametrize("text", [
+    "", "concepts: []", "concepts: 3", "a: [", "concepts: [1]", "concepts: [{name: a}]",
+    "concepts: [{name: a, category: taste, phrasings: [b]}]", "concepts: [{name: a, category: hate, phrasings: []}]",
+    "concepts: [{name: a, category: hate, phrasings: b}]",
+    "concepts: [{name: a, category: hate, phrasings: [b], colour: c}]",
+    "concepts: [{name: a, category: hate, phrasings: [b], threshold: .nan}]",
+    "concepts: [{name: a, category: hate, phrasings: [b], action: allow}]",
+    "concepts: [{name: a, category: hate, phrasings: [b]}, {name: a, category: hate, phrasings: [c]}]",
+])
+def test_bad_concepts_are_refused_by_name(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match="c.yaml"):
+        read_concepts(tmp_path / "c.yaml")
+    with pytest.raises(ValueError, match="none.yaml"):
+        read_concepts(tmp_path / "none.yaml")
+
+
+def test_the_command_line_takes_embeddings(tmp_path, capsys):
+    write_concepts(tmp_path / "c.yaml", [Concept("red", "violence", ("red",), allowed=(("white",),), threshold=0.1)])
+    images = torch.stack([picture(red=1), picture(blue=1)])
+    embedded = embed_images(views(images).flatten(0, 1)).view(2, VIEWS, 3)
+    save_file({"images": embedded, "red": embed_texts(["red"]), "red/allowed/0": embed_texts(["white"])},
+              tmp_path / "e.safetensors")
+    arguments = ["check", "--image", str(tmp_path / "e.safetensors"), "--concepts", str(tmp_path / "c.yaml")]
+    assert main(arguments) == 5
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
+    assert [line.split()[0] for line in lines] == ["block", "allow"]
+    save_file({"images": embedded}, tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match="red"):
+        main(arguments)

@@ -1,0 +1,262 @@
+"""From text to a file of moderation, on a made-up language; and that the repository holds no listed term in clear."""
+import csv
+import json
+import random
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.moderation_metrics import auc, calibration_error, interval, matched, recall_at
+from benchmarks.moderation_obfuscation import KINDS, obfuscated
+from safety.gate import PromptGate
+from safety.policy import HEADS
+from safety.prompt import DEFAULT, HeadConfig, PromptHead, load_artefact
+from training.moderation_artefact import NEVER, blocked, level_of, limits_within
+from training.moderation_augment import CARRIERS, disguised, varied
+from training.moderation_text import Row, TextFilesError, read_corpus, regrouped
+from training.moderator import ModeratorStage, Network, bag, batch_loss, labels, main, quantized, trained, twin_places
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "moderation"
+SMALL = HeadConfig(char_bits=10, word_bits=10, width=4, hidden=8)
+CALM = ["tree", "river", "lamp", "window", "garden", "boat", "cloud", "stone", "bread", "hill"]
+BAD = {"violence": ["gorvax", "slimmet"], "sexual": ["lendrit", "pomfrel"]}
+
+
+def write_csv(path: Path, header: str, rows) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Twins, labelled text, harmless captions and a lexicon of a made-up language."""
+    path, generator = tmp_path_factory.mktemp("text"), random.Random(0)
+
+    def calm(count: int) -> str:
+        return " ".join(generator.choices(CALM, k=count)) + f" {generator.randrange(10**6)}"
+
+    twins = []
+    for _ in range(120):
+        category = generator.choice(list(BAD))
+        text = calm(4)
+        twins.append((f"a {text}", f"a {generator.choice(BAD[category])} {text}", category))
+    write_csv(path / "twins.csv", "benign,harmful,category", twins)
+    write_csv(path / "captions.csv", "prompt", [(calm(5),) for _ in range(400)])
+    write_csv(path / "shares.csv", "prompt,categories,inappropriate_percentage",
+              [(f"gorvax {calm(4)}", "violence", 80)] * 5 + [(calm(5), "violence, shocking", 0), (calm(5), "hate", 30)])
+    write_csv(path / "terms.csv", "text,category,severity",
+              [("zorbic", "racial / ethnic slurs", 3), ("quandle", "other", 2.8)])
+    (path / "words.txt").write_text("\n".join(CALM))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory) -> Path:
+    """What the command leaves behind."""
+    config = tmp_path_factory.mktemp("config") / "moderation.yaml"
+    config.write_text("name: tiny\n"
+                      "moderator: {head: {char_bits: 10, word_bits: 10, width: 4, hidden: 8}, epochs: 6, batch: 64,\n"
+                      "  twins: 8, learning_rate: 0.02, budget: {captions: 0.02}, kept: {captions: 1.0}}\n")
+    out = config.parent / "run"
+    main([str(config), f"data.root={folder}", f"run={out}"])
+    return out
+
+
+# ---- the file that training leaves
+
+def test_it_learns_what_it_was_told_and_lets_the_rest_through(run, folder):
+    gate = PromptGate.load(run / "moderation.safetensors")
+    for category, words in BAD.items():
+        for word in words:
+            decision = gate.check(f"a {word} tree")
+            assert decision.action in ("flag", "block") and decision.category == category
+    assert gate.check("zorbic").category == "hate" and gate.check("zorbic").action == "block"
+    assert gate.artefact.lexicon.term("quandle") == (HEADS.index("harassment"), 2, False)
+    calm = [row.text for row in read_corpus([folder]).rows if row.split == "test" and row.source == "captions"]
+    assert len(calm) > 40 and [gate.check(text).action for text in calm].count("block") <= 0.08 * len(calm)
+
+
+def test_it_says_what_it_was_made_from_and_holds_no_word(run):
+    card = json.loads((run / "moderation.json").read_text())
+    assert card["rows"]["train"] > 100 and card["sha256"].startswith(load_artefact(run / "moderation.safetensors").hash)
+    data = (run / "moderation.safetensors").read_bytes().lower() + (run / "moderation.json").read_bytes().lower()
+    for word in ("zorbic", "quandle", *CALM, *(word for words in BAD.values() for word in words)):
+        assert word.encode() not in data
+
+
+def test_training_repeats_itself(folder):
+    rows = [row for row in read_corpus([folder]).rows if row.split == "train"][:150]
+    config = ModeratorStage(head=SMALL, epochs=1, batch=32, twins=4)
+    one, two, three = (trained(rows, config, seed, log=False) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    assert not torch.equal(one.hidden.weight, three.hidden.weight)
+
+
+def test_inference_is_the_network_that_was_trained():
+    torch.manual_seed(0)
+    network = Network(SMALL, dropout=0.5).eval()
+    network.char.weight.data.normal_(std=0.3)
+    network.word.weight.data.normal_(std=0.3)
+    head = PromptHead(SMALL, quantized(network))
+    for text in ("a red star", "two BLUE boats, (gorvax:1.2)", "x", ""):
+        expected = network([bag(text, SMALL)])[0].detach().numpy()
+        np.testing.assert_allclose(head.logits(" ".join(text.lower().replace(",", "").replace("(", "").replace(
+            ":1.2)", "").split())), expected, atol=0.03)  # tables in 8 bits
+
+
+# ---- parts of training
+
+def test_unknown_labels_have_no_gradient():
+    rows = [Row("a", {"hate": 1.0}, "s", 0), Row("b", dict.fromkeys(HEADS, 0.0), "s", 1)]
+    values, known = labels(rows)
+    logits = torch.zeros(2, len(HEADS), requires_grad=True)
+    batch_loss(logits, values, known, 0, ModeratorStage()).backward()
+    place = HEADS.index("hate")
+    assert logits.grad[0].count_nonzero() == 1 and logits.grad[0, place] < 0 and (logits.grad[1] > 0).all()
+
+
+def test_twins_are_kept_apart_by_the_margin():
+    values = torch.zeros(2, len(HEADS))
+    values[0, 0] = 1
+    config = ModeratorStage(margin=1.0, twin_weight=2.0)
+    without = batch_loss(torch.zeros(2, len(HEADS)), values, torch.ones_like(values), 0, config)
+    close = batch_loss(torch.zeros(2, len(HEADS)), values, torch.ones_like(values), 1, config)
+    assert close - without == pytest.approx(2.0)
+    far = torch.zeros(2, len(HEADS))
+    far[0, 0] = 1.5
+    assert batch_loss(far, values, torch.ones_like(values), 1, config) == batch_loss(
+        far, values, torch.ones_like(values), 0, config)
+
+
+def test_splits_keep_twins_and_copies_together(folder):
+    rows = read_corpus([folder]).rows
+    assert {row.split for row in rows} == {"train", "dev", "test"}
+    groups: dict[int, set[str]] = {}
+    for row in rows:
+        groups.setdefault(row.group, set()).add(row.split)
+    assert all(len(found) == 1 for found in groups.values())
+    for one, two in twin_places(rows):
+        assert rows[one].group == rows[two].group and rows[one].harmful and rows[two].harmless
+    copies = [Row("the old bridge at night", {}, "a", 1), Row("at night, the old bridge!", {}, "b", 2),
+              Row("a quite different text", {}, "c", 3)]
+    found = regrouped(copies)
+    assert found[0].group == found[1].group != found[2].group
+
+
+def test_thresholds_keep_the_budget():
+    generator = np.random.default_rng(0)
+    groups = {"a": generator.random((2000, len(HEADS))) ** 3, "b": generator.random((900, len(HEADS)))}
+    budget = {"a": 0.01, "b": 0.05}
+    limits = limits_within(groups, budget, ("sexual", "hate"))
+    shares = {name: blocked(scores, limits).mean() for name, scores in groups.items()}
+    assert all(shares[name] <= budget[name] for name in groups) and any(shares[n] > 0.6 * budget[n] for n in groups)
+    assert [limits[i] == NEVER for i in range(len(HEADS))] == [name not in ("sexual", "hate") for name in HEADS]
+
+
+def test_levels():
+    assert [level_of("hate", s) for s in (1.0, 1.6, 2.0)] == [1, 2, 3]
+    assert [level_of("sexual", s) for s in (1.0, 2.0, 2.4)] == [1, 2, 3] and level_of("harassment", 3) == 2
+
+
+def test_variations_keep_what_is_said():
+    generator = np.random.default_rng(0)
+    assert all(carrier.count("{}") >= 1 for carrier in CARRIERS)
+    texts = [varied("lamp", ["a tree, oil on canvas"], generator) for _ in range(200)]
+    assert len(set(texts)) > 50 and sum("lamp" in text for text in texts) > 170
+    assert len({disguised("window", generator) for _ in range(100)}) >= 8
+
+
+@pytest.mark.parametrize("name, header, rows", [
+    ("unknown header", "a,b", [("x", "y")]), ("unknown category", "text,label,category", [("x", "1", "taste")]),
+    ("no number", "text,label,category", [("x", "maybe", "hate")]),
+    ("severity", "text,category,severity", [("x", "y", "9")]),
+    ("share", "prompt,categories,inappropriate_percentage", [("x", "hate", "101")]),
+    ("harmless only", "prompt", [("x",)]),
+])
+def test_bad_files_are_refused_by_name(tmp_path, name, header, rows):
+    write_csv(tmp_path / "bad.csv", header, rows)
+    with pytest.raises(TextFilesError, match="valid"):
+        read_corpus([tmp_path])
+
+
+def test_bad_folders_and_settings(tmp_path):
+    with pytest.raises(TextFilesError, match="no folder"):
+        read_corpus([tmp_path / "none"])
+    with pytest.raises(TextFilesError, match="no CSV"):
+        read_corpus([tmp_path])
+    with pytest.raises(ValueError, match="data.root"):
+        main([str(ROOT / "configs/moderation.yaml"), f"run={tmp_path}"])
+    for change in ({"epochs": 0}, {"forget": 1.0}, {"budget": {}}, {"budget": {"a": 2.0}}, {"kept": {"a": 0.0}}):
+        with pytest.raises(ValueError, match="valid"):
+            replace(ModeratorStage(), **change)
+
+
+# ---- figures
+
+def test_figures_against_their_definitions():
+    generator = np.random.default_rng(0)
+    positive, negative = generator.integers(0, 6, 40) / 5, generator.integers(0, 5, 70) / 5
+    pairs = np.mean([(p > n) + 0.5 * (p == n) for p in positive for n in negative])
+    assert auc(positive, negative) == pytest.approx(pairs)
+    assert recall_at(np.array([1.0, 3.0, 5.0]), np.arange(100) / 25, 0.01) == pytest.approx(1 / 3)
+    assert recall_at(np.array([1.0, 3.0, 5.0]), np.arange(100) / 25, 0.30) == pytest.approx(2 / 3)
+    scores = generator.random(20000)
+    assert calibration_error(scores, generator.random(20000) < scores) < 0.02
+    assert calibration_error(np.full(100, 0.9), np.zeros(100)) == pytest.approx(0.9)
+    low, high = interval(np.mean, generator.normal(2, 1, 400))
+    assert 1.8 < low < 2 < high < 2.2 and high - low == pytest.approx(4 * 0.98 / 20, rel=0.25)
+
+
+def test_matched_negatives_have_the_lengths_of_the_positives():
+    generator = np.random.default_rng(0)
+    lengths, pool = generator.integers(80, 200, 100), generator.integers(10, 400, 3000)
+    found = matched(lengths, pool)
+    assert len(set(found.tolist())) == len(found) == 300
+    assert abs(auc(lengths.astype(float), pool[found].astype(float)) - 0.5) < 0.02
+    assert abs(auc(lengths.astype(float), pool.astype(float)) - 0.5) > 0.05
+
+
+def test_there_are_enough_kinds_of_disguise_and_each_does_something():
+    generator = np.random.default_rng(0)
+    assert len(KINDS) >= 25
+    for kind in KINDS:
+        changed = [obfuscated("mirkowest", kind, generator) != "mirkowest" for _ in range(5)]
+        assert kind == "as it is" or any(changed), kind
+
+
+# ---- no term in clear
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the lexicon is not here")
+def test_the_repository_holds_no_listed_term():
+    """Every tracked text and the file of weights, against severe terms that are no ordinary words."""
+    with open(SHARED / "profanity_en.csv", newline="", encoding="utf-8") as file:
+        listed = [line["text"].lower().strip() for line in csv.DictReader(file) if float(line["severity"]) >= 2.2]
+    terms = {term for term in listed if len(term) >= 5 and term.isalpha()}
+    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True,
+                             text=True, check=True).stdout.splitlines()
+    wrong = []
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".cfg", ".json", ".toml", ".txt", "") and path.is_file():
+            words = set("".join(c if c.isalnum() else " " for c in path.read_text("utf-8", "replace").lower()).split())
+            wrong += [f"{name}: a listed term of {len(term)} letters" for term in words & terms]
+        elif path.suffix == ".safetensors":
+            data = path.read_bytes().lower()
+            wrong += [f"{name}: a listed term" for term in terms if term.encode() in data]
+    assert wrong == []
+
+
+@pytest.mark.skipif(not DEFAULT.is_file(), reason="the weights are not here")
+def test_the_shipped_file_is_small_and_does_what_it_is_for():
+    assert DEFAULT.stat().st_size <= 8_000_000
+    gate = PromptGate.load()
+    for text in ("a red star above two blue circles", "a bowl of fruit on a table", "a child flying a kite",
+                 "a castle in fog", "an oil painting of a dancer", "a dog running on the beach"):
+        assert gate.check(text).action == "allow"
+    card = json.loads(DEFAULT.with_suffix(".json").read_text())
+    assert card["sha256"].startswith(gate.artefact.hash)

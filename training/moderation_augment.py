@@ -1,0 +1,58 @@
+"""Variations of training text: carriers, styles and disguises, all of them filled with harmless and harmful text alike.
+
+What is seen with one label only becomes a sign of it: a classifier whose carriers held bad words alone flagged 61 % of
+the harmless words in them.
+"""
+from collections.abc import Sequence
+
+import numpy as np
+
+CARRIERS = (
+    "{}", "a photo of {}", "a picture of {}", "an image showing {}", "a painting of {}", "draw {}", "{} in the street",
+    "{}, digital art, trending on artstation", "a detailed illustration of {}", "create an image of {}", "{} at night",
+    "{} by a famous artist, oil on canvas", "cinematic shot of {}, 8k, highly detailed", "a cartoon of {}",
+    "a scene with {}", "portrait with {}, studio light", "generate a scene depicting {}", "close up of {}, bokeh",
+    "black and white photograph of {}", "{} and a {} background", "people looking at {}", "concept art of {}",
+)
+COLOURS = ("red", "blue", "dark", "white", "misty", "golden")
+_LEET = str.maketrans("aeiostl", "4310571")
+_ALIKE = str.maketrans("aeopcxy", "\u0430\u0435\u043e\u0440\u0441\u0445\u0443")
+
+
+def carried(text: str, random: np.random.Generator) -> str:
+    """A few words inside a carrier phrase."""
+    carrier = CARRIERS[random.integers(len(CARRIERS))]
+    return carrier.replace("{}", text, 1).replace("{}", COLOURS[random.integers(len(COLOURS))])
+
+
+def styled(text: str, style: str) -> str:
+    """A text followed by the style of a real prompt: what comes after its first comma."""
+    _, comma, rest = style.partition(",")
+    return f"{text.rstrip('. ')},{rest}" if comma and len(rest) < 200 else text
+
+
+def disguised(word: str, random: np.random.Generator) -> str:
+    """A word written so that a list of words does not have it, in one of eight ways."""
+    place = int(random.integers(1, max(2, len(word) - 1)))
+    ways = (
+        lambda: word.translate(_LEET), lambda: ".".join(word), lambda: " ".join(word), lambda: word.translate(_ALIKE),
+        lambda: word[:place] + "\u200b" + word[place:], lambda: word[:place] + word[place] * 3 + word[place:]
+        if place < len(word) else word * 1, lambda: word[:place] + "*" + word[place + 1:],
+        lambda: "".join(c.upper() if random.random() < 0.5 else c for c in word),
+    )
+    return ways[random.integers(len(ways))]()
+
+
+def with_disguises(text: str, random: np.random.Generator) -> str:
+    """A text in which a quarter of the longer words is disguised."""
+    return " ".join(disguised(word, random) if len(word) > 3 and random.random() < 0.25 else word
+                    for word in text.split())
+
+
+def varied(text: str, styles: Sequence[str], random: np.random.Generator) -> str:
+    """A variation of a text: short ones in a carrier, half of the others with a style, a tenth disguised."""
+    if len(text.split()) <= 4:
+        text = carried(text, random)
+    if styles and random.random() < 0.5:
+        text = styled(text, styles[int(random.integers(len(styles)))])
+    return with_disguises(text, random) if random.random() < 0.1 else text
