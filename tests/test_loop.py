@@ -89,7 +89,15 @@ def test_parts_are_the_batch_and_see_its_noise(batch, world, pieces):
     assert found == list(range(batch))
 
 
-def test_a_second_signal_ends_the_program_at_once(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path, interruptible):
     before = signal.getsignal(signal.SIGINT)
 
     def twice():
