@@ -3,12 +3,9 @@
 A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the one before. A state
 file has its SHA-256 beside it; one that is cut short or damaged is refused by name and the one before it is used.
 """
-import contextlib
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,29 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from data.files import sha256_of as file_hash
+from data.files import whole_file
+
 
 class CheckpointError(ValueError):
     """A file of weights or state that cannot be used; the message names it."""
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; when the block ends without an error it becomes ``path`` in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself reaches the disk
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -80,15 +60,6 @@ def load_weights(module: nn.Module, path: str | Path) -> None:
     if wrong:
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(wrong)}")
     module.load_state_dict(tensors)
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 class Best:
