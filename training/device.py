@@ -1,4 +1,6 @@
 """Where networks live, and the arithmetic they use there."""
+import functools
+import platform
 from typing import TypeVar
 
 import torch
@@ -31,6 +33,15 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """The type of matrix products under autocast, or None for fp32. ``auto`` is bf16 where the machine has it."""
     if precision == "auto":
         has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
-            device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+            device.type == "cpu" and cpu_has_bf16())
         return torch.bfloat16 if has_bf16 else None
     return torch.bfloat16 if precision == "bf16" else None
+
+
+@functools.lru_cache(maxsize=None)
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies in bf16 by itself. oneDNN says yes for every AVX512, and where it has to emulate bf16
+    that takes five times as long as fp32."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from training.device import autocast_dtype
 from training.distributed import full, local, sliced_like
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): singular values in (0, 1] end between about 0.7 and 1.2
@@ -22,7 +23,7 @@ LONG = 4  # columns to rows from which the second form below is the faster one (
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
     """Matrices (M, R, C) with every singular value moved close to 1, by Newton-Schulz; same shape.
 
-    The iteration is X <- (a I + b G + c G^2) X with G = X X^T. Two forms of it, whichever is faster: on X in bf16, or,
+    The iteration is X <- (a I + b G + c G^2) X with G = X X^T. Two forms of it, whichever is faster: on X, or,
     for long filters, on G alone, of the short side, which touches the long side twice instead of ten times.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -33,9 +34,9 @@ def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def iterated(x: Tensor, steps: int) -> Tensor:
-    """The iteration on X (M, R, C) itself, in bf16."""
+    """The iteration on X (M, R, C) itself, in bf16 where the machine has it."""
     a, b, c = NEWTON_SCHULZ
-    x = x.to(torch.bfloat16)
+    x = x.to(autocast_dtype("auto", x.device) or torch.float32)
     for _ in range(steps):
         gram = x @ x.mT  # (M, R, R)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
