@@ -21,6 +21,7 @@ from pipeline import TextToImage
 from training.autoencoder import train_autoencoder
 from training.check import check
 from training.checkpoint import load_weights, write_text
+from training.clip import train_clip
 from training.config import from_dict, read_yaml, to_dict
 from training.denoiser import Networks, train_denoiser
 from training.device import default_device, frozen, placed
@@ -56,6 +57,8 @@ def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.
         return train_tokenizer(experiment, source, run) if workers.main else None
     if stage == "autoencoder":
         return train_autoencoder(experiment.autoencoder, source, validation, run, experiment.seed, device, workers)
+    if stage == "clip":
+        return train_clip(experiment.clip, source, validation, run, device, workers)
     run.require("tokenizer", "autoencoder")
     tokenizer = Tokenizer.load(run.path / "tokenizer.json")
     autoencoder = Autoencoder(experiment.autoencoder.model)

@@ -174,12 +174,16 @@ class Clip(nn.Module):
         self.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
 
-def contrastive_loss(logits: Tensor) -> Tensor:
+def contrastive_loss(logits: Tensor, equal: Tensor | None = None) -> Tensor:
     """Logits (B, B) of B pairs -> the mean cross entropy of finding a picture's text, and a text's picture: a scalar.
 
+    ``equal`` bool (B, B): texts that are the same; the other one is no wrong answer then and is left out.
     Raises ValueError unless there are as many texts as pictures.
     """
     if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
         raise ValueError(f"logits: {tuple(logits.shape)}; valid: (B, B), one text a picture")
     pairs = torch.arange(len(logits), device=logits.device)
+    if equal is not None:
+        others = equal.to(logits.device) & (pairs[:, None] != pairs)
+        logits = logits.masked_fill(others, -math.inf)
     return 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs))

@@ -3,13 +3,14 @@ import dataclasses
 
 import pytest
 import torch
+from clip_vocabulary import write_vocabulary
 
 from data.tokenizer import TokenizerConfig
 from eval.clip_score import agreement, strangers
-from model.clip import ClipConfig, ImageEncoderConfig
+from model.clip import ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.text_encoder import TextEncoderConfig
 from training.checkpoint import CheckpointError
-from training.clip import ClipStage, ClipVectors, train_clip
+from training.clip import ClipStage, ClipVectors, same, train_clip
 from training.distributed import Processes
 from training.loop import TrainConfig
 from training.optim import OptimConfig
@@ -119,6 +120,47 @@ def test_the_tokenizer_is_its_own_and_all_files_are_needed(run, tmp_path):
         ClipVectors.of_run(tmp_path)
     with pytest.raises(CheckpointError, match="no file .*clip.safetensors"):
         ClipVectors.of_run(run.path / "nowhere")
+
+
+def test_published_weights_judge_as_in_transformers(tmp_path):
+    """A folder of CLIPModel with its tokenizer, against transformers itself: unit vectors to 2e-5 in fp32."""
+    transformers = pytest.importorskip("transformers")
+    write_vocabulary(tmp_path)
+    words = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    torch.manual_seed(0)
+    peer = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config={"vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id},
+        vision_config={"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 3,
+                       "image_size": 32, "patch_size": 8}, projection_dim=24)).eval()
+    peer.save_pretrained(tmp_path)
+    vectors = ClipVectors.from_pretrained(tmp_path)
+    captions = ["a photo of a small red star", "oil painting", "above two blue circles"]
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mean, std = (torch.tensor(x)[:, None, None] for x in (
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    ids = words(captions, padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        out = peer(input_ids=ids.input_ids, attention_mask=ids.attention_mask,
+                   pixel_values=((images + 1) / 2 - mean) / std)
+    torch.testing.assert_close(vectors(images), out.image_embeds, rtol=0, atol=2e-5)
+    torch.testing.assert_close(vectors.texts(captions), out.text_embeds, rtol=0, atol=2e-5)
+    assert vectors.width == 24 and tmp_path.name in vectors.stamp and "32 px" in vectors.stamp
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises((ValueError, OSError), match="vocab.json"):
+        ClipVectors.from_pretrained(tmp_path)
+
+
+def test_the_same_caption_is_no_wrong_answer():
+    """Two pictures with one caption: neither is pushed away from the other's text."""
+    logits = torch.tensor([[3.0, 3.0, 0.0], [3.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
+    equal = same(["a star", "a star", "a moon"])
+    assert equal.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
+    loss = contrastive_loss(logits, equal)
+    torch.testing.assert_close(loss, contrastive_loss(torch.tensor([[3.0, 0.0], [0.0, 3.0]])) * 2 / 3
+                               + torch.tensor(3.0).exp().reciprocal().mul(2).log1p() / 3)
+    loss.backward()
+    assert logits.grad[0, 1] == logits.grad[1, 0] == 0 and (logits.grad[0, 2] > 0)
 
 
 def test_what_cannot_be_trained_is_refused(sources, run):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from small_runs import assert_same_run, at_step, metrics, terminate
 
 import train
@@ -22,7 +23,7 @@ from training.autoencoder import AutoencoderStage, psnr, reconstruction_loss
 from training.checkpoint import save_weights
 from training.config import ConfigError, apply_overrides, from_dict
 from training.denoiser import train_denoiser
-from training.experiment import STAGES, Experiment
+from training.experiment import USUAL, Experiment
 from training.loop import Interrupted
 from training.run import RunFolder
 
@@ -66,7 +67,7 @@ def test_finished_stages_are_skipped(tiny_run, tiny_config, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
     train.main([str(tiny_config), f"run={run}"])
     said = capsys.readouterr().out
-    assert [f"{stage}: finished before, skipped" in said for stage in STAGES] == [True] * 3
+    assert [f"{stage}: finished before, skipped" in said for stage in USUAL] == [True] * 3
     (run / "denoiser.safetensors").unlink()  # one stage is missing: that one only is done, from its last state
     train.main([str(tiny_config), f"run={run}"])
     said = capsys.readouterr().out
@@ -82,6 +83,30 @@ def test_another_configuration_is_refused(tiny_run, tiny_config):
     said = str(caught.value)
     assert "\n" not in said and "seed: 3 then, 4 now" in said and "denoiser.train.batch: 8 then, 4 now" in said
     assert (tiny_run / "config.yaml").read_bytes() == before
+
+
+def test_a_stage_may_be_added_to_a_finished_run(tiny_run, tiny_config, tmp_path, capsys):
+    """The evaluator is trained later, with settings of its own; what was there before stays as it is."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    width = "width: 16, layers: 1, heads: 2, mlp_width: 32"
+    small = ["clip.train.steps=2", "clip.train.batch=4", "clip.validation=4",
+             "clip.tokenizer={vocab_size: 300, length: 40}",
+             f"clip.model={{image: {{size: 16, patch: 8, {width}}}, "
+             f"text: {{vocab_size: 300, length: 40, {width}, causal: false}}, width: 16}}"]
+    train.main([str(tiny_config), f"run={run}", "stages=[clip]", *small])
+    assert (run / "clip.safetensors").is_file() and (run / "clip_tokenizer.json").is_file()
+    for name in ("tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors", "denoiser.safetensors"):
+        assert (run / name).read_bytes() == (tiny_run / name).read_bytes(), name
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["stages"] == ["tokenizer", "autoencoder", "clip", "denoiser"]
+    assert config["clip"]["train"]["steps"] == 2
+    capsys.readouterr()
+    train.main([str(tiny_config), f"run={run}", "stages=[clip]", *small])
+    assert "clip: finished before, skipped" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="clip.train.steps: 2 then, 3 now"):
+        train.main([str(tiny_config), f"run={run}", "stages=[clip]", *small, "clip.train.steps=3"])
+    assert [line["stage"] for line in metrics(run)].count("clip") > 0
 
 
 @pytest.mark.parametrize("arguments, message", [

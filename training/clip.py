@@ -146,14 +146,15 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
         return model(model.resized(images.to(device)), ids, mask)  # (B, B)
 
     def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
-        table = logits(model, to_unit(part.of_read(read.images)), part.of_read(read.captions))
-        return {"loss": contrastive_loss(table.float())}
+        texts = part.of_read(read.captions)
+        table = logits(model, to_unit(part.of_read(read.images)), texts)
+        return {"loss": contrastive_loss(table.float(), same(texts))}
 
     @torch.no_grad()
     def validate(model: Clip) -> dict[str, float]:
         vectors = ClipVectors(model, tokenizer, "")
         x, y = vectors(held_out), vectors.texts(captions)
-        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T)
+        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, same(captions))
         return {"loss": float(loss), "recall_1": float((caption_ranks(x, y, captions) == 0).float().mean())}
 
     def preview(model: Clip, step: int) -> None:
@@ -176,6 +177,12 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
     run.record(clip={"validation_loss": round(measured["loss"], 5), "recall_1": round(measured["recall_1"], 4),
                      "pairs": count, "seed": config.seed, "parameters": sum(p.numel() for p in model.parameters()),
                      "bf16": autocast_dtype(config.train.precision, device) is not None})
+
+
+def same(captions: Sequence[str]) -> Tensor:
+    """bool (B, B): which captions are equal."""
+    numbers = torch.tensor([list(captions).index(caption) for caption in captions])
+    return numbers[:, None] == numbers
 
 
 def fitted_tokenizer(source: Source, config: TokenizerConfig) -> Tokenizer:

@@ -9,10 +9,12 @@ from diffusion.prediction import check_prediction_type
 from diffusion.sampling import SamplingConfig, check_sampling
 from diffusion.schedule import Schedule
 from training.autoencoder import AutoencoderStage
+from training.clip import ClipStage
 from training.config import apply_overrides, from_dict, read_yaml
 from training.denoiser import DenoiserStage
 
-STAGES = ("tokenizer", "autoencoder", "denoiser")
+STAGES = ("tokenizer", "autoencoder", "clip", "denoiser")
+USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
 
 
 @dataclass(frozen=True)
@@ -21,11 +23,12 @@ class Experiment:
 
     name: str
     seed: int = 0
-    stages: tuple[str, ...] = STAGES
+    stages: tuple[str, ...] = USUAL
     preview_prompts: tuple[str, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    clip: ClipStage = field(default_factory=ClipStage)
     denoiser: DenoiserStage = field(default_factory=DenoiserStage)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 

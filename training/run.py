@@ -28,6 +28,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 WEIGHTS = {"tokenizer": ("tokenizer.json",), "autoencoder": ("autoencoder.safetensors",),
+           "clip": ("clip_tokenizer.json", "clip.safetensors"),
            "denoiser": ("text_encoder.safetensors", "denoiser.safetensors")}
 
 
@@ -45,15 +46,20 @@ class RunFolder:
                complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True) -> "RunFolder":
         """The folder of ``config``, new or begun before with the same one; raises ConfigError if it differs.
 
-        ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key.
+        ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key. Other ``stages``
+        are no difference: they say what is trained now, and config.yaml lists all that ever were. Nor are the settings
+        of a stage that was not among them before.
         """
         run = cls(path, main)
         before = run.path / "config.yaml"
         if before.exists():
-            changed = _differences(complete(read_yaml(before)), config)
+            known, both = _with_stages(complete(read_yaml(before)), config)
+            changed = _differences(known, both)
             if changed:
                 raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
                                   "name another folder with run=DIR, or remove this one")
+            if main and both["stages"] != read_yaml(before).get("stages", both["stages"]):  # a stage more
+                write_text(before, yaml.safe_dump(both, sort_keys=False))
         elif main:
             run.path.mkdir(parents=True, exist_ok=True)
             write_text(before, yaml.safe_dump(config, sort_keys=False))
@@ -148,6 +154,14 @@ def environment() -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _with_stages(known: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configurations with the stages of both; what is new of a stage that ``known`` did not have is taken over."""
+    ours, new = known.get("stages", ()), config.get("stages", ())
+    stages = [stage for stage in WEIGHTS if stage in (*ours, *new)]
+    late = {stage: config[stage] for stage in new if stage not in ours and stage in config}
+    return {**known, **late, "stages": stages}, {**config, "stages": stages}
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
