@@ -183,7 +183,7 @@ def run_evaluation(options: argparse.Namespace, workers: Processes) -> None:
     run = RunFolder.open(Path(options.run))
     for other in options.compare:
         read_figures(other)  # now, and not after an hour
-    system = TextToImage.load(run.path, workers.device())
+    system = TextToImage.load(run.path, workers.device(), moderation=None)  # captions of the data set
     sampler = Sampler(system, run.path / "report" / "cache", options.precision, workers)
     test, validation = prompts_of(system, options)
     full = judged_by(system, run, options, test) if options.suite == "full" and workers.main else None

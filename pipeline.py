@@ -26,7 +26,9 @@ from model.pretrained_folder import read_diffusers_folder, write_diffusers_folde
 from model.pretrained_single import read_single_file
 from model.text_encoder import TextEncoder
 from model.unet import UNet
+from moderation import Moderation, Refused, shown, weights_of, worst
 from prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
+from safety.policy import Decision, Mode
 from training.checkpoint import file_hash, load_weights
 from training.denoiser import DenoiserStage, Networks
 from training.device import frozen, placed
@@ -52,7 +54,8 @@ class TextToImage:
     ``masked`` says whether the denoiser was trained to see no padding; published ones see it. ``files`` are those that
     it came from, by what they hold; ``tiled`` may be set to decode with less memory, approximately. ``guide`` may be
     set to a weaker system of the same latents (``weaker``): guidance then pushes away from what that predicts for the
-    prompt, instead of from the negative prompt (autoguidance).
+    prompt, instead of from the negative prompt (autoguidance). ``images`` asks ``moderation`` where there is one, which
+    ``load`` and ``from_pretrained`` set; ``latents`` and ``decode`` are the parts and do not ask.
     """
 
     def __init__(self, experiment: Experiment | Checkpoint, tokenizer: Tokenizer | ClipTokenizer,
@@ -66,11 +69,14 @@ class TextToImage:
         self.files: dict[str, Path] = {}
         self.tiled = False
         self.guide: TextToImage | None = None
+        self.moderation: Moderation | None = None
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "TextToImage":
-        """The system of a run folder; raises ConfigError naming a stage that is not finished, and CheckpointError
-        naming a file that is damaged."""
+    def load(cls, path: str | Path, device: torch.device | str = "cpu",
+             moderation: Mode | None = "block") -> "TextToImage":
+        """The system of a run folder, which refuses harmful prompts unless ``moderation`` says otherwise (None: the
+        caller asks, or draws captions of a data set). Raises ConfigError naming a stage that is not finished, and
+        CheckpointError or ArtefactError naming a file that is damaged."""
         run = RunFolder.open(path)
         run.require("tokenizer", "autoencoder", "denoiser")
         experiment = load_experiment(run.path / "config.yaml")
@@ -84,11 +90,12 @@ class TextToImage:
         system = cls(experiment, tokenizer, text_encoder, unet, autoencoder)
         system.files = {"tokenizer": run.path / "tokenizer.json",
                         **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
+        system.moderation = Moderation.load(moderation, weights_of(run.path)) if moderation else None
         return system
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None,
-                        prediction_type: str | None = None) -> "TextToImage":
+                        prediction_type: str | None = None, moderation: Mode | None = "block") -> "TextToImage":
         """A published Stable Diffusion 1.x or 2.x: a folder of diffusers, or a single file.
 
         ``tokenizer`` names the folder of vocab.json and merges.txt; by default the one inside the folder, or named
@@ -118,6 +125,7 @@ class TextToImage:
         system = cls(checkpoint, words, parts.text_encoder, parts.unet, parts.autoencoder, masked=False)
         system.files = {name if len(paths) == 1 else f"{name}/{path.name}": path
                         for name, paths in parts.files.items() for path in paths}
+        system.moderation = Moderation.load(moderation) if moderation else None
         return system
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -226,8 +234,22 @@ class TextToImage:
     @torch.inference_mode()
     def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                negative: str = "", progress: Progress = iter) -> torch.Tensor:
-        """Pictures (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``."""
-        return to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
+        """Pictures (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
+
+        Raises Refused, with a decision for each, before anything is drawn when a prompt is refused, and before anything
+        is returned when a picture is.
+        """
+        asked = [Decision("allow")] * len(prompts)
+        if self.moderation is not None:
+            opposite = [parse_prompt(negative, literal=True)] if negative else []
+            asked = [self.moderation.of_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
+                     for prompt in prompts]
+            if any(decision.action == "block" for decision in asked):
+                raise Refused(asked)
+        images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
+        if self.moderation is None:
+            return images
+        return shown(images, [worst(pair) for pair in zip(asked, self.moderation.of_images(images, prompts))])
 
     def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                           negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:
@@ -245,7 +267,7 @@ def weaker(system: TextToImage, path: str | Path) -> TextToImage:
     Raises FileNotFoundError or ValueError naming what is missing, damaged or different.
     """
     if Path(path).is_dir():
-        guide = TextToImage.load(path, system.device)
+        guide = TextToImage.load(path, system.device, moderation=None)
         for name in ("schedule", "prediction_type"):
             ours, theirs = (getattr(one.experiment.denoiser, name) for one in (system, guide))
             if ours != theirs:

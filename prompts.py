@@ -103,7 +103,8 @@ class Chunks:
     """A prompt as rows of ids, each with start and end token and as long as one context.
 
     ids (K, L) int64; mask (K, L) bool, True at start, tokens and end; weights (K, L), 1 at special tokens. ``lost`` is
-    the end of the text that did not fit. ``words`` says which letters a token stands for, by its place in the K L.
+    the end of the text that did not fit, ``texts`` are the letters of each row. ``words`` says which letters a token
+    stands for, by its place in the K L.
     """
 
     ids: Tensor
@@ -111,6 +112,7 @@ class Chunks:
     weights: Tensor
     lost: str
     words: dict[int, str]
+    texts: tuple[str, ...] = ()
 
 
 def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
@@ -132,7 +134,9 @@ def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
             words[row * tokenizer.length + place] = prompt.text[first:last].strip()
     end = parts[-1][1]
     lost = prompt.text[encoding.offsets[end][0]:].strip() if end < len(encoding.ids) else ""
-    return Chunks(ids, mask, weights, lost, words)
+    places = [encoding.offsets[start:end] for start, end in parts]
+    texts = tuple(prompt.text[part[0][0]:part[-1][1]] for part in places if part)
+    return Chunks(ids, mask, weights, lost, words, texts)
 
 
 def split(words: Sequence[int | None], room: int, most: int) -> list[tuple[int, int]]:

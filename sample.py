@@ -1,8 +1,9 @@
 """Sample pictures: python sample.py "a small red star" "two blue circles" --run runs/shapes
 From published weights: python sample.py "a photo of a horse" --pretrained PATH --steps 30 --size 512
 
-Writes one PNG a picture, with the settings it was made from inside, and a labelled grid. What the flags mean is in
-docs/sampling.md, docs/prompts.md and docs/editing.md; the parts are in sampling/.
+Writes one PNG a picture, with the settings it was made from inside, a labelled grid, and results.jsonl with a line for
+each picture asked for, refused ones too. What the flags mean is in docs/sampling.md, docs/prompts.md, docs/editing.md
+and docs/moderation.md; the parts are in sampling/.
 """
 import argparse
 import contextlib
@@ -29,10 +30,13 @@ from sampling.draw import (
     times_of,
 )
 from sampling.files import png_bytes, save_bytes
-from sampling.options import REFINEMENTS, load_system, parse, read_prompts, requests_of
+from sampling.options import REFINEMENTS, load_system, moderation_of, parse, read_prompts, requests_of
 from sampling.request import Request, settings_of
+from sampling.results import Gate, grey, softened
 from sampling.sheets import SHOWN, save_attention, save_frames, save_overview
 from sampling.verify import shared_settings, sources_of, verified
+
+REFUSED = 5  # exit code, as that of `python -m safety check`
 
 
 def file_name(number: int, prompt: str, seed: int) -> str:
@@ -63,9 +67,12 @@ def batches(requests: list[Request], size: int) -> list[list[int]]:
 
 
 def draw_and_save(system: TextToImage, requests: list[Request], sources: Sources, shared: dict, out: Path,
-                  options: argparse.Namespace) -> torch.Tensor:
-    """Draw every request and write its files; the first SHOWN pictures, uint8 (B, 3, H, W)."""
-    parts = batches(requests, 1 if options.exact else options.batch)
+                  options: argparse.Namespace, gate: Gate) -> torch.Tensor | None:
+    """Draw every request that may be drawn and write its files; the first SHOWN pictures, uint8 (B, 3, H, W), grey ones
+    in the place of those that were refused, or None when all were."""
+    allowed = [number for number in range(len(requests)) if gate.asked[number].action != "block"]
+    parts = [[allowed[k] for k in part] for part in batches([requests[k] for k in allowed],
+                                                            1 if options.exact else options.batch)]
     alone = sources.refinements is not None  # inversion has no batches
     steps = [len(times_of(system, requests[part[0]], sources)) * (len(part) if alone else 1) for part in parts]
     kept: dict[int, torch.Tensor] = {}
@@ -82,22 +89,39 @@ def draw_and_save(system: TextToImage, requests: list[Request], sources: Sources
             if sources.refinements is not None and sources.image is not None:
                 for latent in latents.split(1):
                     bar.write(reconstruction_error(system, latent, sources.image), file=sys.stdout)
-            for place, (number, image) in enumerate(zip(part, pictures(system, latents, sources))):
+            images = pictures(system, latents, sources)
+            decisions = gate.judged(images, latents, requests, part)
+            for place, (number, image, (decision, stage)) in enumerate(zip(part, images, decisions)):
                 request = requests[number]
+                if decision.action == "block":
+                    gate.refuse(number, request, decision, stage)
+                    continue
                 path = out / file_name(number, request.prompt, request.seed)
-                settings = None if options.no_metadata else {**settings_of(request), **shared}
+                made = {"moderation": decision.action} if decision.action != "allow" else {}
+                settings = None if options.no_metadata else {**settings_of(request), **shared, **made}
+                image = softened(image, decision)
                 save_bytes(png_bytes(image, settings), path)
-                if number < SHOWN or options.xy:
-                    kept[number] = image
-                if trace:
+                gate.results.add(number, request, decision, stage, path)
+                kept[number] = image
+                if trace and decision.action != "blur":
                     save_frames(system, trace, place, options.frames, path)
-                if maps:
+                if maps and decision.action != "blur":
                     save_attention(system, request, maps, place, image, path)
-    return torch.stack([kept[number] for number in sorted(kept)])
+            for number in [k for k in kept if k >= SHOWN and not options.xy]:
+                del kept[number]
+    return overview_of(kept, len(requests) if options.xy else min(SHOWN, len(requests)))
 
 
-def sample(options: argparse.Namespace) -> None:
-    """Draw what is asked for, as files."""
+def overview_of(kept: dict[int, torch.Tensor], count: int) -> torch.Tensor | None:
+    """Pictures uint8 (B, 3, H, W) by number, grey ones for those that are not there; None when none is."""
+    if not kept:
+        return None
+    blank = grey(next(iter(kept.values())))
+    return torch.stack([kept.get(number, blank) for number in range(count)])
+
+
+def sample(options: argparse.Namespace) -> int:
+    """Draw what is asked for, as files; 5 when all of it was refused, else 0."""
     prompts = read_prompts(options)
     if options.invert and options.refinements is None:
         options.refinements = REFINEMENTS
@@ -105,6 +129,7 @@ def sample(options: argparse.Namespace) -> None:
     system, source = load_system(options)
     requests = requests_of(options, prompts, system.experiment.sampling)
     check(system, requests, sources)
+    moderation = moderation_of(options, source)
     warn_of_long_prompts(system, requests)
     folder = Path("runs") / source.stem if options.pretrained else source
     out = Path(options.out) if options.out else folder / "samples" / "out"
@@ -112,18 +137,23 @@ def sample(options: argparse.Namespace) -> None:
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} cannot be written to")
     shared = shared_settings(system, source, options)
-    with exact_arithmetic(torch.get_num_threads()) if options.exact else contextlib.nullcontext():
-        images = draw_and_save(system, requests, sources, shared, out, options)
+    with (exact_arithmetic(torch.get_num_threads()) if options.exact else contextlib.nullcontext(),
+          Gate(moderation, system, requests, sources, out) as gate):
+        images = draw_and_save(system, requests, sources, shared, out, options, gate)
+    if images is None:
+        print(f"nothing was drawn: all of {len(requests)} refused; see {gate.results.path}", file=sys.stderr)
+        return REFUSED
     overview = save_overview(images, requests, options.xy, source.name, out, sources.image)
-    print(f"{len(requests)} pictures and {overview.name} in {out}")
+    refused = f" ({gate.results.refused} refused, see {gate.results.path.name})" if gate.results.refused else ""
+    print(f"{len(requests) - gate.results.refused} pictures and {overview.name} in {out}{refused}")
+    return 0
 
 
 def main(arguments: list[str]) -> int:
-    """Sample, or verify; 1 when a verified picture is not equal."""
+    """Sample, or verify; 1 when a verified picture is not equal, 5 when everything was refused."""
     options = parse(arguments)
     if not options.verify:
-        sample(options)
-        return 0
+        return sample(options)
     failed = 0
     for path in options.verify:
         try:

@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--out", default="docs/images", help="where the figures go (%(default)s)")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
-    system = TextToImage.load(options.run)
+    system = TextToImage.load(options.run, moderation=None)
     guide = weaker(system, options.weak) if options.weak else None
     work, out = Path(options.work or Path(options.run) / "report" / "sampler_figures"), Path(options.out)
     work.mkdir(parents=True, exist_ok=True)

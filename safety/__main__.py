@@ -1,27 +1,24 @@
 """Check text from the command line:
 
     python -m safety check "a red star" [--file PROMPTS.txt] [--json] [--mode flag] [--log FILE --key FILE]
-    python -m safety check --image EMBEDDINGS.safetensors --concepts CONCEPTS.yaml
+    python -m safety check --image PICTURE.png ... --run RUN [--concepts FILE.yaml] [--clip DIR]
+    python -m safety calibrate --run RUN --concepts FILE.yaml [--rate 0.01] [--out FILE.yaml]
     python -m safety explain "a red star"        how it is read and what fires: for researchers, it shows words
     python -m safety key FILE                    a new key for the audit log
     python -m safety verify LOG --key FILE       does the chain of the log hold?
 
 The exit code is that of the most severe action: 0 allow, 3 flag, 4 blur, 5 block; 1 for an error.
-EMBEDDINGS holds `images` (B, V, D), the embeddings of pictures and of their crops, and one (N, D) for the phrasings of
-each concept under its name; `pipeline.py` passes functions in their place.
+Pictures are judged by the CLIP of a run folder (its stage clip). This command lies above the package: the modules of
+safety/ take embeddings as functions and import no other folder.
 """
 import argparse
 import json
 import sys
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
 from safety.audit import AuditLog, new_key, read_key
 from safety.gate import PromptGate
-from safety.image import VIEWS, ImageModerator, read_concepts
+from safety.image import write_concepts
 from safety.policy import ACTIONS, MODES, Decision
 from safety.prompt import DEFAULT
 
@@ -42,8 +39,14 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--json", action="store_true", help="JSON lines")
     check.add_argument("--negative", action="store_true", help="the texts are negative prompts: listed terms only")
     check.add_argument("--mode", choices=MODES, default="block")
-    check.add_argument("--image", type=Path, help="embeddings of pictures")
-    check.add_argument("--concepts", type=Path, help="YAML file of concepts")
+    check.add_argument("--image", type=Path, nargs="+", help="pictures")
+    calibrate = commands.add_parser("calibrate", help="thresholds of concepts for the CLIP of a run")
+    calibrate.add_argument("--rate", type=float, default=0.01, help="share of harmless pictures that may pass (0.01)")
+    calibrate.add_argument("--out", type=Path, help="file to write (concepts.yaml in the run folder)")
+    for command in (check, calibrate):
+        command.add_argument("--run", type=Path, required=command is calibrate, help="run folder")
+        command.add_argument("--clip", type=Path, help="run folder of another CLIP than the run's own")
+        command.add_argument("--concepts", type=Path, required=command is calibrate, help="YAML file of concepts")
     check.add_argument("--log", type=Path, help="audit log to append to")
     check.add_argument("--key", type=Path, help="its key")
     key = commands.add_parser("key", help="make a key for the audit log")
@@ -78,32 +81,35 @@ def shown(decision: Decision, as_json: bool) -> str:
 
 
 def image_decisions(options: argparse.Namespace) -> list[Decision]:
-    """Decisions on pictures whose embeddings are in a file."""
-    if options.concepts is None:
-        raise ValueError("--image needs --concepts FILE.yaml")
-    concepts = read_concepts(options.concepts)
-    try:
-        tensors = load_file(options.image)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{options.image} is damaged or not a safetensors file: {error}") from None
-    images = tensors.get("images")
-    if images is None or images.ndim != 3 or images.shape[1] != VIEWS:
-        raise ValueError(f"{options.image}: valid: a tensor 'images' (B, {VIEWS}, D)")
-    texts = {}
-    for concept in concepts:
-        for part, phrasings in enumerate((concept.phrasings, *concept.allowed)):
-            name = concept.name if part == 0 else f"{concept.name}/allowed/{part - 1}"
-            if name not in tensors or tensors[name].shape != (len(phrasings), images.shape[2]):
-                raise ValueError(f"{options.image}: valid: a tensor '{name}' ({len(phrasings)}, {images.shape[2]})")
-            texts[tuple(phrasings)] = tensors[name]
-    moderator = ImageModerator(concepts, lambda pictures: images.flatten(0, 1), lambda given: texts[tuple(given)],
-                               options.mode)
-    return moderator.check(torch.rand(len(images), 3, 8, 8))  # the embeddings stand for the pictures
+    """Decisions on the pictures of files, each scaled to the size that its CLIP sees; raises ValueError or OSError for
+    what is missing or damaged."""
+    from data.source import to_unit
+    from moderation import CONCEPTS, image_moderator  # torch models are loaded only where pictures are judged
+    from sampling.files import read_picture
+
+    if options.run is None:
+        raise ValueError("--image needs --run DIR, a run folder with the stage clip and its concepts")
+    concepts = options.concepts or options.run / CONCEPTS
+    moderator = image_moderator(concepts, options.clip or options.run, options.mode)
+    return [moderator.check(to_unit(read_picture(path)[None]))[0] for path in options.image]
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Write the concepts with thresholds for the CLIP of a run."""
+    from moderation import CONCEPTS, calibrated_concepts
+
+    found = calibrated_concepts(options.concepts, options.run, options.rate, clip=options.clip)
+    out = options.out or options.run / CONCEPTS
+    write_concepts(out, found)
+    print(f"wrote {out}: {len(found)} concepts, at most {100 * options.rate:g} % of harmless pictures pass a threshold")
+    return 0
 
 
 def check(options: argparse.Namespace) -> int:
     """Print a decision for each text; the exit code of the most severe."""
-    if options.image is not None:
+    if options.image:
+        if options.texts or options.file:
+            raise ValueError("--image with texts; valid: one of them")
         decisions = image_decisions(options)
     else:
         if (options.log is None) != (options.key is None):
@@ -148,7 +154,7 @@ def main(arguments: list[str]) -> int:
     if options.command == "verify":
         print(f"{AuditLog(options.log, read_key(options.key)).verify()} lines, the chain holds")
         return 0
-    return check(options) if options.command == "check" else explain(options)
+    return {"check": check, "explain": explain, "calibrate": calibrate}[options.command](options)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import SamplingConfig
+from moderation import CONCEPTS, Moderation, weights_of
 from pipeline import TextToImage, weaker, with_options
 from prompts import alternatives
+from safety.audit import AuditLog, read_key
+from safety.policy import MODES
 from sampling.request import (
     AXES,
     CHUNKS,
@@ -79,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     add("--to-seed", type=int, metavar="SEED", help="noise at the end of --interpolate (with two prompts the same, "
         "with one the next)")
     add("--xy", nargs="+", metavar="NAME=A,B", help=f"a grid over one or two parameters: {', '.join(AXES)}")
+    add_moderation(parser)
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR", help="where the pictures go (samples/out in the run folder)")
     add("--frames", type=int, metavar="N", help="also N predictions of x_0 on the way, as a strip and a GIF")
@@ -86,6 +90,17 @@ def parser() -> argparse.ArgumentParser:
     add("--no-metadata", action="store_true", help="leave no settings in the pictures")
     add("--verify", nargs="+", metavar="FILE", help="draw pictures again from their own settings and compare all bytes")
     return parser
+
+
+def add_moderation(parser: argparse.ArgumentParser) -> None:
+    """The flags of the gate."""
+    add = parser.add_argument_group("moderation").add_argument
+    add("--moderation", choices=MODES, default="block", help="the most that is done about a harmful prompt or picture "
+        "(%(default)s)")
+    add("--concepts", metavar="FILE", help=f"what pictures must not show, as YAML ({CONCEPTS} in the run folder, where "
+        "there is one)")
+    add("--clip", metavar="DIR", help="run folder of the CLIP that judges pictures by --concepts (the run's own)")
+    add("--audit", nargs=2, metavar=("LOG", "KEY"), help="append decisions, but no words, to a log")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -198,10 +213,10 @@ def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
     is in."""
     if options.pretrained:
         source = Path(options.pretrained)
-        system = TextToImage.from_pretrained(source, default_device(), options.tokenizer, options.prediction)
+        system = TextToImage.from_pretrained(source, default_device(), options.tokenizer, options.prediction, None)
     else:
         source = Path(options.run or RUN)
-        system = TextToImage.load(source, default_device())
+        system = TextToImage.load(source, default_device(), None)
     if options.size is not None:
         if not (size := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", options.size)):
             raise ValueError(f"--size {options.size}; valid: N, or HxW, in pixels")
@@ -210,3 +225,12 @@ def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
         system.guide = weaker(system, options.weak)
     system.tiled = options.tiled
     return system, source
+
+
+def moderation_of(options: argparse.Namespace, source: Path) -> Moderation:
+    """The moderation that is asked for. Raises ValueError or OSError for a file that is missing or does not fit."""
+    own = source / CONCEPTS
+    concepts = options.concepts or (own if source.is_dir() and own.is_file() else None)
+    audit = AuditLog(options.audit[0], read_key(options.audit[1])) if options.audit else None
+    clip = options.clip or (None if options.pretrained else source)
+    return Moderation.load(options.moderation, weights_of(source), concepts, clip, audit, default_device())

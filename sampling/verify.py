@@ -3,12 +3,13 @@ import argparse
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
+from moderation import hidden
 from pipeline import TextToImage
 from sampling.draw import Sources, check, drawn_latents, exact_arithmetic, pictures
 from sampling.files import parameters_of, png_bytes, read_mask, read_picture
@@ -64,6 +65,7 @@ class Call:
     mask: SourceFile | None = None
     invert: SourceFile | None = None
     refinements: int | None = None
+    moderation: Literal["flag", "blur"] | None = None  # what was done about the picture
 
     def __post_init__(self) -> None:
         if self.refinements is not None and not 0 <= self.refinements <= MOST_REFINEMENTS:
@@ -113,7 +115,9 @@ def verified(path: str, options: argparse.Namespace) -> tuple[bool, str]:
     with exact_arithmetic(call.exact.threads if call.exact else torch.get_num_threads()):
         check(system, [request], sources)
         image = pictures(system, drawn_latents(system, [request], sources), sources)[0]
-        again = png_bytes(image, {**settings_of(request), **shared_settings(system, source, flags)})
+        made = {"moderation": call.moderation} if call.moderation else {}
+        again = png_bytes(hidden(image) if call.moderation == "blur" else image,
+                          {**settings_of(request), **shared_settings(system, source, flags), **made})
     return comparison(path, again, call.exact is not None)
 
 

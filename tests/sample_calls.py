@@ -13,7 +13,7 @@ PROMPT = "a small red star"
 def draw(run: Path, out: Path, *arguments: str) -> dict[str, Path]:
     """Call sample.py; the files it wrote by name."""
     assert sample.main(["--run", str(run), "--out", str(out), "--steps", "3", *arguments]) == 0
-    return {path.name: path for path in sorted(Path(out).iterdir())}
+    return {path.name: path for path in sorted(Path(out).iterdir()) if path.name != "results.jsonl"}
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -362,7 +362,8 @@ def test_sample_draws_from_a_published_folder(folder, tmp_path, capsys):
     arguments = ["a red star", "--pretrained", str(folder), "--steps", "3", "--guidance", "2", "--out"]
     sample.main([*arguments, str(tmp_path / "a")])
     sample.main([*arguments, str(tmp_path / "b"), "--size", "24x40", "--tiled", "--seed", "3"])
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00000_a-red-star_seed0.png", "grid.png"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
+        "00000_a-red-star_seed0.png", "grid.png", "results.jsonl"]
     files = [str(tmp_path / "a" / "00000_a-red-star_seed0.png"), str(tmp_path / "b" / "00000_a-red-star_seed3.png")]
     assert sample.main(["--pretrained", str(folder), "--verify", *files]) == 0
     assert sample.main(["--verify", *files]) == 1

@@ -32,7 +32,7 @@ def system(tiny_run) -> TextToImage:
 def run_sample(tiny_run, out, *arguments: str) -> dict[str, Path]:
     """Call sample.py's main; the files it wrote by name."""
     sample.main(["--run", str(tiny_run), "--out", str(out), *arguments])
-    return {path.name: path for path in sorted(Path(out).iterdir())}
+    return {path.name: path for path in sorted(Path(out).iterdir()) if path.name != "results.jsonl"}
 
 
 def parameters(path: Path) -> dict:
@@ -104,7 +104,8 @@ def test_pictures_go_beside_the_run_when_nothing_is_said(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     sample.main(["--run", str(run), "a star"])
-    assert sorted(path.name for path in (run / "samples" / "out").iterdir()) == ["00000_a-star_seed0.png", "grid.png"]
+    assert sorted(path.name for path in (run / "samples" / "out").iterdir()) == [
+        "00000_a-star_seed0.png", "grid.png", "results.jsonl"]
 
 
 @pytest.mark.parametrize("prompt, name", [
@@ -112,7 +113,7 @@ def test_pictures_go_beside_the_run_when_nothing_is_said(tiny_run, tmp_path):
     ("../../etc/passwd", "00000_etc-passwd_seed0.png"), ("tab\tand\nline", "00000_tab-and-line_seed0.png"),
     ("<|end|> a star", "00000_end-a-star_seed0.png"), ("x" * 300, f"00000_{'x' * 40}_seed0.png")])
 def test_any_prompt_makes_one_picture_and_stays_in_its_folder(tiny_run, tmp_path, prompt, name):
-    files = run_sample(tiny_run, tmp_path / "out", prompt, "--steps", "1")
+    files = run_sample(tiny_run, tmp_path / "out", prompt, "--steps", "1", "--moderation", "off")
     assert list(files) == [name, "grid.png"] and parameters(files[name])["prompt"] == prompt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
