@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.emoji import Emoji
 from data.shapes import Shapes
 from data.source import build_source, data_key
 from eval.compare import comparison, read_figures
@@ -20,6 +21,7 @@ from eval.interval import Estimate
 from eval.report import draw_curves, markdown_table, page, pictures, read_metrics
 from eval.suite import rows_table
 from evaluation.draw import Drawn, Sampler, at_scales, at_steps
+from evaluation.emoji_scenes import emoji_sections
 from evaluation.full import Judges, Real, full_sections, judges_of, real_pictures
 from evaluation.prompts import Prompts, captions_of_training, held_out_prompts, unseen_prompts
 from evaluation.scenes import SHOWN, Section, best_guidance, scene_sections
@@ -79,6 +81,8 @@ def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, dr
     ranking = None
     if drawn.prompts.facts:
         sections, metrics, ranking = scene_sections(system, drawn, sweep, folder)
+    elif data.source == "emoji":
+        sections, metrics, ranking = emoji_sections(system, Emoji(data.emoji, "test"), drawn, folder)
     else:
         sections = [("Pictures of held-out prompts",
                      pictures(drawn.images[:SHOWN], drawn.prompts.captions, folder / "pictures"))]

@@ -188,8 +188,8 @@ class Emoji:
     def __len__(self) -> int:
         return len(self.rows) + self._scenes
 
-    def _locate(self, index: int) -> tuple[int | None, int]:
-        """(row, 0) of a single emoji or (None, number) of a scene: scenes are spread evenly over the indices."""
+    def locate(self, index: int) -> tuple[int | None, int]:
+        """(row, 0) of a single emoji or (None, number) of a scene, by index: scenes are spread evenly over them."""
         total = len(self)
         if not -total <= index < total:
             raise IndexError(f"index {index} of {total} items")
@@ -208,7 +208,8 @@ class Emoji:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_images": None}  # a worker maps the file itself; pickling a map would copy all of it
 
-    def _background(self, row: int) -> str:
+    def background(self, row: int) -> str:
+        """The colour that a single emoji stands on."""
         item, seed = self.items[row], str(self.config.seed)
         if unit_hash("background", seed, item["id"]) >= self.config.backgrounds:
             return "white"
@@ -234,13 +235,13 @@ class Emoji:
 
     def captions(self, index: int) -> tuple[str, ...]:
         """All phrasings of an item, without drawing it."""
-        row, number = self._locate(index)
+        row, number = self.locate(index)
         if row is None:
             return self._scene_captions(self.scene(number))
-        return single_captions(self.items[row], self._background(row))
+        return single_captions(self.items[row], self.background(row))
 
     def __getitem__(self, index: int) -> dict:
-        row, number = self._locate(index)
+        row, number = self.locate(index)
         if row is None:
             scene = self.scene(number)
             image = scene_image(scene, lambda name: self.picture(self.row_of[name]), self.config.size)  # (3, S, S)
@@ -249,7 +250,7 @@ class Emoji:
                      "style": scene["objects"][0]["style"],
                      "held_out": self.held_out[self.row_of[scene["objects"][0]["id"]]]}
         else:
-            item, colour = self.items[row], self._background(row)
+            item, colour = self.items[row], self.background(row)
             image = over(self.picture(row), canvas({"kind": "plain", "colours": [colour]}, self.config.size))
             captions = single_captions(item, colour)
             about = {"id": item["id"], "scene": None, "name": item["name"], "style": item["style"],

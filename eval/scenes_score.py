@@ -79,12 +79,13 @@ def score_scene(scene: Scene, facts: Facts) -> Score:
     return score
 
 
-def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: int = 1000) -> Table:
+def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: int = 1000,
+                measures: Sequence[str] | None = None) -> Table:
     """Accuracies of "all" prompts and of each tag's, with 95 % percentile bootstrap intervals over prompts
     (Efron, "Bootstrap methods", 1979).
 
     Returns group -> measure -> Rate, measures as in MEASURES; "attributes" is the mean over all promised attributes.
-    A measure that nothing was promised about is left out.
+    A measure that nothing was promised about is left out. ``measures`` are the attributes of other scores than these.
 
     Raises:
         ValueError: there are no rows.
@@ -92,27 +93,29 @@ def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: i
     rows = list(rows)
     if not rows:
         raise ValueError("rows: 0 scored pictures; valid: at least 1")
-    kept, made = (np.zeros((len(rows), len(MEASURES))) for _ in range(2))
+    shown = MEASURES if measures is None else ("attributes", "scene", *measures)
+    kept, made = (np.zeros((len(rows), len(shown))) for _ in range(2))
     for row, (_, score) in enumerate(rows):
-        for column, measure in enumerate(MEASURES):
-            names = ATTRIBUTES if measure == "attributes" else (measure,)
+        for column, measure in enumerate(shown):
+            names = (measures or ATTRIBUTES) if measure == "attributes" else (measure,)
             kept[row, column] = sum(sum(score[name]) for name in names)
             made[row, column] = sum(len(score[name]) for name in names)
     groups = {"all": np.arange(len(rows))}
     for tag in sorted({tag for facts, _ in rows for tag in facts["tags"]}):
         groups[tag] = np.array([row for row, (facts, _) in enumerate(rows) if tag in facts["tags"]])
     generator = np.random.default_rng(seed)
-    return {name: _rates(kept[members], made[members], generator, resamples) for name, members in groups.items()}
+    return {name: _rates(shown, kept[members], made[members], generator, resamples) for name, members in groups.items()}
 
 
-def _rates(kept: np.ndarray, made: np.ndarray, generator: np.random.Generator, resamples: int) -> dict[str, Rate]:
+def _rates(measures: Sequence[str], kept: np.ndarray, made: np.ndarray, generator: np.random.Generator,
+           resamples: int) -> dict[str, Rate]:
     """kept, made: promises of each prompt and measure, (N, M)."""
     number = len(kept)
     times = generator.multinomial(number, np.full(number, 1 / number), size=resamples)  # (resamples, N)
     with np.errstate(invalid="ignore"):
         draws = (times @ kept) / (times @ made)                                         # (resamples, M)
     rates = {}
-    for column, measure in enumerate(MEASURES):
+    for column, measure in enumerate(measures):
         total = made[:, column].sum()
         if total:
             low, high = np.nanpercentile(draws[:, column], [2.5, 97.5])
@@ -139,7 +142,7 @@ class SceneReport:
 
     def __str__(self) -> str:
         """A Markdown table in percent: one row a group, then chance, then the reader on the renderer's own pictures."""
-        shown = [measure for measure in MEASURES if measure in self.score["all"]]
+        shown = list(self.score["all"])
         lines = ["| prompts | n | " + " | ".join(shown) + " |", "|---|---" + "|---" * len(shown) + "|"]
         tables = [*self.score.items(), ("chance: shuffled pictures", self.chance["all"]),
                   ("reader: drawn pictures", self.calibration["all"])]

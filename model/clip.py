@@ -175,15 +175,16 @@ class Clip(nn.Module):
 
 
 def contrastive_loss(logits: Tensor, equal: Tensor | None = None) -> Tensor:
-    """Logits (B, B) of B pairs -> the mean cross entropy of finding a picture's text, and a text's picture: a scalar.
+    """Logits (B, T) -> the mean cross entropy of finding a picture's text, and a text's picture: a scalar. The first B
+    texts are those of the pictures, further ones are wrong answers of all.
 
-    ``equal`` bool (B, B): texts that are the same; the other one is no wrong answer then and is left out.
-    Raises ValueError unless there are as many texts as pictures.
+    ``equal`` bool (B, T): texts that are that of the picture; such a one is no wrong answer and is left out.
+    Raises ValueError for fewer texts than pictures.
     """
-    if logits.ndim != 2 or logits.shape[0] != logits.shape[1]:
-        raise ValueError(f"logits: {tuple(logits.shape)}; valid: (B, B), one text a picture")
+    if logits.ndim != 2 or logits.shape[0] > logits.shape[1]:
+        raise ValueError(f"logits: {tuple(logits.shape)}; valid: (B, T), one text a picture at least")
     pairs = torch.arange(len(logits), device=logits.device)
     if equal is not None:
-        others = equal.to(logits.device) & (pairs[:, None] != pairs)
+        others = equal.to(logits.device) & (pairs[:, None] != torch.arange(logits.shape[1], device=logits.device))
         logits = logits.masked_fill(others, -math.inf)
-    return 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs))
+    return 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits[:, :len(logits)].T, pairs))

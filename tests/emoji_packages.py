@@ -1,12 +1,16 @@
 """Made-up emoji packages with the layout of the real ones, for the tests of the emoji data set."""
 
+import hashlib
 import io
 import json
 import tarfile
 from dataclasses import replace
 from pathlib import Path
 
-from data.emoji_build import PACKAGES, Package, integrity, slug
+import numpy as np
+
+from data.emoji import STYLES
+from data.emoji_build import FORMAT, PACKAGES, Package, integrity, slug
 
 SIZE = 32
 TINTS = ("red", "lime", "navy", "silver", "gold", "violet", "coral", "teal", "maroon", "olive")
@@ -80,3 +84,29 @@ def write_packages(folder: Path) -> tuple[Package, ...]:
 def items_of(root: Path) -> list[dict]:
     """The items of a built folder."""
     return [json.loads(line) for line in (root / "items.jsonl").read_text().splitlines()]
+
+
+def emoji_folder(root: Path, size: int) -> Path:
+    """A folder as `python -m data.emoji` writes it, with thirty things in every style: discs of their own colours, with
+    a white ring for each style."""
+    items, pictures = [], []
+    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
+    radius = np.hypot(x, y) / size
+    alpha = np.where(radius < 0.4, 255, 0)
+    for place, style in enumerate(STYLES):
+        ring = (radius > 0.07 * place) & (radius < 0.07 * (place + 1))
+        for number in range(30):
+            colour = [(number % 3) * 110, number // 3 % 3 * 110, number // 9 * 75]
+            name = f"{TINTS[number % 10]}-{THINGS[number // 10]}"
+            items.append({"id": f"{style}/{name}", "name": name, "base": name, "tone": "", "style": style,
+                          "label": name.replace("-", " "), "tags": ["made up"], "group": "objects", "subgroup": "tool",
+                          "licence": "MIT", "rgb": colour})
+            pictures.append(np.stack([*(np.where(ring, 255, channel) * alpha // 255 for channel in colour), alpha]))
+    root.mkdir()
+    np.save(root / "images.npy", np.stack(pictures).astype(np.uint8))
+    text = "".join(json.dumps(item) + "\n" for item in items)
+    (root / "items.jsonl").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (root / "manifest.json").write_text(json.dumps({"format": FORMAT, "size": size, "count": len(items),
+                                                    "items_sha256": digest}))
+    return root

@@ -147,8 +147,11 @@ def test_loss_closed_forms():
     columns = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))]
     assert contrastive_loss(logits).item() == pytest.approx((sum(rows) + sum(columns)) / 4)
     assert torch.equal(contrastive_loss(logits), contrastive_loss(logits.T))
-    with pytest.raises(ValueError, match=r"logits: \(2, 3\); valid: \(B, B\)"):
-        contrastive_loss(torch.zeros(2, 3))
+    more = torch.cat([logits, torch.tensor([[1.0], [-1.0]])], dim=1)  # a third text that is of neither picture
+    rows = [math.log(2 + math.exp(2)), math.log(1 + math.exp(-2) + math.exp(-3))]
+    assert contrastive_loss(more).item() == pytest.approx((sum(rows) + sum(columns)) / 4)
+    with pytest.raises(ValueError, match=r"logits: \(3, 2\); valid: \(B, T\)"):
+        contrastive_loss(torch.zeros(3, 2))
 
 
 def test_four_pairs_are_learnt():

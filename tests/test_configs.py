@@ -1,5 +1,4 @@
 """Every shipped config loads, its networks fit together at full size, and its stages run once on a few pictures."""
-import hashlib
 import json
 import re
 import tarfile
@@ -8,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emoji_packages import emoji_folder
 from PIL import Image
 
 import sample
 import train
-from data.emoji import STYLES
-from data.emoji_build import FORMAT
 from diffusion.schedule import Schedule
 from model.autoencoder import Autoencoder
 from model.text_encoder import TextEncoder
@@ -43,27 +41,6 @@ ONCE = [*(f"{stage}.train.{setting}" for stage in ("autoencoder", "denoiser")
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda path: path.stem)
 def path(request) -> Path:
     return request.param
-
-
-def emoji_folder(root: Path, size: int) -> Path:
-    """A folder as `python -m data.emoji` writes it, with thirty things in every style, each a disc of its colour."""
-    items, pictures = [], []
-    y, x = np.mgrid[:size, :size] - size / 2 + 0.5
-    alpha = np.where(x**2 + y**2 < (0.4 * size) ** 2, 255, 0)
-    for style in STYLES:
-        for number in range(30):
-            colour = np.array([number * 8, 255 - number * 8, number * 37 % 256])
-            items.append({"id": f"{style}/thing-{number}", "name": f"thing-{number}", "base": f"thing-{number}",
-                          "tone": "", "style": style, "label": f"thing {number}", "tags": ["made up"],
-                          "group": "objects", "subgroup": "tool", "licence": "MIT", "rgb": colour.tolist()})
-            pictures.append(np.stack([*(channel * alpha // 255 for channel in colour), alpha]))
-    root.mkdir()
-    np.save(root / "images.npy", np.stack(pictures).astype(np.uint8))
-    text = "".join(json.dumps(item) + "\n" for item in items)
-    (root / "items.jsonl").write_text(text)
-    (root / "manifest.json").write_text(json.dumps({"format": FORMAT, "size": size, "count": len(items), "items_sha256":
-                                                    hashlib.sha256(text.encode()).hexdigest()}))
-    return root
 
 
 def photographs(root: Path, kind: str) -> list[str]:

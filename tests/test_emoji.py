@@ -94,10 +94,10 @@ def test_items_are_a_function_of_the_index(config, sources):
     ids = [train[index]["id"] for index in range(len(train))]
     assert len(set(ids)) == len(ids)
     other = Emoji(replace(config, seed=1), "train")
-    assert [item for item in map(other._locate, range(50))] == [item for item in map(train._locate, range(50))]
-    scenes = [index for index in range(len(train)) if train._locate(index)[0] is None]
+    assert [item for item in map(other.locate, range(50))] == [item for item in map(train.locate, range(50))]
+    scenes = [index for index in range(len(train)) if train.locate(index)[0] is None]
     assert len(scenes) / len(train) == pytest.approx(0.4, abs=0.01)
-    assert sum(train._locate(index)[0] is None for index in range(100)) in (39, 40, 41)  # evenly spread
+    assert sum(train.locate(index)[0] is None for index in range(100)) in (39, 40, 41)  # evenly spread
     assert sum(train[index]["scene"] == other[index]["scene"] for index in scenes) < len(scenes) / 20
 
 
@@ -164,7 +164,7 @@ def test_backgrounds_of_single_emoji_are_the_ones_named(config):
 def test_share_of_scenes_and_configuration_errors(config):
     assert len(Emoji(replace(config, scenes=0.0), "test")) == len(Emoji(replace(config, scenes=0.0), "test").rows)
     only = Emoji(replace(config, scenes=1.0), "train")
-    assert all(only._locate(index)[0] is None for index in range(len(only))) and len(only) > 0
+    assert all(only.locate(index)[0] is None for index in range(len(only))) and len(only) > 0
     for field, value in (("styles", ("noto", "ascii")), ("styles", ()), ("styles", ("noto", "noto")), ("scenes", 1.5),
                          ("backgrounds", -0.1), ("size", 0), ("tones", -1), ("seed", -1)):
         with pytest.raises(ValueError, match=f"^{field}: .*valid: "):

@@ -154,7 +154,7 @@ def test_published_weights_judge_as_in_transformers(tmp_path):
 def test_the_same_caption_is_no_wrong_answer():
     """Two pictures with one caption: neither is pushed away from the other's text."""
     logits = torch.tensor([[3.0, 3.0, 0.0], [3.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
-    equal = same(["a star", "a star", "a moon"])
+    equal = same(["a star", "a star", "a moon"], ["a star", "a star", "a moon"])
     assert equal.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     loss = contrastive_loss(logits, equal)
     torch.testing.assert_close(loss, contrastive_loss(torch.tensor([[3.0, 0.0], [0.0, 3.0]])) * 2 / 3

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from emoji_packages import emoji_folder
 from PIL import Image
 
 import evaluate
@@ -199,3 +200,22 @@ def test_two_processes_draw_what_one_draws(tiny_run, tmp_path):
     assert len(one) == 4 and one == two
     scores = [json.loads((run / "report" / "metrics.json").read_text())["score"] for run in runs]
     assert scores[0] == scores[1] and done.stdout.count("wrote") == 1
+
+
+def test_emoji_are_told_from_renderings_of_other_things(tiny_run, tmp_path, capsys):
+    """The same command on a run of emoji: what networks of shapes draw there is near chance, real drawings are not."""
+    run = copied(tiny_run, tmp_path / "emoji")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    size = config["data"]["shapes"]["size"]
+    root = emoji_folder(tmp_path / "data", size)
+    config["data"] |= {"source": "emoji", "emoji": {"root": str(root), "size": size, "held_out_scenes": 20}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    evaluate.main([str(run), "--count", "24", "--validation", "4", "--guidance", "1", "--steps", "2"])
+    found = json.loads((run / "report" / "metrics.json").read_text())
+    drawn, read, guess = (found[name]["all"]["object"]["value"] for name in ("calibration", "score", "chance"))
+    assert drawn > 0.9 > read and guess < 0.5 and 0 < found["guess"] < 0.5
+    assert len(found["per_prompt"]["attributes"]) == 24
+    assert {"scene", "style", "background"} <= set(found["score"]["all"])
+    assert "drawn pictures" in (run / "report" / "figures.md").read_text()
+    assert "scene of two things" in capsys.readouterr().out
+    check_page(run / "report")

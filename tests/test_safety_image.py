@@ -3,9 +3,7 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from safety.__main__ import main
 from safety.image import VIEWS, Concept, ImageModerator, blurred, read_concepts, views, write_concepts
 
 AXES = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
@@ -141,18 +139,3 @@ def test_bad_concepts_are_refused_by_name(tmp_path, text):
         read_concepts(tmp_path / "c.yaml")
     with pytest.raises(ValueError, match="none.yaml"):
         read_concepts(tmp_path / "none.yaml")
-
-
-def test_the_command_line_takes_embeddings(tmp_path, capsys):
-    write_concepts(tmp_path / "c.yaml", [Concept("red", "violence", ("red",), allowed=(("white",),), threshold=0.1)])
-    images = torch.stack([picture(red=1), picture(blue=1)])
-    embedded = embed_images(views(images).flatten(0, 1)).view(2, VIEWS, 3)
-    save_file({"images": embedded, "red": embed_texts(["red"]), "red/allowed/0": embed_texts(["white"])},
-              tmp_path / "e.safetensors")
-    arguments = ["check", "--image", str(tmp_path / "e.safetensors"), "--concepts", str(tmp_path / "c.yaml")]
-    assert main(arguments) == 5
-    lines = [line for line in capsys.readouterr().out.splitlines() if line[0] != " "]
-    assert [line.split()[0] for line in lines] == ["block", "allow"]
-    save_file({"images": embedded}, tmp_path / "e.safetensors")
-    with pytest.raises(ValueError, match="red"):
-        main(arguments)

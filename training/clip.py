@@ -25,6 +25,7 @@ from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.pretrained_folder import read_clip_folder
 from model.text_encoder import TextEncoderConfig
 from training.checkpoint import CheckpointError, file_hash, load_weights, save_weights, write_text
+from training.clip_texts import Substitutes, shortened
 from training.config import from_dict, to_dict
 from training.device import autocast_dtype, frozen, placed
 from training.distributed import ALONE, Processes
@@ -45,12 +46,16 @@ def small_clip() -> ClipConfig:
 @dataclass(frozen=True)
 class ClipStage:
     """``seed`` is the evaluator's own, not that of the run: runs with different seeds are judged by the same one.
-    ``validation`` held-out pairs are measured, and are each other's wrong answers."""
+    ``validation`` held-out pairs are measured, and are each other's wrong answers. ``parts`` is the share of captions
+    of which one part is learned instead of the whole, ``wrong_words`` adds each caption with one word exchanged as a
+    wrong answer (training/clip_texts.py)."""
 
     model: ClipConfig = field(default_factory=small_clip)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024, length=40))
     train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=128))
     validation: int = 256
+    parts: float = 0.0
+    wrong_words: bool = False
     seed: int = 1
 
     def __post_init__(self):
@@ -65,6 +70,8 @@ class ClipStage:
         if self.validation < 2 or self.train.batch < 2:
             raise ValueError(f"validation: {self.validation}, train.batch: {self.train.batch}; valid: from 2 pairs up, "
                              "a pair alone has no wrong answer")
+        if not 0 <= self.parts <= 1:
+            raise ValueError(f"parts: {self.parts}; valid: a share from 0 to 1")
         if self.train.accumulate > 1:
             raise ValueError(f"train.accumulate: {self.train.accumulate}; valid: 1, a batch is its own set of wrong "
                              "answers and cannot be cut")
@@ -117,7 +124,7 @@ class ClipVectors:
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, E)."""
         with torch.autocast(self.device.type, enabled=False):
-            ids, mask = self.tokenizer.encode(list(captions))
+            ids, mask = trimmed(*self.tokenizer.encode(list(captions)))
             return torch.cat([self.clip.text_vectors(i.to(self.device), m.to(self.device))
                               for i, m in zip(ids.split(256), mask.split(256))])
 
@@ -142,19 +149,21 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
 
     def logits(model: Clip, images: Tensor, texts: list[str]) -> Tensor:
         model.limit_scale()  # after each step is before the next
-        ids, mask = (tensor.to(device) for tensor in tokenizer.encode(texts))  # (B, L)
+        ids, mask = (tensor.to(device) for tensor in trimmed(*tokenizer.encode(texts)))  # (B, L)
         return model(model.resized(images.to(device)), ids, mask)  # (B, B)
 
     def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
-        texts = part.of_read(read.captions)
-        table = logits(model, to_unit(part.of_read(read.images)), texts)
-        return {"loss": contrastive_loss(table.float(), same(texts))}
+        rng = np.random.default_rng([config.seed, position])
+        texts = shortened(part.of_read(read.captions), config.parts, rng)
+        wrong = [substitutes.wrong(text, rng) for text in texts] if substitutes else []
+        table = logits(model, to_unit(part.of_read(read.images)), texts + wrong)  # (B, B) or (B, 2B)
+        return {"loss": contrastive_loss(table.float(), same(texts, texts + wrong))}
 
     @torch.no_grad()
     def validate(model: Clip) -> dict[str, float]:
         vectors = ClipVectors(model, tokenizer, "")
         x, y = vectors(held_out), vectors.texts(captions)
-        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, same(captions))
+        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, same(captions, captions))
         return {"loss": float(loss), "recall_1": float((caption_ranks(x, y, captions) == 0).float().mean())}
 
     def preview(model: Clip, step: int) -> None:
@@ -164,6 +173,7 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
         save_grid(held_out[:shown], run.path / "samples" / f"clip_{step:06d}.png", [captions[i] for i in nearest],
                   title=f"step {step}: the caption of {count} held-out ones that each picture finds")
 
+    substitutes = substitutes_of(source) if config.wrong_words else None
     order = Order(len(source), config.seed, getattr(source, "buckets", None))
     with Loader(source, order, config.train.batch, config.seed, config.train.workers) as loader:
         task = Task("clip", loader.batch_at, loss_at, validate, preview, ("loss", "min"),
@@ -179,10 +189,22 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
                      "bf16": autocast_dtype(config.train.precision, device) is not None})
 
 
-def same(captions: Sequence[str]) -> Tensor:
-    """bool (B, B): which captions are equal."""
-    numbers = torch.tensor([list(captions).index(caption) for caption in captions])
-    return numbers[:, None] == numbers
+def same(captions: Sequence[str], others: Sequence[str]) -> Tensor:
+    """bool (B, T): which captions are equal to which others."""
+    numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *others]))}
+    rows, columns = (torch.tensor([numbers[text] for text in texts]) for texts in (captions, others))
+    return rows[:, None] == columns
+
+
+def substitutes_of(source: Source) -> Substitutes:
+    """Words that stand for each other in the captions of a source."""
+    return Substitutes(caption for i in range(min(len(source), CORPUS // 5)) for caption in source.captions(i))
+
+
+def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and mask (B, L) without the padding that all of them end in: the same vectors for less work."""
+    longest = int(mask.sum(dim=1).max())
+    return ids[:, :longest], mask[:, :longest]
 
 
 def fitted_tokenizer(source: Source, config: TokenizerConfig) -> Tokenizer:

@@ -1,0 +1,62 @@
+"""What a CLIP may learn from a caption besides its whole: its parts, and the same with one word wrong.
+
+A contrastive loss is content with the words that occur (Yuksekgonul et al. 2023, "When and why vision-language models
+behave like bags-of-words"). Parts of captions, each a positive of the whole picture, teach which things there are
+(Zheng et al. 2024, "DreamLIP", section 3.2); a caption with one word exchanged, as a wrong answer more, teaches which
+belongs to which (NegCLIP, section 4 of the former; here the word comes from the same context, not from a tagger).
+"""
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+JOINTS = re.compile(r"(?:,|:|;| and| with| in| inside| on| above| below| beside| next to| under| over| of"
+                    r"| (?:to the )?(?:left|right) of)(?= )")
+EDGE = ""  # the word before the first and after the last
+SMALL = frozenset("a an the one some this that its his her their".split())  # one for another: nothing becomes wrong
+COMMON = 3  # times that a word must stand in a context to be one of its words
+
+
+def parts_of(caption: str) -> list[str]:
+    """What stands between the joints of a caption, two words at least each; the caption itself where there are none."""
+    parts = [part.strip() for part in JOINTS.split(caption)]
+    return [part for part in parts if len(part.split()) > 1] or [caption]
+
+
+class Substitutes:
+    """Words that stand in the same contexts, a context being the word before and the word after."""
+
+    def __init__(self, captions: Iterable[str]):
+        counts: dict[tuple[str, str], dict[str, int]] = {}
+        for caption in captions:
+            words = [EDGE, *caption.split(), EDGE]
+            for before, word, after in zip(words, words[1:], words[2:]):
+                if word not in SMALL:
+                    found = counts.setdefault((before, after), {})
+                    found[word] = found.get(word, 0) + 1
+        kept = {context: tuple(sorted(word for word, count in found.items() if count >= COMMON))
+                for context, found in counts.items()}
+        self.words = {context: words for context, words in kept.items() if len(words) > 1}
+
+    def wrong(self, caption: str, rng: np.random.Generator) -> str:
+        """The caption with one word exchanged; the caption itself where no word has a substitute."""
+        words = caption.split()
+        around = [EDGE, *words, EDGE]
+        places = [place for place, word in enumerate(words)
+                  if word not in SMALL and (around[place], around[place + 2]) in self.words]
+        if not places:
+            return caption
+        place = int(rng.choice(places))
+        others = [word for word in self.words[around[place], around[place + 2]] if word != words[place]]
+        if not others:
+            return caption
+        return " ".join([*words[:place], others[int(rng.integers(len(others)))], *words[place + 1:]])
+
+
+def shortened(captions: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
+    """The captions, a ``share`` of them cut down to one of their parts."""
+    found = []
+    for caption, draw in zip(captions, rng.random(len(captions))):
+        parts = parts_of(caption) if draw < share else [caption]
+        found.append(parts[int(rng.integers(len(parts)))])
+    return found
