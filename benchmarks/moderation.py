@@ -9,7 +9,6 @@ weights for the ablation. With `--peers-python` and `--peers-node` other people'
 import argparse
 import csv
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import numpy as np
 from benchmarks.moderation_metrics import auc, calibration_error, matched, recall_at, shown, table
 from benchmarks.moderation_peers import flagged
 from benchmarks.moderation_rules import obfuscation_table, trap_table
+from benchmarks.moderation_time import time_tables
 from safety.gate import PromptGate
 from safety.normalize import LONGEST
 from safety.policy import HEADS, noisy_or
@@ -133,30 +133,6 @@ def peer_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
     return rows
 
 
-def latency(gate: PromptGate, texts: list[str], repeats: int = 3) -> dict[str, float]:
-    """Milliseconds a prompt: the best of ``repeats`` for each text, at its median and 95th percentile."""
-    times = np.full(len(texts), np.inf)
-    for _ in range(repeats):
-        for place, text in enumerate(texts):
-            began = time.perf_counter()
-            gate.check(text)
-            times[place] = min(times[place], time.perf_counter() - began)
-    return {"p50": 1e3 * float(np.median(times)), "p95": 1e3 * float(np.quantile(times, 0.95))}
-
-
-HOSTILE = ("a*b ", "z.", "e\u0301", "aab ", "a b ", "\ufdfa", "(a:1.2)", "1!", "\u0591\u05b0", "x", "qu-ik ",
-           "\u0430b ")
-
-
-def hostile_rows(gate: PromptGate) -> list[list[str]]:
-    """Milliseconds for the worst of HOSTILE at several lengths: linear if they grow as the length does."""
-    rows = []
-    for size in (250, 500, 1000, 2000):
-        worst = {piece: latency(gate, [(piece * size)[:size]], 5)["p50"] for piece in HOSTILE}
-        rows.append([str(size), f"{max(worst.values()):.2f}", repr(max(worst, key=lambda piece: worst[piece]))])
-    return rows
-
-
 def own_csv(path: Path) -> list[Row]:
     """Rows of a CSV with text, label (0 or 1) and category; raises ValueError naming what is missing."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -218,9 +194,8 @@ def report(gate: PromptGate, corpus: Corpus, options: argparse.Namespace) -> Non
         ("peer", *(f"I2P {name}" for name in TOPICS), "twins, harmful", "real prompts", "risky-sounding"),
         peer_rows(judged, options)))
     print("\n" + obfuscation_table(gate, corpus) + "\n\n" + trap_table(gate, corpus))
-    times = latency(gate, [row.text[:LONGEST] for row in judged.rows if row.source in ("i2p", "real_prompts")][:600])
-    print(f"\n## Time\n\np50 {times['p50']:.2f} ms, p95 {times['p95']:.2f} ms\n")
-    print(table(("characters", "worst ms", "made of"), hostile_rows(gate)))
+    prompts = [row.text[:LONGEST] for row in judged.rows if row.source in ("i2p", "real_prompts")][:600]
+    print(f"\n## Time\n\n{time_tables(gate, prompts)}")
     print(f"\nsize: {options.weights.stat().st_size / 1e6:.2f} MB")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safety.normalize import WILD, Normalized
+from safety.normalize import WILD, Normalized, Reading
 
 STEM = 5  # letters from which on a severe term counts inside a longer word
 WORDS = 4  # of the longest term
@@ -159,53 +159,61 @@ class Lexicon:
     def matches(self, normalized: Normalized) -> list[Match]:
         """Every listed term in the words of the text and in its bolder readings, which find blocking terms only."""
         found = {(category, level, "words", span): None for category, level, span in self._in_words(normalized.plain)}
-        tried: dict[str, tuple[int, int, bool] | None] = {}
-
-        def term(text: str) -> tuple[int, int, bool] | None:
-            if text not in tried:
-                tried[text] = self.term(text)
-            return tried[text]
-
-        for reading in normalized.readings:
-            spans = [reading.text] if reading.whole else self._stems(reading.text)
-            if reading.kind.endswith("once"):
-                spans = [reading.text, "=" + reading.text]
-            for span in spans:
-                hit = term(span)
-                if hit and (hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
-                    found[hit[0], hit[1], reading.kind, span] = None
+        owners = [reading for reading in normalized.readings if reading.whole]
+        spans = [reading.text for reading in owners]
+        once = [reading for reading in owners if reading.kind.endswith("once")]
+        spans += ["=" + reading.text for reading in once]
+        owners += once
+        for span, reading in self._stems([reading for reading in normalized.readings if not reading.whole]):
+            spans.append(span)
+            owners.append(reading)
+        for place in self._possible([zlib.crc32(span.encode("ascii", "replace")) for span in spans]):
+            hit, reading = self._terms.get(_key(spans[place])), owners[place]
+            if hit and (hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
+                found[hit[0], hit[1], reading.kind, spans[place]] = None
         return [Match(*key) for key in found]
 
-    def _in_words(self, plain: str) -> Iterator[tuple[int, int, str]]:
-        words, bits, mask = plain.split(), self._bits, self._mask
+    def _possible(self, codes: Sequence[int]) -> list[int]:
+        """Places of the CRC-32 that the bitmap knows."""
+        places = np.array(codes, np.int64) & self._mask
+        return np.flatnonzero(self.bitmap[places >> 3] >> (places & 7).astype(np.uint8) & 1).tolist()
+
+    def _in_words(self, plain: str) -> list[tuple[int, int, str]]:
+        """(category, level, span) of up to WORDS words in a row, and of two that make a term together."""
+        words = plain.split()
         encoded = [word.encode("ascii", "replace") for word in words]
         spaced = [b" " + word for word in encoded]
-        for start, first in enumerate(encoded):
-            code = zlib.crc32(first)  # goes on from word to word
-            if start + 1 < len(words) and len(first) + len(encoded[start + 1]) >= JOINED:
-                place = zlib.crc32(encoded[start + 1], code)
-                if bits[(place & mask) >> 3] >> (place & 7) & 1:
-                    hit = self._terms.get(_key(words[start] + words[start + 1]))
-                    if hit and hit[1] >= BLOCK:
-                        yield hit[0], hit[1], words[start] + words[start + 1]
-            for end in range(start + 1, min(start + WORDS, len(words)) + 1):
-                if end > start + 1:
-                    code = zlib.crc32(spaced[end - 1], code)
-                if bits[(code & mask) >> 3] >> (code & 7) & 1:
-                    span = " ".join(words[start:end])
-                    hit = self._terms.get(_key(span))
-                    if hit:
-                        yield hit[0], hit[1], span
+        code = list(map(zlib.crc32, encoded))
+        joined = list(map(zlib.crc32, encoded[1:], code))  # of two words without the space between
+        found = []
+        for start in self._possible(joined):
+            span = words[start] + words[start + 1]
+            hit = self._terms.get(_key(span)) if len(span) >= JOINED else None
+            if hit and hit[1] >= BLOCK:
+                found.append((start, 0, (hit[0], hit[1], span)))
+        for size in range(1, WORDS + 1):
+            for start in self._possible(code):
+                span = " ".join(words[start:start + size])
+                hit = self._terms.get(_key(span))
+                if hit:
+                    found.append((start, size, (hit[0], hit[1], span)))
+            code = list(map(zlib.crc32, spaced[size:], code))  # goes on from word to word
+        return [one for _, _, one in sorted(found)]
 
     def words_in(self, plain: str) -> bool:
         """Whether a term stands in the words of ``plain`` as they are."""
-        return next(self._in_words(plain), None) is not None
+        return bool(self._in_words(plain))
 
-    def _stems(self, text: str) -> Iterator[str]:
-        """Spans of ``text`` whose first letters are those of a term that counts inside other words."""
-        bits, mask = self._bits, self._mask
-        for start in range(len(text) - STEM + 1):
-            place = zlib.crc32(("<" + text[start:start + STEM]).encode("ascii", "replace")) & mask
-            if bits[place >> 3] >> (place & 7) & 1:
-                for end in range(start + STEM, min(len(text), start + LETTERS) + 1):
-                    yield text[start:end]
+    def _stems(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
+        """Spans of readings whose first letters are those of a term that counts inside other words."""
+        begun = zlib.crc32(b"<")
+        places, codes = [], []
+        for reading in readings:
+            encoded = reading.text.encode("ascii", "replace")
+            starts = range(len(encoded) - STEM + 1)
+            places += [(reading, start) for start in starts]
+            codes += [zlib.crc32(encoded[start:start + STEM], begun) for start in starts]
+        found = (places[place] for place in self._possible(codes))
+        for reading, span in dict.fromkeys((reading, reading.text[start:start + LETTERS]) for reading, start in found):
+            for end in range(STEM, len(span) + 1):
+                yield span[:end], reading

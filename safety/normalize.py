@@ -5,13 +5,18 @@ marks; fold the case; letters of other scripts that look like ASCII; the syntax 
 """
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from itertools import repeat
+from operator import add, or_
+from typing import NamedTuple, TypeVar
 
 from safety.lookalikes import LOOKALIKES
 
+T = TypeVar("T")
 LONGEST = 2000  # characters of a prompt; more is refused
+MOST_DISGUISED = 100  # words that are no plain words; of 34,400 prompts and captions the worst has 39
 WILD = "*"  # stands for one letter that is not known
 
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -19,14 +24,15 @@ _INVISIBLE = dict.fromkeys([0xAD, 0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180E,
                             *range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x202A, 0x202F),
                             *range(0x2060, 0x2070), *range(0xFE00, 0xFE10), *range(0xFFF0, 0xFFFC),
                             *range(0xE0000, 0xE0200), *map(ord, _DIRECTIONS)])
-_LETTER = {ord(like): letter for letter, likes in LOOKALIKES.items() for like in likes}
+_LETTER: dict[int, int | str] = {ord(like): letter for letter, likes in LOOKALIKES.items() for like in likes}
 _LEET = str.maketrans("0134578@$!|+(<{9#6", "oieastbasiitcccghg")
-_LEET_L = str.maketrans("1!|", "lll")
+_LEET_L = {**_LEET, **str.maketrans("1!|", "lll")}
 _LEET_WILD = {**_LEET, **str.maketrans("1!|", WILD * 3)}  # an i or an l, word by word
 _TURNED = str.maketrans(
     "\u0250\u0254\u01dd\u025f\u0183\u0265\u0131\u027e\u029e\u026f\u0279\u0287\u028c\u028d\u028eqpdbun",
     "acefghijkmrtvwybdpqnu")
 _ONLY_TURNED = frozenset("\u0250\u0254\u01dd\u025f\u0183\u0265\u027e\u029e\u0279\u0287\u028c\u028d\u028e")
+_LETTER_TURNED: dict[int, int | str] = {**_LETTER, **_TURNED}
 _COMMON = frozenset(
     "a i am an and are as at be but by can did do for get go had has he her hi him his how if in is it its let may me "
     "my new no not now of off oh old on one or our out own put red run sat saw say see set she sit so sun ten than "
@@ -34,11 +40,26 @@ _COMMON = frozenset(
     "fly fog fun gun hat hot ice ink job key kid lot low man map men mix mud oil pan pen pet pig pot raw sea sky son "
     "tea tie toy try van war wet win yes zoo from into over under near like very art all".split())
 
+
+def _bytes_table(signs: Mapping[int, int | str]) -> tuple[bytes, bytes]:
+    """(what each byte is read as, WILD for what is no letter; the bytes that are no letter)."""
+    read = [chr(place) for place in range(256)]
+    for sign, letter in signs.items():
+        read[sign] = letter if isinstance(letter, str) else chr(letter)
+    letters = [one if "a" <= one <= "z" else WILD for one in read]
+    return "".join(letters).encode(), bytes(place for place in range(256) if letters[place] == WILD)
+
+
+_AS_WRITTEN, _NO_LETTERS = _bytes_table({})
+_SIGNS = (_bytes_table(_LEET), _bytes_table(_LEET_L))
+_WILDS = (_SIGNS[0][0], _bytes_table(_LEET_WILD)[0], _AS_WRITTEN)
+
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet)\s*:[^<>]{0,100}>", re.IGNORECASE)
 _WEIGHT = re.compile(r":\s*[-+]?\d*\.?\d+\s*(?=[)\]}])")
 _BRACKETS = re.compile(r"\\?[()\[\]{}<>]")
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 _STRANGE = re.compile(r"[^a-z,.;:?\"'\u2019]|[a-z][,.;:?\"][a-z]|([a-z])\1")
+_LATIN = re.compile("[a-z]")
 _RUN = re.compile(r"(.)\1+")
 _LONG_RUN = re.compile(r"([a-z])\1{2,}")
 
@@ -99,13 +120,12 @@ def _unmarked(text: str) -> str:
 
 def _without_lookalikes(text: str) -> tuple[str, bool]:
     """Letters that look like ASCII replaced, in words that mix scripts and in words made of nothing else."""
-    latin = any("a" <= c <= "z" for c in text)
+    latin = _LATIN.search(text) is not None
     words, changed = [], False
     for word in text.split():
         if not word.isascii():
-            read = word.translate(_LETTER if _ONLY_TURNED.isdisjoint(word) else {**_LETTER, **_TURNED})
-            ours = any("a" <= c <= "z" for c in word)
-            if read != word and (ours or (read.isascii() and latin) or (read.isascii() and len(word) == 1)):
+            read = word.translate(_LETTER if _ONLY_TURNED.isdisjoint(word) else _LETTER_TURNED)
+            if read != word and (read.isascii() and (latin or len(word) == 1) or _LATIN.search(word)):
                 word, changed = read, True
         words.append(word)
     return " ".join(words), changed
@@ -115,38 +135,58 @@ def foreign(text: str) -> bool:
     """Whether most letters are in words without a Latin letter: a text that the network cannot read."""
     if text.isascii():
         return False
-    words = unicodedata.normalize("NFKD", _unmarked(text[:LONGEST])).casefold().split()
-    letters = [(sum(map(str.isalpha, word)), any("a" <= c <= "z" for c in word)) for word in words]
+    words = unicodedata.normalize("NFKD", _unmarked(text[:LONGEST]))[:LONGEST].casefold().split()
+    letters = [(sum(map(str.isalpha, word)), _LATIN.search(word) is not None) for word in words]
     return 2 * sum(count for count, latin in letters if not latin) > sum(count for count, _ in letters)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What stands between two spaces: the words in it as they are and with signs read as letters, its letters alone,
+    and its readings."""
+
+    written: tuple[str, ...]
+    plain: tuple[str, ...]
+    bare: str
+    found: tuple[Reading, ...] = ()
+
+    def first(self, kind: str) -> str:
+        return next((reading.text for reading in self.found if reading.kind == kind), "")
+
+
+def _piece(chunk: str, is_word: Callable[[str], bool]) -> _Piece:
+    if chunk.isalpha() and chunk.isascii() and (not _RUN.search(chunk) or is_word(chunk)):
+        return _Piece((chunk,), (chunk,), chunk)
+    found = tuple(_disguised(chunk, is_word)) if _STRANGE.search(chunk) else ()
+    written = _words(chunk)
+    signs = next((r.text for r in found if r.kind == "signs" and is_word(r.text)), None)
+    return _Piece(written, written if signs is None else (signs,), _letters(chunk), found)
 
 
 def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, longest: int = LONGEST) -> Normalized:
     """The readings of a text. ``is_word`` says whether a lower-case word is of the dictionary or a name.
 
-    Linear in the length of the text. Raises TextError as ``folded`` does.
+    Linear in the length of the text. Raises TextError as ``folded`` does, and for more than MOST_DISGUISED words that
+    are written with signs or repeated letters: each has many readings, and nobody asks for a picture that way.
     """
     text, notes = folded(text, longest)
-    readings: list[Reading] = []
-    plain: list[str] = []
-    written: list[str] = []  # the same without any sign read as a letter
-    pieces: list[tuple[str, list[Reading]]] = []
-    for chunk in text.split():
-        if chunk.isalpha() and chunk.isascii() and not _RUN.search(chunk):
-            plain.append(chunk)
-            written.append(chunk)
-            pieces.append((chunk, []))
-            continue
-        found = list(_disguised(chunk, is_word)) if _STRANGE.search(chunk) else []
-        readings += found
-        pieces.append((re.sub(r"[^a-z]", "", chunk), found))
-        shown = next((r.text for r in found if r.kind == "signs" and is_word(r.text)), chunk)
-        plain += _words(shown)
-        written += _words(chunk)
+    chunks = text.split()
+    known_pieces = {chunk: _piece(chunk, is_word) for chunk in dict.fromkeys(chunks)}
+    pieces = [known_pieces[chunk] for chunk in chunks]
+    disguised = [piece for piece in pieces if piece.found]
+    if len(disguised) > MOST_DISGUISED:
+        raise TextError(f"prompt: {len(disguised)} words are written with signs or repeated letters; valid: up to "
+                        f"{MOST_DISGUISED}")
+    readings = [reading for piece in disguised for reading in piece.found]
+    plain = [word for piece in pieces for word in piece.plain]
+    written = [word for piece in pieces for word in piece.written]  # without any sign read as a letter
     if written != plain:
-        readings += [Reading("written", " ".join(written[start:start + size])) for size in (1, 2, 3, 4)
-                     for start in range(len(written) - size + 1)]
+        readings += _bold("written", written)
+        for phrases in _neighbours(written, "{} {}".format):
+            readings += _bold("written", phrases)
     known = {word: word in _COMMON or len(word) > 2 and is_word(word) for word in set(plain)}
-    readings += _phrases(pieces)
+    if disguised:
+        readings += _phrases(pieces)
     readings += _joined(plain)
     readings += _split_words(plain, known)
     for word in dict.fromkeys(plain):
@@ -161,43 +201,57 @@ def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, lo
     return Normalized(" ".join(plain), notes, tuple(dict.fromkeys(readings)))
 
 
-def _words(chunk: str) -> list[str]:
-    return _NO_WORD.sub(" ", chunk.replace("'", "").replace("\u2019", "")).split()
+def _words(chunk: str) -> tuple[str, ...]:
+    return tuple(_NO_WORD.sub(" ", chunk.replace("'", "").replace("\u2019", "")).split())
+
+
+def _letters(text: str) -> str:
+    return text.encode("ascii", "replace").translate(None, _NO_LETTERS).decode()
+
+
+def _bold(kind: str, texts: Iterable[str]) -> Iterator[Reading]:
+    """Reading(kind, text) of each, without a call of Python for each: a hostile text has thousands."""
+    return map(partial(tuple.__new__, Reading), zip(repeat(kind), texts, repeat(True), repeat(True)))  # type: ignore
+
+
+def _neighbours(words: Sequence[T], together: Callable[[T, T], T]) -> Iterator[list[T]]:
+    """For two, three and four neighbours: what they are together, from every place on."""
+    found = list(words)
+    for size in (2, 3, 4):
+        found = list(map(together, found, words[size - 1:]))
+        yield found
 
 
 def _windows(kind: str, words: list[str], changed: list[bool]) -> Iterator[Reading]:
     """Two to four neighbours as one word, of which at least one was read in a bold way."""
-    for size in (2, 3, 4):
-        for start in range(len(words) - size + 1):
-            if True in changed[start:start + size]:
-                joined = "".join(words[start:start + size])
-                if 5 <= len(joined) <= 32:
-                    yield Reading(kind, joined)
+    every = zip(_neighbours(words, add), _neighbours(changed, or_))
+    return _bold(kind, dict.fromkeys(text for texts, bold in every for text, one in zip(texts, bold)
+                                     if one and 5 <= len(text) <= 32))
 
 
-def _phrases(pieces: list[tuple[str, list[Reading]]]) -> Iterator[Reading]:
+def _phrases(pieces: list[_Piece]) -> Iterator[Reading]:
     """Terms of several words that are disguised in the same way."""
     for kind in ("separated", "signs", "wildcard", "repeated once", "signs, repeated once"):
-        forms = [next((reading.text for reading in found if reading.kind == kind), "") for _, found in pieces]
+        forms = [piece.first(kind) if piece.found else "" for piece in pieces]
         if any(forms):
-            yield from _windows("phrase, " + kind, [form or bare for form, (bare, _) in zip(forms, pieces)],
-                                [bool(form) for form in forms])
+            yield from _windows("phrase, " + kind, [form or piece.bare for form, piece in zip(forms, pieces)],
+                                [form != "" for form in forms])
 
 
 def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
     """Readings of one piece without spaces that is more than a word of letters."""
     chunk = chunk[:64]  # no term is longer; keeps a wall of signs cheap
     core = chunk.strip(",.;:?\"'\u2019")
-    letters = sum("a" <= c <= "z" for c in core)
-    bare = re.sub(r"[^a-z]", "", core)
+    signs = core.encode("ascii", "replace")
+    bare = signs.translate(None, _NO_LETTERS).decode()
     forms = {}
     if bare and bare != core:
         forms["separated"] = bare
-    if letters and not core.isalpha():
-        for kind, table in (("signs", _LEET), ("signs", {**_LEET, **_LEET_L})):
-            read = re.sub(r"[^a-z]", "", core.rstrip("!").translate(table))
+    if bare and not core.isalpha():
+        for table, dropped in _SIGNS:
+            read = signs.rstrip(b"!").translate(table, dropped).decode()
             if read and read != bare:
-                forms[f"{kind}{len(forms)}"] = read
+                forms[f"signs{len(forms)}"] = read
     for kind, form in list(forms.items()):
         yield Reading(kind.rstrip("0123456789"), form)
         if len(form) >= 6 and not is_word(form) and kind != "separated":
@@ -205,13 +259,13 @@ def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
     plain = [("", core)] if core.isalpha() and core.isascii() else []
     for kind, form in [*forms.items(), *plain]:
         yield from _unrepeated(form, is_word, "signs, " if kind.startswith("signs") else "")
-    if letters >= 2:
-        yield from _with_wildcards(core)
+    if len(bare) >= 2:
+        yield from _with_wildcards(signs)
 
 
 def _unrepeated(word: str, is_word: Callable[[str], bool], kind: str) -> Iterator[Reading]:
     """Letters written several times, once and twice."""
-    if is_word(word) or not _RUN.search(word):
+    if not _RUN.search(word) or is_word(word):
         return
     if _LONG_RUN.search(word):
         twice = _LONG_RUN.sub(r"\1\1", word)
@@ -224,12 +278,12 @@ def _unrepeated(word: str, is_word: Callable[[str], bool], kind: str) -> Iterato
         yield Reading("embedded repeated", once, whole=False)
 
 
-def _with_wildcards(core: str) -> Iterator[Reading]:
+def _with_wildcards(signs: bytes) -> Iterator[Reading]:
     """A sign between letters as one letter that is not known, at most two of them and no more than letters."""
-    for table in (_LEET, _LEET_WILD, {}):
-        read = re.sub(r"[^a-z]", WILD, core.translate(table)).strip(WILD)
-        if 3 <= len(read) <= 20 and 0 < read.count(WILD) <= min(2, sum(c != WILD for c in read)):
-            yield Reading("wildcard", read)
+    for table in _WILDS:
+        read = signs.translate(table).strip(WILD.encode())
+        if 3 <= len(read) <= 20 and 0 < read.count(WILD.encode()) <= min(2, len(read) - read.count(WILD.encode())):
+            yield Reading("wildcard", read.decode())
 
 
 def _joined(words: list[str]) -> Iterator[Reading]:
@@ -250,13 +304,11 @@ def _joined(words: list[str]) -> Iterator[Reading]:
 def _split_words(words: list[str], known: Mapping[str, bool]) -> Iterator[Reading]:
     """Neighbours of which one is no word of its own, as one word."""
     strange = [word not in _COMMON and (len(word) <= 3 or not known[word]) for word in words]
-    if not any(strange):
-        return
-    for size in (2, 3, 4):
-        for start in range(len(words) - size + 1):
-            if True in strange[start:start + size]:
-                parts = words[start:start + size]
-                joined = "".join(parts)
-                lengths = [len(part) for part in parts]
-                if 1 < max(lengths) <= 16 and len(joined) <= 24 and min(lengths) <= 6 and joined.isalpha():
-                    yield Reading("split", joined)
+    if True not in strange:
+        return iter(())
+    lengths = list(map(len, words))
+    every = zip(_neighbours(words, add), _neighbours(strange, or_), _neighbours(lengths, min),
+                _neighbours(lengths, max))
+    return _bold("split", [text for text in dict.fromkeys(
+        text for columns in every for text, one, least, most in zip(*columns)
+        if one and len(text) <= 24 and least <= 6 and 1 < most <= 16) if text.isalpha()])

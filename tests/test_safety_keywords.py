@@ -8,7 +8,7 @@ import pytest
 
 from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter, masked_forms
 from safety.lookalikes import LOOKALIKES
-from safety.normalize import LONGEST, TextError, folded, normalize
+from safety.normalize import LONGEST, MOST_DISGUISED, TextError, _neighbours, folded, normalize
 
 WORDS = ["a", "red", "star", "photo", "of", "the", "little", "balloon", "letter", "flumquater", "zorbicide", "crossing",
          "pushing", "committee", "gravel", "over"]
@@ -139,8 +139,8 @@ def test_random_text_is_read_and_work_grows_linearly(lexicon):
             lexicon.matches(normalize(text, lexicon.is_word))
 
 
-@pytest.mark.parametrize("piece", ["a*b ", "z.", "flumq", "zorbi", "e\u0301\u0301", "aab ", "a b ", "\ufdfa",
-                                   "(a:1.2) ", "1!", "\u0591\u05b0", "x" * 40 + " "])
+@pytest.mark.parametrize("piece", ["z.", "flumq", "zorbi", "e\u0301\u0301", "a b ", "\ufdfa", "(a:1.2) ", "1!",
+                                   "\u0591\u05b0", "x" * 40 + " "])
 def test_the_number_of_readings_is_linear(lexicon, piece):
     half, whole = (normalize((piece * LONGEST)[:size]) for size in (LONGEST // 2, LONGEST))
     assert len(whole.readings) <= 2 * len(half.readings) + 50
@@ -148,9 +148,25 @@ def test_the_number_of_readings_is_linear(lexicon, piece):
     lexicon.matches(whole)
 
 
+def test_a_wall_of_disguised_words_is_refused(lexicon):
+    """Each has many readings. Words of the dictionary with double letters are none, however many there are."""
+    for piece in ("a*b ", "aab ", "qu-ik "):
+        few = normalize(piece * MOST_DISGUISED)
+        assert len(few.readings) < 60 * MOST_DISGUISED and len(lexicon.matches(few)) == 0
+        with pytest.raises(TextError, match=f"{MOST_DISGUISED + 1} words .*valid: up to {MOST_DISGUISED}"):
+            normalize(piece * (MOST_DISGUISED + 1))
+    assert normalize("green tree " * 150, {"green", "tree"}.__contains__).plain.count("green") == 150
+
+
 def test_nothing_takes_seconds(lexicon):
     """A bound that only quadratic work or worse would break, a hundred times above what it takes."""
     began = time.perf_counter()
     for piece in ("a*b ", "zorbi", "\u0591\u05b0", "a.b"):
-        lexicon.matches(normalize((piece * LONGEST)[:LONGEST], lexicon.is_word))
+        lexicon.matches(normalize((piece * MOST_DISGUISED)[:LONGEST], lexicon.is_word))
     assert time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("words", [[], ["a"], ["a", "b"], list("abcdefg")])
+def test_neighbours_are_those_of_a_plain_loop(words):
+    expected = [["".join(words[i:i + size]) for i in range(len(words) - size + 1)] for size in (2, 3, 4)]
+    assert list(_neighbours(words, lambda a, b: a + b)) == expected
