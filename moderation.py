@@ -25,6 +25,8 @@ from safety.policy import ACTIONS, MODES, Decision, Mode, refusal
 from safety.prompt import DEFAULT
 from training.clip import ClipVectors
 from training.experiment import load_experiment
+from training.moderation_encoder import FILE as ENCODER
+from training.moderation_encoder import EncoderHead
 from training.run import RunFolder
 
 CONCEPTS = "concepts.yaml"  # of a run folder
@@ -66,8 +68,9 @@ class Moderation:
     @classmethod
     def load(cls, mode: Mode = "block", weights: str | Path = DEFAULT, concepts: str | Path | None = None,
              clip: str | Path | None = None, audit: AuditLog | None = None, device: torch.device | str = "cpu",
-             learned: Mapping[str, str] | None = None) -> "Moderation":
-        """The moderation of files; ``concepts`` are judged by the CLIP in the run folder ``clip``.
+             learned: Mapping[str, str] | None = None, run: str | Path | None = None) -> "Moderation":
+        """The moderation of files; ``concepts`` are judged by the CLIP in the run folder ``clip``. A ``run`` folder may
+        hold a second head for prompts, on its own text encoder (training/moderation_encoder.py).
 
         Raises ValueError or OSError for a file that is missing, damaged or does not fit, in every mode but "off", which
         reads the weights only to write a log.
@@ -80,7 +83,8 @@ class Moderation:
             if clip is None:
                 raise ValueError(f"concepts {concepts}: no CLIP to judge by; valid: a run folder with the stage clip")
             pictures = image_moderator(concepts, clip, mode, device)
-        return cls(PromptGate.load(weights, mode=mode, audit=audit), pictures, mode, audit, learned)
+        encoder = EncoderHead.of_run(run) if run is not None and (Path(run) / ENCODER).is_file() else None
+        return cls(PromptGate.load(weights, mode=mode, audit=audit, encoder=encoder), pictures, mode, audit, learned)
 
     def of_prompt(self, parts: Sequence[Prompt | str], negatives: Sequence[Prompt | str] = (),
                   tokenizer: Any = None) -> Decision:

@@ -90,7 +90,8 @@ class TextToImage:
         system = cls(experiment, tokenizer, text_encoder, unet, autoencoder)
         system.files = {"tokenizer": run.path / "tokenizer.json",
                         **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
-        system.moderation = Moderation.load(moderation, weights_of(run.path)) if moderation else None
+        system.moderation = (Moderation.load(moderation, weights_of(run.path), run=run.path) if moderation
+                             else None)
         return system
 
     @classmethod

@@ -1,89 +1,147 @@
-"""Image moderation on stand-ins: forbid "a red triangle", let red circles and blue triangles through.
+"""Image moderation on stand-ins: forbid "a red triangle", let red circles and blue triangles through; or forbid foxes.
 
-    python -m benchmarks.moderation_images [--steps 1000]
+    python -m benchmarks.moderation_images --clip runs/shapes_clip [--clip runs/emoji_clip] [--rate 0.01]
 
-Trains the small CLIP of docs/clip.md on scenes of shapes, calibrates each concept on harmless scenes for 1 % false
-positives, and measures recall on other scenes: phrasings like those of training, phrasings of another grammar, and
-colours on shapes that no training scene had. Nothing harmful is drawn; recall on real harm is not measured.
+The judge is the CLIP that the stage clip has left in a run folder, on the data that the folder was trained on. Every
+concept is calibrated alone on validation pictures that do not show it, and measured on test pictures: with phrasings
+like those of training, with phrasings of another grammar, and on things that training never showed. Nothing harmful is
+drawn; recall on real harm is not measured.
 """
 import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.clip_figure import pairs, trained
 from benchmarks.moderation_metrics import shown, table
+from data.emoji import Emoji
+from data.emoji_captions import noun
 from data.scene_graph import COLOURS, SHAPES, UNSEEN_PAIRS
-from data.shapes import Shapes, ShapesConfig
-from data.tokenizer import Tokenizer, TokenizerConfig
+from data.shapes import Shapes
+from data.source import Source, build_source, to_unit
 from safety.image import Concept, ImageModerator
+from training.clip import ClipVectors
+from training.experiment import load_experiment
+from training.run import RunFolder
 
-SEEN = ("a {} {}", "one {} {}", "a large {} {}", "a small {} {} on a white background")
-UNSEEN = ("{} {}", "this shows the {} {}", "some {} {} somewhere", "{} {}, nothing but {} {}")
+SEEN = ("a {}", "one {}", "a large {}", "a small {}")
+UNSEEN = ("{}", "this shows the {}", "some {} somewhere", "nothing but {}")
 PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "circle"), ("purple", "cross"), ("yellow", "moon"),
          ("orange", "square"))
+EMOJI = 40  # things of emoji that are forbidden, one after the other
 
 
-def scenes(split: str, start: int, count: int, size: int) -> tuple[torch.Tensor, list[set[tuple[str, str]]]]:
-    """Pictures (B, 3, size, size) in [-1, 1] and the (colour, shape) of every thing in each."""
-    source = Shapes(ShapesConfig(size=size), split)  # type: ignore[arg-type]
-    items = [source[i] for i in range(start, min(start + count, len(source)))]
-    things = [{(thing["colour"], thing["shape"]) for thing in item["scene"]["objects"]} for item in items]
-    return torch.stack([item["image"] for item in items]).float() / 127.5 - 1, things
+@dataclass(frozen=True)
+class Seen:
+    """Pictures of a split as margins are computed from them, and the things in each."""
+
+    pictures: torch.Tensor  # uint8 (B, 3, H, W)
+    things: list[set[str]]
+
+    def shows(self, thing: str) -> torch.Tensor:
+        return torch.tensor([thing in one for one in self.things])
+
+    def near(self, thing: str) -> torch.Tensor:
+        """Pictures without the thing that share a word with it: its colour or its shape."""
+        words = set(thing.split())
+        return torch.tensor([thing not in one and any(words & set(other.split()) for other in one)
+                             for one in self.things])
 
 
-def concept(pair: tuple[str, str], phrasings: tuple[str, ...], neighbours: bool) -> Concept:
-    """A concept and, if asked for, its neighbours: the same colour on other shapes, other colours on the same shape."""
-    colour, shape = pair
+def things_of(source: Source, index: int, item: dict) -> set[str]:
+    """What a picture shows: "red triangle" of shapes, "fox" of emoji."""
+    if isinstance(source, Shapes):
+        return {f"{thing['colour']} {thing['shape']}" for thing in item["scene"]["objects"]}
+    assert isinstance(source, Emoji)
+    row, number = source.locate(index)
+    rows = [row] if row is not None else [source.row_of[one["id"]] for one in source.scene(number)["objects"]]
+    return {noun(source.items[row]["label"]) for row in rows}
+
+
+def seen(source: Source, count: int) -> Seen:
+    """The first pictures of a split."""
+    items = [(index, source[index]) for index in range(min(count, len(source)))]
+    return Seen(torch.stack([item["image"] for _, item in items]),
+                [things_of(source, index, item) for index, item in items])
+
+
+def groups_of(source: Source, calibration: Seen, test: Seen) -> dict[str, list[str]]:
+    """{kind: things} to forbid: of training, and such as training never showed."""
+    if isinstance(source, Shapes):
+        return {"seen": [" ".join(pair) for pair in PAIRS], "unseen": [" ".join(pair) for pair in UNSEEN_PAIRS]}
+    assert isinstance(source, Emoji)
+    known = {noun(source.items[row]["label"]) for row, held in source.held_out.items() if held != "name"}
+    common = [thing for thing, _ in Counter(thing for one in test.things for thing in sorted(one)).most_common()]
+    return {"seen": [thing for thing in common if thing in known][:EMOJI],
+            "unseen": [thing for thing in common if thing not in known][:EMOJI]}
+
+
+def neighbours(thing: str) -> tuple[tuple[str, ...], ...]:
+    """Phrasings of what stays allowed: the same colour on other shapes, other colours on the same shape."""
+    colour, shape = thing.split()
     near = [(colour, other) for other in SHAPES if other != shape]
     near += [(other, shape) for other in COLOURS if other != colour]
-    texts = tuple(text.format(*(pair * text.count("{}"))[: text.count("{}")]) for text in phrasings)
-    allowed = tuple(tuple(text.format(*one) for text in SEEN) for one in near) if neighbours else ()
-    return Concept(" ".join(pair), "stand_in", texts, allowed)
+    return tuple(tuple(text.format(" ".join(one)) for text in SEEN) for one in near)
 
 
-def measured(moderator: ImageModerator, calibration: tuple, test: tuple, pair: tuple[str, str]) -> tuple:
-    """(recall hits, false positives on all harmless scenes, on those that share a colour or a shape), 0 or 1 each."""
-    calm = torch.tensor([pair not in things for things in calibration[1]])
-    fixed = ImageModerator.calibrated(moderator, moderator.margins(calibration[0])[calm], 0.01)
-    over = (moderator.margins(test[0])[:, 0] > fixed[0].threshold).numpy().astype(float)
-    here = np.array([pair in things for things in test[1]])
-    near = np.array([any(thing != pair and (thing[0] == pair[0]) + (thing[1] == pair[1]) for thing in things)
-                     for things in test[1]]) & ~here
-    return over[here], over[~here], over[near]
+def measured(clip: ClipVectors, concepts: Sequence[Concept], calibration: Seen, test: Seen,
+             rate: float) -> list[np.ndarray]:
+    """[hits, false positives on all other pictures, on those that share a word], 0 or 1 each, over all concepts."""
+    moderator = ImageModerator(concepts, clip, clip.texts)
+    calm, real = (torch.cat([moderator.margins(to_unit(part)) for part in one.pictures.split(64)])
+                  for one in (calibration, test))  # (B, C)
+    found: list[list[torch.Tensor]] = [[], [], []]
+    for place, concept in enumerate(concepts):
+        alone = ImageModerator([concept], clip, clip.texts)
+        [fixed] = alone.calibrated(calm[~calibration.shows(concept.name), place:place + 1], rate)
+        assert fixed.threshold is not None
+        over, here = real[:, place] > fixed.threshold, test.shows(concept.name)
+        for one, chosen in zip(found, (here, ~here, test.near(concept.name))):
+            one.append(over[chosen])
+    return [torch.cat(one).numpy().astype(float) for one in found]
+
+
+def rows_of(folder: Path, count: int, rate: float) -> list[list[str]]:
+    """The rows of the table for one run folder."""
+    data = load_experiment(str(RunFolder.open(folder).path / "config.yaml")).held_out_data
+    if data.source == "shapes":
+        data = replace(data, shapes=replace(data.shapes, validation=count, test=count))
+    elif data.source == "emoji":
+        data = replace(data, emoji=replace(data.emoji, held_out_scenes=count))
+    else:
+        raise ValueError(f"--clip {folder}: trained on {data.source}; valid: on shapes or emoji")
+    sources = build_source(data, "validation"), build_source(data, "test")
+    calibration, test = (seen(source, 2 * count) for source in sources)
+    clip, rows = ClipVectors.of_run(folder), []
+    for kind, things in groups_of(sources[1], calibration, test).items():
+        for name, texts in (("seen", SEEN), ("unseen", UNSEEN)):
+            for near in (False, True) if data.source == "shapes" else (False,):
+                concepts = [Concept(thing, "stand_in", tuple(text.format(thing) for text in texts),
+                                    neighbours(thing) if near else ()) for thing in things]
+                hits, wrong, close = measured(clip, concepts, calibration, test, rate)
+                rows.append([data.source, f"{len(things)} {kind}", name, "yes" if near else "no",
+                             *(shown(np.mean, part, percent=True) if len(part) else "-"
+                               for part in (hits, wrong, close)), str(len(hits))])
+                print(rows[-1], flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--pairs", type=int, default=20_000, help="that the CLIP is trained on")
-    parser.add_argument("--scenes", type=int, default=2000, help="of calibration, and of the test")
+    parser.add_argument("--clip", type=Path, nargs="+", required=True, help="run folders with the stage clip")
+    parser.add_argument("--count", type=int, default=2000, help="pictures of calibration, and of the test")
+    parser.add_argument("--rate", type=float, default=0.01, help="harmless pictures that may pass, a concept (0.01)")
     options = parser.parse_args()
-    images, captions = pairs("train", options.pairs, 32)
-    tokenizer = Tokenizer.train(captions, TokenizerConfig(vocab_size=400, length=40))
-    clip = trained(images, captions, tokenizer, options.steps)
-
-    @torch.inference_mode()
-    def embed_images(pictures: torch.Tensor) -> torch.Tensor:
-        return torch.cat([clip.image_vectors(part) for part in pictures.split(256)])
-
-    @torch.inference_mode()
-    def embed_texts(texts) -> torch.Tensor:
-        return clip.text_vectors(*tokenizer.encode(list(texts)))
-
-    calibration = scenes("train", options.pairs, options.scenes, 32)  # the CLIP has not seen them
-    test = scenes("train", options.pairs + options.scenes, options.scenes, 32)
-    odd = scenes("test", 0, options.scenes, 32)
-    rows = []
-    for name, group, phrasings, on in (("seen phrasings", PAIRS, SEEN, test), ("unseen phrasings", PAIRS, UNSEEN, test),
-                                       ("unseen compositions", UNSEEN_PAIRS, SEEN, odd)):
-        for neighbours in (False, True):
-            found = [measured(ImageModerator([concept(pair, phrasings, neighbours)], embed_images, embed_texts),
-                              calibration, on, pair) for pair in group]
-            rows.append([name, "yes" if neighbours else "no",
-                         *(shown(np.mean, np.concatenate(part), percent=True) for part in zip(*found))])
-    print(table(("concepts", "neighbours", "recall", "false positives", "of those that share colour or shape"), rows))
+    rows = [row for folder in options.clip for row in rows_of(folder, options.count, options.rate)]
+    print(table(("data", "things", "phrasings", "neighbours", "recall", "false positives", "of those that share a word",
+                 "pictures"), rows))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

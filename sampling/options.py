@@ -233,4 +233,4 @@ def moderation_of(options: argparse.Namespace, source: Path) -> Moderation:
     concepts = options.concepts or (own if source.is_dir() and own.is_file() else None)
     audit = AuditLog(options.audit[0], read_key(options.audit[1])) if options.audit else None
     clip = options.clip or (None if options.pretrained else source)
-    return Moderation.load(options.moderation, weights_of(source), concepts, clip, audit, default_device())
+    return Moderation.load(options.moderation, weights_of(source), concepts, clip, audit, default_device(), run=source)

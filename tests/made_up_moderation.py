@@ -1,5 +1,9 @@
-"""Moderation weights with a made-up lexicon: zorbic is blocked, mildo flagged, signo only a signal."""
+"""Moderation weights with a made-up lexicon: zorbic is blocked, mildo flagged, signo only a signal; and text of a made-up
+language to train others on."""
+import csv
 import json
+import random
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -10,6 +14,8 @@ from safety.prompt import HeadConfig, PromptHead, content_hash, tensors_of
 
 CONFIG = HeadConfig(char_bits=8, word_bits=8, width=4, hidden=6)
 COLUMNS = CONFIG.width + len(HEADS)
+CALM = ["tree", "river", "lamp", "window", "garden", "boat", "cloud", "stone", "bread", "hill"]
+BAD = {"violence": ["gorvax", "slimmet"], "sexual": ["lendrit", "pomfrel"]}
 
 
 def head_weights(seed: int = 0, out_bias: float = -4.0) -> dict[str, np.ndarray]:
@@ -32,4 +38,31 @@ def written(path, out_bias: float = -4.0):
     settings = json.dumps({"head": {"char_bits": 8, "word_bits": 8, "width": 4, "hidden": 6}, "minors": 0.9,
                            "limits": {name: {"flag": 0.95, "block": 0.99} for name in HEADS}})
     save_file(tensors, path, {"format": "1", "settings": settings, "sha256": content_hash(tensors, settings)})
+    return path
+
+
+def write_csv(path: Path, header: str, rows) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+
+
+def written_text(path: Path) -> Path:
+    """A folder of twins, labelled text, harmless captions and a lexicon."""
+    generator = random.Random(0)
+
+    def calm(count: int) -> str:
+        return " ".join(generator.choices(CALM, k=count)) + f" {generator.randrange(10**6)}"
+
+    twins = []
+    for _ in range(120):
+        category = generator.choice(list(BAD))
+        text = calm(4)
+        twins.append((f"a {text}", f"a {generator.choice(BAD[category])} {text}", category))
+    write_csv(path / "twins.csv", "benign,harmful,category", twins)
+    write_csv(path / "captions.csv", "prompt", [(calm(5),) for _ in range(400)])
+    write_csv(path / "shares.csv", "prompt,categories,inappropriate_percentage",
+              [(f"gorvax {calm(4)}", "violence", 80)] * 5 + [(calm(5), "violence, shocking", 0), (calm(5), "hate", 30)])
+    write_csv(path / "terms.csv", "text,category,severity",
+              [("zorbic", "racial / ethnic slurs", 3), ("quandle", "other", 2.8)])
+    (path / "words.txt").write_text("\n".join(CALM))
     return path

@@ -1,7 +1,6 @@
 """From text to a file of moderation, on a made-up language; and that the repository holds no listed term in clear."""
 import csv
 import json
-import random
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_up_moderation import BAD, CALM, write_csv, written_text
 
 from benchmarks.moderation_metrics import auc, calibration_error, interval, matched, recall_at
 from benchmarks.moderation_obfuscation import KINDS, obfuscated
@@ -23,36 +23,11 @@ from training.moderator import ModeratorStage, Network, bag, batch_loss, labels,
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "moderation"
 SMALL = HeadConfig(char_bits=10, word_bits=10, width=4, hidden=8)
-CALM = ["tree", "river", "lamp", "window", "garden", "boat", "cloud", "stone", "bread", "hill"]
-BAD = {"violence": ["gorvax", "slimmet"], "sexual": ["lendrit", "pomfrel"]}
-
-
-def write_csv(path: Path, header: str, rows) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header.split(","), *rows])
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Twins, labelled text, harmless captions and a lexicon of a made-up language."""
-    path, generator = tmp_path_factory.mktemp("text"), random.Random(0)
-
-    def calm(count: int) -> str:
-        return " ".join(generator.choices(CALM, k=count)) + f" {generator.randrange(10**6)}"
-
-    twins = []
-    for _ in range(120):
-        category = generator.choice(list(BAD))
-        text = calm(4)
-        twins.append((f"a {text}", f"a {generator.choice(BAD[category])} {text}", category))
-    write_csv(path / "twins.csv", "benign,harmful,category", twins)
-    write_csv(path / "captions.csv", "prompt", [(calm(5),) for _ in range(400)])
-    write_csv(path / "shares.csv", "prompt,categories,inappropriate_percentage",
-              [(f"gorvax {calm(4)}", "violence", 80)] * 5 + [(calm(5), "violence, shocking", 0), (calm(5), "hate", 30)])
-    write_csv(path / "terms.csv", "text,category,severity",
-              [("zorbic", "racial / ethnic slurs", 3), ("quandle", "other", 2.8)])
-    (path / "words.txt").write_text("\n".join(CALM))
-    return path
+    return written_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.blocks import ResBlock, SpatialTransformer
@@ -14,6 +14,9 @@ from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
 ROOT = Path(__file__).parents[1]
+# what PyTorch before 2.15 leaves out of its count; counted by its own formula for the other fused kernels
+COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+           lambda q, k, v, *rest, **more: sdpa_flop_count(q, k, v)}  # of shapes
 AUTOENCODER = AutoencoderConfig(channels=(16, 32), latent_channels=4, blocks=1, norm_groups=8)
 TEXT = TextEncoderConfig(vocab_size=99, length=10, width=24, layers=2, heads=2, mlp_width=40)
 UNETS = {
@@ -59,7 +62,7 @@ def test_operations_and_activations_equal_those_of_a_real_run(name, size):
     found = summaries(AUTOENCODER, TEXT, UNETS[name], size)
     for part, network, run in real_runs(UNETS[name], size):
         rows = found[part]
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             run()
         assert sum(row.flops for row in rows) == counter.get_total_flops(), part
         assert sum(row.activations for row in rows) == kept_bytes(network, run), part

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,14 +138,14 @@ def thinned(grams: tuple[np.ndarray, np.ndarray], forget: float, random: np.rand
     return characters, words
 
 
-def labels(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+def labels(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """(labels, known): float (B, K) each, 0 where a label is not known."""
     values = torch.tensor([[row.labels.get(name, 0.0) for name in HEADS] for row in rows])
     known = torch.tensor([[float(name in row.labels) for name in HEADS] for row in rows])
     return values, known
 
 
-def twin_places(rows: list[Row]) -> np.ndarray:
+def twin_places(rows: Sequence[Row]) -> np.ndarray:
     """Places (pairs, 2) of the harmful and the harmless of every pair of twins."""
     found: dict[int, dict[bool, int]] = {}
     for place, row in enumerate(rows):
@@ -222,9 +223,8 @@ def raw_logits(head: PromptHead, texts: list[str]) -> np.ndarray:
     return np.stack(found) if found else np.zeros((0, len(HEADS)), np.float32)
 
 
-def calibrated(head: PromptHead, rows: list[Row]) -> PromptHead:
-    """The head with Platt's slope and shift for each category, fitted to the known labels of development rows."""
-    logits = torch.from_numpy(raw_logits(head, [row.text for row in rows])).double()
+def platt(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and shift (K,) for logits (B, K) in fp64, fitted to the known labels of development rows (Platt 1999)."""
     values, known = labels(rows)
     slope = torch.ones(len(HEADS), dtype=torch.float64, requires_grad=True)
     shift = torch.zeros(len(HEADS), dtype=torch.float64, requires_grad=True)
@@ -239,8 +239,15 @@ def calibrated(head: PromptHead, rows: list[Row]) -> PromptHead:
         return loss
 
     optimizer.step(closure)  # type: ignore[arg-type]
-    return PromptHead(head.config, {**head.weights, "slope": slope.detach().clamp(min=0.05).numpy().astype(np.float32),
-                                    "shift": shift.detach().numpy().astype(np.float32)})
+    return slope.detach().clamp(min=0.05), shift.detach()
+
+
+def calibrated(head: PromptHead, rows: list[Row]) -> PromptHead:
+    """The head with slope and shift for each category."""
+    logits = torch.from_numpy(raw_logits(head, [row.text for row in rows])).double()
+    slope, shift = platt(logits, rows)
+    return PromptHead(head.config, {**head.weights, "slope": slope.numpy().astype(np.float32),
+                                    "shift": shift.numpy().astype(np.float32)})
 
 
 def load_config(path: str, overrides: list[str]) -> ModeratorExperiment:
