@@ -1,4 +1,4 @@
-"""Moderation weights with a made-up lexicon: zorbic is blocked, mildo flagged, signo only a signal; and text of a made-up
+"""Moderation weights with a made-up lexicon: zorbic is blocked, mildo flagged, signo only a signal; text of a made-up
 language to train others on."""
 import csv
 import json

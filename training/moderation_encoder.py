@@ -3,8 +3,8 @@
     python -m training.moderation_encoder --run RUN --data DIR [DIR ...]
 
 Leaves RUN/moderation_encoder.safetensors; prompts for that run are then checked by both heads, joined by noisy-or. It
-sees word order and context that n-grams do not, and nothing that the captions of the run did not teach its encoder: what
-that is worth on text of people is in docs/moderation.md. Axis letters: B batch, D width, K categories.
+sees word order and context that n-grams do not, and nothing that the captions of the run did not teach its encoder:
+what that is worth on text of people is in docs/moderation.md. Axis letters: B batch, D width, K categories.
 """
 import argparse
 import json
@@ -72,8 +72,8 @@ class EncoderHead(nn.Module):
 
     @torch.no_grad()
     def states(self, texts: Sequence[str], batch: int = 128) -> Tensor:
-        """Mean over the states of all tokens of each text (B, D), read in chunks: nothing is cut off. The denoiser reads
-        every token, so all of them were taught, and the state of the end token no more than others."""
+        """Mean over the states of all tokens of each text (B, D), read in chunks: nothing is cut off. The denoiser
+        reads every token, so all of them were taught, and the state of the end token no more than others."""
         found, size = [], max(1, self.tokenizer.length // 3)
         for start in tqdm(range(0, len(texts), batch), desc="states", disable=len(texts) <= batch, mininterval=5):
             words = [text.split() for text in texts[start:start + batch]]
