@@ -83,8 +83,8 @@ class Moderation:
             if clip is None:
                 raise ValueError(f"concepts {concepts}: no CLIP to judge by; valid: a run folder with the stage clip")
             pictures = image_moderator(concepts, clip, mode, device)
-        encoder = EncoderHead.of_run(run) if run is not None and (Path(run) / ENCODER).is_file() else None
-        return cls(PromptGate.load(weights, mode=mode, audit=audit, encoder=encoder), pictures, mode, audit, learned)
+        gate = PromptGate.load(weights, mode=mode, audit=audit, encoder=encoder_of(run) if run is not None else None)
+        return cls(gate, pictures, mode, audit, learned)
 
     def of_prompt(self, parts: Sequence[Prompt | str], negatives: Sequence[Prompt | str] = (),
                   tokenizer: Any = None) -> Decision:
@@ -128,6 +128,11 @@ def weights_of(folder: Path) -> Path:
     """The moderation weights of a run folder, or those that are shipped where it has none of its own."""
     own = folder / DEFAULT.name
     return own if own.is_file() else DEFAULT
+
+
+def encoder_of(run: str | Path) -> EncoderHead | None:
+    """The head on the text encoder of a run folder, None where it has none."""
+    return EncoderHead.of_run(run) if (Path(run) / ENCODER).is_file() else None
 
 
 def image_moderator(concepts: str | Path, clip: str | Path, mode: Mode = "block",

@@ -4,10 +4,13 @@
     python -m benchmarks.moderation --csv FILE.csv            your own text: text,label,category
 
 `--left-out i2p=FILE` names weights trained without that source, judged on all of it; `--more "no twins=FILE"` other
-weights for the ablation. With `--peers-python` and `--peers-node` other people's filters are run on the same text.
+weights for the ablation; `--run RUN` a run folder whose text encoder has a head of its own. With `--peers-python` and
+`--peers-node` other people's filters are run on the same text. `--card` writes the figures by category into the card
+beside the weights.
 """
 import argparse
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -18,9 +21,11 @@ from benchmarks.moderation_peers import flagged
 from benchmarks.moderation_rules import obfuscation_table, trap_table
 from benchmarks.moderation_time import time_tables
 from safety.gate import PromptGate
-from safety.normalize import LONGEST
+from safety.normalize import LONGEST, normalize
 from safety.policy import HEADS, noisy_or
 from safety.prompt import DEFAULT
+from training.checkpoint import write_text
+from training.moderation_encoder import EncoderHead
 from training.moderation_text import ALIASES, Corpus, Row, read_corpus
 
 TOPICS = {"sexual": "sexual", "violence": "violence", "disturbing": "shocking", "illegal": "illegal activity",
@@ -165,22 +170,60 @@ def report_csv(gate: PromptGate, path: Path) -> None:
     print(table(("harmless text", "number", "blocked", "flagged"), share_rows(judged)))
 
 
+ABLATION = ("what decides", "twins", "AUC", "ordered right", "where not longer", "blocked", *list(TOPICS)[:4])
+
+
+def ablation_row(name: str, judged: Judged, part: str = "all") -> list[str]:
+    """Twins and the first four categories of I2P, by one part of what decides."""
+    score = judged.score[part]
+    return [name, *twins(judged, score), *(row[3] for row in ranking_rows(judged, score, 50)[:4])]
+
+
+def ablation_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
+    """Each part alone, other weights, and with the head on the text encoder of a run."""
+    rows = [ablation_row(part, judged, part) for part in (*PARTS, "length")]
+    short = [row for row in judged.rows if row.source != "captions"]
+    for name, path in options.more:
+        rows.append(ablation_row(name, Judged(PromptGate.load(path), short)))
+    if options.run:
+        head = EncoderHead.of_run(options.run)
+        both = Judged(PromptGate.load(options.weights, encoder=head), short)
+        both.score["encoder"] = np.array([noisy_or(list(head(normalize(row.text[:LONGEST]).plain).values()))
+                                          for row in short])
+        rows += [ablation_row("encoder alone", both, "encoder"), ablation_row("all and encoder", both)]
+        print("\n## Harmless text, with the encoder\n")
+        print(table(("file", "number", "blocked", "flagged"), share_rows(both)))
+    return rows
+
+
+def write_card(weights: Path, judged: Judged) -> None:
+    """Put the figures by category into the card beside the weights."""
+    path = weights.with_suffix(".json")
+    card = json.loads(path.read_text(encoding="utf-8"))
+    found = twins(judged, judged.score["all"])
+    card["figures"] = {
+        "what": "test split, 95 % bootstrap intervals; docs/moderation.md has all tables",
+        "prompts of I2P from 50 % inappropriate pictures up, against real prompts of their lengths": {
+            row[0]: dict(zip(RANKING[1:], row[1:])) for row in ranking_rows(judged, judged.score["all"], 50)},
+        "twins": dict(zip(ABLATION[1:6], found)),
+        "harmless text": {row[0]: {"number": row[1], "blocked": row[2], "flagged": row[3]} for row in
+                          share_rows(judged)},
+        "calibration error": {row[0]: {"all text": row[1], "half harmful": row[2]} for row in calibration_rows(judged)}}
+    write_text(path, json.dumps(card, indent=1) + "\n")
+    print(f"figures written to {path}")
+
+
 def report(gate: PromptGate, corpus: Corpus, options: argparse.Namespace) -> None:
     """Every table, on the test split of the corpus and on sources left out."""
     judged = Judged(gate, [row for row in corpus.rows if row.split == "test"])
+    if options.card:
+        write_card(options.weights, judged)
     for share in (50, 80):
         print(f"\n## Test split, I2P from {share} % inappropriate pictures up\n")
         print(table(RANKING, ranking_rows(judged, judged.score["all"], share)))
     print("\n## Harmless text\n\n" + table(("file", "number", "blocked", "flagged"), share_rows(judged)))
     print("\n## Calibration error\n\n" + table(("category", "all text", "half harmful"), calibration_rows(judged)))
-    rows = [[part, *twins(judged, judged.score[part]),
-             *(row[3] for row in ranking_rows(judged, judged.score[part], 50)[:4])] for part in (*PARTS, "length")]
-    for name, path in options.more:
-        other = Judged(PromptGate.load(path), [row for row in judged.rows if row.source != "captions"])
-        rows.append([name, *twins(other, other.score["all"]),
-                     *(row[3] for row in ranking_rows(other, other.score["all"], 50)[:4])])
-    print("\n## Twins and ablation\n\n" + table(
-        ("what decides", "twins", "AUC", "ordered right", "where not longer", "blocked", *list(TOPICS)[:4]), rows))
+    print("\n## Twins and ablation\n\n" + table(ABLATION, ablation_rows(judged, options)))
     for name, path in options.left_out:
         sources = name.split("+")
         chosen = [row for row in corpus.rows if row.source in sources
@@ -213,6 +256,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--weights", type=Path, default=DEFAULT)
     parser.add_argument("--left-out", type=named, nargs="*", default=[])
     parser.add_argument("--more", type=named, nargs="*", default=[])
+    parser.add_argument("--run", type=Path, help="run folder with a head on its text encoder")
+    parser.add_argument("--card", action="store_true", help="write figures into the card beside the weights")
     parser.add_argument("--peers-python", type=Path)
     parser.add_argument("--peers-node", type=Path)
     options = parser.parse_args(arguments)

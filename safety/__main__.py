@@ -1,6 +1,7 @@
 """Check text from the command line:
 
     python -m safety check "a red star" [--file PROMPTS.txt] [--json] [--mode flag] [--log FILE --key FILE]
+    python -m safety check "a red star" --run RUN      as the programs that draw from a run folder check it
     python -m safety check --image PICTURE.png ... --run RUN [--concepts FILE.yaml] [--clip DIR]
     python -m safety calibrate --run RUN --concepts FILE.yaml [--rate 0.01] [--out FILE.yaml]
     python -m safety explain "a red star"        how it is read and what fires: for researchers, it shows words
@@ -35,7 +36,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     for command in (check, explain):
         command.add_argument("texts", nargs="*", metavar="TEXT")
         command.add_argument("--file", type=Path, help="one text a line")
-        command.add_argument("--weights", type=Path, default=DEFAULT, help="another file of moderation")
+        command.add_argument("--weights", type=Path, help="another file of moderation")
         command.add_argument("--json", action="store_true", help="JSON lines")
     check.add_argument("--negative", action="store_true", help="the texts are negative prompts: listed terms only")
     check.add_argument("--mode", choices=MODES, default="block")
@@ -43,6 +44,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     calibrate = commands.add_parser("calibrate", help="thresholds of concepts for the CLIP of a run")
     calibrate.add_argument("--rate", type=float, default=0.01, help="share of harmless pictures that may pass (0.01)")
     calibrate.add_argument("--out", type=Path, help="file to write (concepts.yaml in the run folder)")
+    explain.add_argument("--run", type=Path, help="run folder: its own weights and head, where it has them")
     for command in (check, calibrate):
         command.add_argument("--run", type=Path, required=command is calibrate, help="run folder")
         command.add_argument("--clip", type=Path, help="run folder of another CLIP than the run's own")
@@ -115,16 +117,27 @@ def check(options: argparse.Namespace) -> int:
         if (options.log is None) != (options.key is None):
             raise ValueError("--log and --key are given together")
         audit = AuditLog(options.log, read_key(options.key)) if options.log else None
-        gate = PromptGate.load(options.weights, mode=options.mode, audit=audit)
+        gate = gate_of(options, mode=options.mode, audit=audit)
         decisions = [gate.check(text, options.negative) for text in texts_of(options)]
     for decision in decisions:
         print(shown(decision, options.json))
     return max(EXIT[decision.action] for decision in decisions)
 
 
+def gate_of(options: argparse.Namespace, **settings) -> PromptGate:
+    """The gate of a run folder where one is given, with the head on its text encoder; else the one that is shipped."""
+    if options.run is None:
+        return PromptGate.load(options.weights or DEFAULT, **settings)
+    from moderation import encoder_of, weights_of
+    from training.run import RunFolder
+
+    run = RunFolder.open(options.run).path
+    return PromptGate.load(options.weights or weights_of(run), encoder=encoder_of(run), **settings)
+
+
 def explain(options: argparse.Namespace) -> int:
     """Print the readings of each text, the spans that fired and the scores."""
-    gate = PromptGate.load(options.weights)
+    gate = gate_of(options)
     for text in texts_of(options):
         found = gate.explain(text)
         spans = [{"category": match.category, "level": match.level, "reading": match.kind, "span": match.span}

@@ -17,6 +17,7 @@ from safety.normalize import WILD, Normalized, Reading
 STEM = 5  # letters from which on a severe term counts inside a longer word
 WORDS = 4  # of the longest term
 LETTERS = 24  # of the longest term found inside another word
+PHRASE = 6  # letters from which on a severe term of several words does
 JOINED = 8  # letters from which on two words make a term together, even if both are words of their own
 _HASHES = 3
 SIGNAL, FLAG, BLOCK = 1, 2, 3  # levels: counts for the rule on minors only, flags, blocks
@@ -134,7 +135,7 @@ class Lexicon:
             severe = term.level >= BLOCK
             joined = term.text.replace(" ", "")
             inside = (term.inside and severe and joined.isalpha()
-                      and len(joined) >= (STEM if joined == term.text else JOINED))
+                      and len(joined) >= (STEM if joined == term.text else PHRASE))
             for form in bold_forms(term.text) if severe else [term.text]:
                 mark(form)
                 found[_key(form)] = (term.category, term.level, inside and form == joined)

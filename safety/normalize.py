@@ -16,7 +16,8 @@ from safety.lookalikes import LOOKALIKES
 
 T = TypeVar("T")
 LONGEST = 2000  # characters of a prompt; more is refused
-MOST_DISGUISED = 100  # words that are no plain words; of 34,400 prompts and captions the worst has 39
+MOST_DISGUISED = 50  # words that are no plain words; of 34,400 prompts and captions the worst has 39
+CLEAR = 5  # letters from which on signs that make a word of the dictionary leave no doubt
 WILD = "*"  # stands for one letter that is not known
 
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -26,7 +27,8 @@ _INVISIBLE = dict.fromkeys([0xAD, 0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180E,
                             *range(0xE0000, 0xE0200), *map(ord, _DIRECTIONS)])
 _LETTER: dict[int, int | str] = {ord(like): letter for letter, likes in LOOKALIKES.items() for like in likes}
 _LEET = str.maketrans("0134578@$!|+(<{9#6", "oieastbasiitcccghg")
-_LEET_L = {**_LEET, **str.maketrans("1!|", "lll")}
+_LEET_LINE = {**_LEET, **str.maketrans("|", "l")}  # a bar is an l more often than an i
+_LEET_L = {**_LEET, **str.maketrans("1|", "ll")}
 _LEET_WILD = {**_LEET, **str.maketrans("1!|", WILD * 3)}  # an i or an l, word by word
 _TURNED = str.maketrans(
     "\u0250\u0254\u01dd\u025f\u0183\u0265\u0131\u027e\u029e\u026f\u0279\u0287\u028c\u028d\u028eqpdbun",
@@ -51,7 +53,8 @@ def _bytes_table(signs: Mapping[int, int | str]) -> tuple[bytes, bytes]:
 
 
 _AS_WRITTEN, _NO_LETTERS = _bytes_table({})
-_SIGNS = (_bytes_table(_LEET), _bytes_table(_LEET_L))
+_BETWEEN = b"abcdefghijklmnopqrstuvwxyz.,-_~/"  # letters, and what may stand between them
+_SIGNS = tuple(map(_bytes_table, (_LEET, _LEET_LINE, _LEET_L)))
 _WILDS = (_SIGNS[0][0], _bytes_table(_LEET_WILD)[0], _AS_WRITTEN)
 
 _NETWORK = re.compile(r"<(?:lora|lyco|hypernet)\s*:[^<>]{0,100}>", re.IGNORECASE)
@@ -110,8 +113,7 @@ def folded(text: str, longest: int = LONGEST) -> tuple[str, tuple[str, ...]]:
         text = _unmarked(unicodedata.normalize("NFD", text)).casefold()
         text, alike = _without_lookalikes(text)
         notes += ["lookalike"] * alike
-    text = _BRACKETS.sub("", _WEIGHT.sub("", _NETWORK.sub(" ", text))).replace("|", " | ")
-    return text, tuple(notes)
+    return _BRACKETS.sub("", _WEIGHT.sub("", _NETWORK.sub(" ", text))), tuple(notes)
 
 
 def _unmarked(text: str) -> str:
@@ -174,10 +176,13 @@ def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, lo
     known_pieces = {chunk: _piece(chunk, is_word) for chunk in dict.fromkeys(chunks)}
     pieces = [known_pieces[chunk] for chunk in chunks]
     disguised = [piece for piece in pieces if piece.found]
-    if len(disguised) > MOST_DISGUISED:
-        raise TextError(f"prompt: {len(disguised)} words are written with signs or repeated letters; valid: up to "
-                        f"{MOST_DISGUISED}")
+    # a bar is a letter, or it stands between choices of which each may be disguised
+    choices = [part for chunk in known_pieces if "|" in chunk for part in chunk.split("|") if _STRANGE.search(part)]
+    if len(disguised) + len(choices) > MOST_DISGUISED:
+        raise TextError(f"prompt: {len(disguised) + len(choices)} words are written with signs or repeated letters; "
+                        f"valid: up to {MOST_DISGUISED}")
     readings = [reading for piece in disguised for reading in piece.found]
+    readings += [reading for part in choices for reading in _disguised(part, is_word)]
     plain = [word for piece in pieces for word in piece.plain]
     written = [word for piece in pieces for word in piece.written]  # without any sign read as a letter
     if written != plain:
@@ -187,6 +192,7 @@ def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, lo
     known = {word: word in _COMMON or len(word) > 2 and is_word(word) for word in set(plain)}
     if disguised:
         readings += _phrases(pieces)
+    readings += _mixed(pieces)
     readings += _joined(plain)
     readings += _split_words(plain, known)
     for word in dict.fromkeys(plain):
@@ -196,8 +202,11 @@ def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, lo
             if len(word) <= 24:
                 readings.append(Reading("reversed", word[::-1]))
     if not all(known.values()):
-        turned = [word if known[word] else word[::-1] for word in plain]
-        readings += _windows("reversed", turned, [not known[word] for word in plain])
+        unknown = [not known[word] for word in plain]
+        every = [word[::-1] for word in plain]
+        some = [back if strange else word for word, back, strange in zip(plain, every, unknown)]
+        readings += [*_windows("reversed", some, unknown),
+                     *_windows("reversed", every, [strange and len(word) > 2 for word, strange in zip(plain, unknown)])]
     return Normalized(" ".join(plain), notes, tuple(dict.fromkeys(readings)))
 
 
@@ -238,6 +247,23 @@ def _phrases(pieces: list[_Piece]) -> Iterator[Reading]:
                                 [form != "" for form in forms])
 
 
+def _mixed(pieces: list[_Piece]) -> Iterator[Reading]:
+    """Terms of several words of which each is disguised in another way, spelt in single letters among them."""
+    forms, changed = [""], [False]  # the first is where no run of letters ends
+    letters = 0  # single ones that end the last form
+    for piece in pieces:
+        single = len(piece.bare) == 1 and not piece.found
+        if single and letters:
+            forms[-1] += piece.bare
+            letters += 1
+            changed[-1] = letters >= 3
+            continue
+        letters = int(single)
+        forms.append(_LONG_RUN.sub(r"\1", piece.first("signs") or piece.first("wildcard") or piece.bare))
+        changed.append(bool(piece.found))
+    return _windows("phrase, mixed", forms[1:], changed[1:]) if any(changed) else iter(())
+
+
 def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
     """Readings of one piece without spaces that is more than a word of letters."""
     chunk = chunk[:64]  # no term is longer; keeps a wall of signs cheap
@@ -247,11 +273,17 @@ def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
     forms = {}
     if bare and bare != core:
         forms["separated"] = bare
-    if bare and not core.isalpha():
+    if not core.isalpha() and (bare or len(signs) >= 4):  # digits alone may be letters, too
         for table, dropped in _SIGNS:
             read = signs.rstrip(b"!").translate(table, dropped).decode()
-            if read and read != bare:
+            if read and read != bare and read not in forms.values():
                 forms[f"signs{len(forms)}"] = read
+    # signs that make a longer word of the dictionary are read as that: other letters in their place are a bolder guess
+    plain_word = any(len(form) >= CLEAR and is_word(form) for kind, form in forms.items() if kind != "separated")
+    if plain_word:
+        forms.pop("separated", None)
+    elif len(bare) >= 3 and not signs.translate(None, _BETWEEN) and is_word(bare):
+        plain_word = True  # d.o.g
     for kind, form in list(forms.items()):
         yield Reading(kind.rstrip("0123456789"), form)
         if len(form) >= 6 and not is_word(form) and kind != "separated":
@@ -259,7 +291,7 @@ def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
     plain = [("", core)] if core.isalpha() and core.isascii() else []
     for kind, form in [*forms.items(), *plain]:
         yield from _unrepeated(form, is_word, "signs, " if kind.startswith("signs") else "")
-    if len(bare) >= 2:
+    if len(bare) >= 2 and not plain_word:
         yield from _with_wildcards(signs)
 
 

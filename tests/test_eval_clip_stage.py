@@ -10,7 +10,8 @@ from eval.clip_score import agreement, strangers
 from model.clip import ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.text_encoder import TextEncoderConfig
 from training.checkpoint import CheckpointError
-from training.clip import ClipStage, ClipVectors, same, train_clip
+from training.clip import ClipStage, ClipVectors, train_clip
+from training.clip_texts import said
 from training.distributed import Processes
 from training.loop import TrainConfig
 from training.optim import OptimConfig
@@ -154,7 +155,7 @@ def test_published_weights_judge_as_in_transformers(tmp_path):
 def test_the_same_caption_is_no_wrong_answer():
     """Two pictures with one caption: neither is pushed away from the other's text."""
     logits = torch.tensor([[3.0, 3.0, 0.0], [3.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
-    equal = same(["a star", "a star", "a moon"], ["a star", "a star", "a moon"])
+    equal = said(["a star", "a star", "a moon"], ["a star", "a star", "a moon"])
     assert equal.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     loss = contrastive_loss(logits, equal)
     torch.testing.assert_close(loss, contrastive_loss(torch.tensor([[3.0, 0.0], [0.0, 3.0]])) * 2 / 3

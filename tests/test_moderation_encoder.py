@@ -1,4 +1,5 @@
 """The second head of the gate, on the text encoder of a run: trained, kept, joined to the first, and failing closed."""
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from made_up_moderation import BAD, CALM, written, written_text
 from safetensors.torch import load_file, save_file
 
 from moderation import Moderation
+from safety.__main__ import main as safety
 from safety.policy import HEADS, noisy_or
 from safety.prompt import load_artefact
 from training.checkpoint import CheckpointError
@@ -91,6 +93,16 @@ def test_the_gate_asks_both_heads_and_joins_them_by_noisy_or(run):
         noisy_or([head["violence"] for head in heads]))
     without = Moderation.load("block", run / "moderation.safetensors")
     assert without.gate is not None and len(without.gate.explain(text).heads) == 1
+
+
+def test_the_command_line_asks_as_the_programs_that_draw_do(run, capsys):
+    text = f"a {CALM[0]} {BAD['violence'][0]}"
+    assert safety(["explain", text, "--run", str(run), "--json"]) == 0
+    heads = json.loads(capsys.readouterr().out)["heads"]
+    assert len(heads) == 2 and heads[1] == EncoderHead.of_run(run)(text)
+    assert safety(["check", "a zorbic star", "--run", str(run)]) == 5  # by the weights in the run folder
+    with pytest.raises(ValueError, match="none"):
+        safety(["check", "a star", "--run", str(run / "none")])
 
 
 @pytest.mark.parametrize("fault, line", [

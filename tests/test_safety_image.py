@@ -1,11 +1,14 @@
 """Concepts on embeddings; here the "CLIP" reads the mean colour of a picture, so every figure is known."""
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from data.scene_graph import COLOURS, SHAPES
 from safety.image import VIEWS, Concept, ImageModerator, blurred, read_concepts, views, write_concepts
 
+ROOT = Path(__file__).parents[1]
 AXES = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
 RED = Concept("red", "violence", ("red", "white"), threshold=0.9)
 
@@ -122,6 +125,15 @@ def test_concepts_round_trip(tmp_path):
     concepts = [RED, Concept("b", "stand_in", ("blue",), allowed=(("red", "white"), ("green",)), action="flag")]
     write_concepts(tmp_path / "c.yaml", concepts)
     assert read_concepts(tmp_path / "c.yaml") == concepts
+
+
+@pytest.mark.parametrize("name", ["shapes", "emoji"])
+def test_shipped_concepts_are_read_and_wait_for_their_thresholds(name):
+    found = read_concepts(ROOT / "configs" / f"concepts_{name}.yaml")
+    assert {concept.action for concept in found} == {"block", "blur", "flag"}
+    for concept in found:
+        assert concept.threshold is None and concept.name in concept.phrasings[0]
+        assert name != "shapes" or concept.name in {f"{colour} {shape}" for colour in COLOURS for shape in SHAPES}
 
 
 @pytest.mark.parametrize("text", [

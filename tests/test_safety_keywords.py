@@ -36,7 +36,7 @@ def found(lexicon: Lexicon, text: str) -> set[tuple[int, int]]:
     ("r\u0301e\u0327\u0308d\u20dd", "red", ()),                          # marks, also enclosing ones
     ("r\u0435d", "red", ("lookalike",)),                                 # one Cyrillic letter in a Latin word
     ("\u0440\u0435\u0434\u0430\u043a\u0442", "\u0440\u0435\u0434\u0430\u043a\u0442", ()),  # a Russian word stays
-    ("(red:1.3) [star] {a|b}", "red star a | b", ()),
+    ("(red:1.3) [star] {a|b}", "red star a|b", ()),
     ("red <lora:some_style:0.8> star", "red   star", ()),
     ("stra\u00dfe", "strasse", ()),
     ("caf\u00e9", "cafe", ()),
@@ -80,6 +80,8 @@ def test_expansion_is_capped():
     "z*rbic", "zo**ic", "zor#ic", "z\u200borbic", "z\u043erbic", "z\u0301orbic", "\uff5a\uff4f\uff52\uff42\uff49\uff43",
     "\u24e9\u24de\u24e1\u24d1\u24d8\u24d2", "(zor)bic", "(zorbic:1.4)", "[zorbic|star]", "zor bic", "zo rbic", "cibroz",
     "superzorbical", "star,zorbic,red", "z_o_r_b_i_c", "zorb!c", "zor\u0431ic", "zorbics", "\U0001f1ff\U0001f1f4rbic",
+    "grump|e snatch", "z.o.r|zorbic", "g r u m p l e 5natch", "gr*mple s.n.a.t.c.h",
+    "gruuumple s n a t c h", "elpmurg hctans",
     "z\u1d0fr\u0299\u026a\u1d04", "zo\u2028rbic", "{zorbic}", "z'orbic", "zorbic's",
 ])
 def test_a_term_is_found_in_disguise(lexicon, text):
@@ -89,7 +91,8 @@ def test_a_term_is_found_in_disguise(lexicon, text):
 @pytest.mark.parametrize("text", [
     "a red star", "flumquater crossing", "zorbicide", "little balloon letter", "over gravel", "committee pushing",
     "a.b.c.d", "3d 4k 8k f/1.8 35mm", "star*red", "grumple", "snatch", "zor", "bic", "b l i", "bl",
-    "", "   ", "\U0001f600", "\udc80", "!!!", "*" * 50, "a " * 500,
+    "", "   ", "\U0001f600", "\udc80", "!!!", "*" * 50, "a " * 500, "red|blue", "1998", "2024 2025", "||||",
+    "l1ttle ball00n", "l.i.t.t.l.e",
 ])
 def test_harmless_text_is_not(lexicon, text):
     assert found(lexicon, text) == set()

@@ -50,6 +50,7 @@ def test_it_learns_what_it_was_told_and_lets_the_rest_through(run, folder):
         for word in words:
             decision = gate.check(f"a {word} tree")
             assert decision.action in ("flag", "block") and decision.category == category
+    assert all((limit.block > 1) == (name not in BAD) for name, limit in gate.artefact.policy.limits.items())
     assert gate.check("zorbic").category == "hate" and gate.check("zorbic").action == "block"
     assert gate.artefact.lexicon.term("quandle") == (HEADS.index("harassment"), 2, False)
     calm = [row.text for row in read_corpus([folder]).rows if row.split == "test" and row.source == "captions"]

@@ -25,7 +25,7 @@ from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.pretrained_folder import read_clip_folder
 from model.text_encoder import TextEncoderConfig
 from training.checkpoint import CheckpointError, file_hash, load_weights, save_weights, write_text
-from training.clip_texts import Substitutes, shortened
+from training.clip_texts import Substitutes, said, shortened
 from training.config import from_dict, to_dict
 from training.device import autocast_dtype, frozen, placed
 from training.distributed import ALONE, Processes
@@ -154,16 +154,17 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
 
     def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
         rng = np.random.default_rng([config.seed, position])
-        texts = shortened(part.of_read(read.captions), config.parts, rng)
+        told = part.of_read(read.captions)
+        texts = shortened(told, config.parts, rng)
         wrong = [substitutes.wrong(text, rng) for text in texts] if substitutes else []
         table = logits(model, to_unit(part.of_read(read.images)), texts + wrong)  # (B, B) or (B, 2B)
-        return {"loss": contrastive_loss(table.float(), same(texts, texts + wrong))}
+        return {"loss": contrastive_loss(table.float(), said(told, texts + wrong))}
 
     @torch.no_grad()
     def validate(model: Clip) -> dict[str, float]:
         vectors = ClipVectors(model, tokenizer, "")
         x, y = vectors(held_out), vectors.texts(captions)
-        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, same(captions, captions))
+        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, said(captions, captions))
         return {"loss": float(loss), "recall_1": float((caption_ranks(x, y, captions) == 0).float().mean())}
 
     def preview(model: Clip, step: int) -> None:
@@ -187,13 +188,6 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
     run.record(clip={"validation_loss": round(measured["loss"], 5), "recall_1": round(measured["recall_1"], 4),
                      "pairs": count, "seed": config.seed, "parameters": sum(p.numel() for p in model.parameters()),
                      "bf16": autocast_dtype(config.train.precision, device) is not None})
-
-
-def same(captions: Sequence[str], others: Sequence[str]) -> Tensor:
-    """bool (B, T): which captions are equal to which others."""
-    numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *others]))}
-    rows, columns = (torch.tensor([numbers[text] for text in texts]) for texts in (captions, others))
-    return rows[:, None] == columns
 
 
 def substitutes_of(source: Source) -> Substitutes:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import torch
 
 JOINTS = re.compile(r"(?:,|:|;| and| with| in| inside| on| above| below| beside| next to| under| over| of"
                     r"| (?:to the )?(?:left|right) of)(?= )")
@@ -54,9 +55,19 @@ class Substitutes:
 
 
 def shortened(captions: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
-    """The captions, a ``share`` of them cut down to one of their parts."""
+    """The captions, a ``share`` of them cut down to one of their parts, half of those without the article before it."""
     found = []
     for caption, draw in zip(captions, rng.random(len(captions))):
         parts = parts_of(caption) if draw < share else [caption]
-        found.append(parts[int(rng.integers(len(parts)))])
+        text = parts[int(rng.integers(len(parts)))]
+        first, _, rest = text.partition(" ")
+        found.append(rest if draw < share / 2 and first in SMALL and " " in rest else text)
     return found
+
+
+def said(captions: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
+    """bool (B, T): which texts stand in which captions, word for word. Such a text is no wrong answer for the picture:
+    of a hundred scenes some have "a red star" in them beside that whose part it is."""
+    padded = [f" {re.sub(r'[,:;.]', ' ', text)} ".replace("  ", " ") for text in captions]
+    sought = {text: f" {re.sub(r'[,:;.]', ' ', text).strip()} ".replace("  ", " ") for text in texts}
+    return torch.tensor([[sought[text] in caption for text in texts] for caption in padded])

@@ -71,7 +71,8 @@ def spans(plain: str) -> Iterable[str]:
 
 def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str], names: set[str]) -> list[Term]:
     """Terms with category and level. One that harmless training text uses, or that is a name, is a mere signal; one
-    that a rater calls severe and many lists agree on keeps its level. Endings are added where that makes no word."""
+    that a rater calls severe and many lists agree on keeps its level. Endings, and the letters that the signs of a
+    listed term stand for, are added where that makes no word."""
     used: Counter[str] = Counter()
     candidates = {normalize(term.text).plain for term in listed}
     for row in harmless:
@@ -89,12 +90,13 @@ def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str]
         if used[plain] >= 2 or plain in names or len(plain) < 3:
             level = SIGNAL
         if level > (found[plain].level if plain in found else 0):
-            found[plain] = Term(plain, HEADS.index(category), level, inside=plain not in words or len(plain) >= 6)
-    for one in list(found.values()):
-        for ending in ENDINGS:
-            longer = one.text + ending
-            if one.level == BLOCK and " " not in one.text and longer not in words and longer not in found:
-                found[longer] = Term(longer, one.category, one.level, inside=False)
+            found[plain] = Term(plain, HEADS.index(category), level, inside=True)
+    for one in [term for term in found.values() if term.level == BLOCK and " " not in term.text]:
+        read = [] if one.text.isalpha() else [reading.text for reading in normalize(one.text).readings
+                                              if reading.kind == "signs" and len(reading.text) >= 4]
+        for other in [*(one.text + ending for ending in ENDINGS), *read]:
+            if other not in words and other not in names and other not in found:
+                found[other] = Term(other, one.category, one.level, inside=False)
     return list(found.values())
 
 
@@ -125,8 +127,9 @@ def limits_within(groups: dict[str, np.ndarray], budget: dict[str, float], categ
     return limits(low)
 
 
-def fitted_limits(head: PromptHead, dev: list[Row], config: "ModeratorStage") -> dict[str, Limits]:
-    """Limits of every category by the false-positive budget on harmless development text."""
+def fitted_limits(head: PromptHead, dev: list[Row], config: "ModeratorStage", learned: set[str]) -> dict[str, Limits]:
+    """Limits of every category by the false-positive budget on harmless development text; NEVER for a category that is
+    not among the ``learned``: a score that was taught no example means nothing."""
     harmless = [row for row in dev if row.harmless]
     scores = scores_of(head, harmless)
     names = {name: [i for i, row in enumerate(harmless) if row.source == name] for name in config.budget}
@@ -134,9 +137,9 @@ def fitted_limits(head: PromptHead, dev: list[Row], config: "ModeratorStage") ->
     budget = {name: config.budget[name] for name in groups}
     if not groups:  # text of other files: all of it under the strictest budget
         groups, budget = {"all": scores}, {"all": min(config.budget.values())}
-    block = limits_within(groups, budget, BLOCKING)
+    block = limits_within(groups, budget, tuple(name for name in BLOCKING if name in learned))
     wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
-    flag = limits_within(groups, wider, HEADS)
+    flag = limits_within(groups, wider, tuple(name for name in HEADS if name in learned))
     return {name: Limits(float(min(flag[i], block[i])), float(block[i])) for i, name in enumerate(HEADS)}
 
 
@@ -163,10 +166,11 @@ def assembled(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
     words = WordFilter.build(sorted(known))
     lexicon = Lexicon.build(terms, words)
     minors = Lexicon.build([Term(term, MINORS, SIGNAL, inside=False) for term in MINOR_TERMS], words, 2**12)
-    limits = fitted_limits(head, parts["dev"], config)
+    learned = {name for row in parts["train"] for name, value in row.labels.items() if value}
+    limits = fitted_limits(head, parts["dev"], config, learned)
     settings = {"head": asdict(head.config), "limits": {name: asdict(value) for name, value in limits.items()},
                 "minors": minors_limit(head, parts["train"] + parts["dev"], minors, config.minors_budget,
-                                       limits["sexual"].flag),
+                                       min(1.0, limits["sexual"].flag)),
                 "policy": VERSION,
                 "terms": dict(Counter(("", "signal", "flag", "block")[term.level] for term in terms))}
     return tensors_of(head, lexicon, minors), settings

@@ -43,6 +43,19 @@ def disguised(word: str, random: np.random.Generator) -> str:
     return ways[random.integers(len(ways))]()
 
 
+def misspelt(word: str, random: np.random.Generator) -> str:
+    """A word with a letter dropped, doubled, or swapped with the next: what somebody tries who is refused."""
+    place = int(random.integers(1, len(word)))
+    return (word[:place] + word[place + 1:], word[:place] + word[place] + word[place:],
+            word[:place - 1] + word[place] + word[place - 1] + word[place + 1:])[random.integers(3)]
+
+
+def with_misspellings(text: str, random: np.random.Generator) -> str:
+    """A text in which a fifth of the longer words is misspelt."""
+    return " ".join(misspelt(word, random) if len(word) > 3 and random.random() < 0.2 else word
+                    for word in text.split())
+
+
 def with_disguises(text: str, random: np.random.Generator) -> str:
     """A text in which a quarter of the longer words is disguised."""
     return " ".join(disguised(word, random) if len(word) > 3 and random.random() < 0.25 else word
@@ -50,9 +63,10 @@ def with_disguises(text: str, random: np.random.Generator) -> str:
 
 
 def varied(text: str, styles: Sequence[str], random: np.random.Generator) -> str:
-    """A variation of a text: short ones in a carrier, half of the others with a style, a tenth disguised."""
+    """A variation of a text: short ones in a carrier, half with a style, a tenth disguised, a third misspelt."""
     if len(text.split()) <= 4:
         text = carried(text, random)
     if styles and random.random() < 0.5:
         text = styled(text, styles[int(random.integers(len(styles)))])
-    return with_disguises(text, random) if random.random() < 0.1 else text
+    draw = random.random()
+    return with_disguises(text, random) if draw < 0.1 else with_misspellings(text, random) if draw < 0.43 else text

@@ -54,7 +54,7 @@ class ModeratorStage:
     batch: int = 256
     learning_rate: float = 5e-3
     dropout: float = 0.3
-    forget: float = 0.4
+    forget: float = 0.65
     kept: dict[str, float] = field(default_factory=lambda: {"captions": 0.4})
     variations: int = 1
     twins: int = 32
