@@ -30,8 +30,10 @@ from training.moderation_encoder import EncoderHead
 from training.run import RunFolder
 
 CONCEPTS = "concepts.yaml"  # of a run folder
+KNOWN = 1024  # decisions on prompts that are kept: a grid asks the same again and again
 OFF = "moderation is off: neither prompts nor pictures are checked"
 _log = logging.getLogger(__name__)
+_log.addHandler(logging.NullHandler())  # who calls this prints what a person must see
 
 
 class Refused(ValueError):
@@ -86,6 +88,16 @@ class Moderation:
         gate = PromptGate.load(weights, mode=mode, audit=audit, encoder=encoder_of(run) if run is not None else None)
         return cls(gate, pictures, mode, audit, learned)
 
+    @classmethod
+    def of_run(cls, run: str | Path, mode: Mode = "block", concepts: str | Path | None = None,
+               clip: str | Path | None = None, audit: AuditLog | None = None,
+               device: torch.device | str = "cpu") -> "Moderation":
+        """The moderation of a run folder: its own weights, head and concepts where it has them, judged by its own CLIP
+        where no other is named. Raises as ``load`` does."""
+        own = Path(run) / CONCEPTS
+        concepts = concepts or (own if own.is_file() else None)
+        return cls.load(mode, weights_of(Path(run)), concepts, clip or run, audit, device, run=run)
+
     def of_prompt(self, parts: Sequence[Prompt | str], negatives: Sequence[Prompt | str] = (),
                   tokenizer: Any = None) -> Decision:
         """The most severe decision on the parts of one prompt (several in a blend) and its negative prompts; never
@@ -93,16 +105,21 @@ class Moderation:
         if self.gate is None:
             return Decision("allow", reason="off")
         key = tuple(parts), tuple(negatives)
-        if key not in self._known:
-            try:
-                texts = conditioned_texts(parts, tokenizer, self.learned)
-                opposite = [text for text in conditioned_texts(negatives, tokenizer, self.learned) if text.strip()]
-            except Exception as error:  # whatever breaks must not let a prompt through
-                _log.error("moderation failed: %s", type(error).__name__)
-                return refusal(f"moderation failed ({type(error).__name__})")
-            found = [self.gate.check_all(texts), *([self.gate.check_all(opposite, negative=True)] if opposite else [])]
-            self._known[key] = worst(found)
-        return self._known[key]
+        if key in self._known:
+            return self._known[key]
+        try:
+            texts = conditioned_texts(parts, tokenizer, self.learned)
+            opposite = [text for text in conditioned_texts(negatives, tokenizer, self.learned) if text.strip()]
+        except Exception as error:  # whatever breaks must not let a prompt through
+            _log.error("moderation failed: %s", type(error).__name__)
+            return refusal(f"moderation failed ({type(error).__name__})")
+        found = worst([self.gate.check_all(texts),
+                       *([self.gate.check_all(opposite, negative=True)] if opposite else [])])
+        if self.audit is None and found.reason in ("rule", "score"):  # a log has a line each time, a failure may pass
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[key] = found
+        return found
 
     def of_images(self, images: torch.Tensor, prompts: Sequence[str] | None = None) -> list[Decision]:
         """A decision for each picture uint8 (B, 3, H, W), all "allow" where no concepts are given. ``prompts`` are what

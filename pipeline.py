@@ -26,7 +26,7 @@ from model.pretrained_folder import read_diffusers_folder, write_diffusers_folde
 from model.pretrained_single import read_single_file
 from model.text_encoder import TextEncoder
 from model.unet import UNet
-from moderation import Moderation, Refused, shown, weights_of, worst
+from moderation import Moderation, Refused, shown, worst
 from prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
 from safety.policy import Decision, Mode
 from training.checkpoint import file_hash, load_weights
@@ -74,9 +74,9 @@ class TextToImage:
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu",
              moderation: Mode | None = "block") -> "TextToImage":
-        """The system of a run folder, which refuses harmful prompts unless ``moderation`` says otherwise (None: the
-        caller asks, or draws captions of a data set). Raises ConfigError naming a stage that is not finished, and
-        CheckpointError or ArtefactError naming a file that is damaged."""
+        """The system of a run folder, which refuses harmful prompts, and pictures that its concepts forbid, unless
+        ``moderation`` says otherwise (None: the caller asks, or draws captions of a data set). Raises ConfigError
+        naming a stage that is not finished, and CheckpointError or ArtefactError naming a file that is damaged."""
         run = RunFolder.open(path)
         run.require("tokenizer", "autoencoder", "denoiser")
         experiment = load_experiment(run.path / "config.yaml")
@@ -90,8 +90,7 @@ class TextToImage:
         system = cls(experiment, tokenizer, text_encoder, unet, autoencoder)
         system.files = {"tokenizer": run.path / "tokenizer.json",
                         **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
-        system.moderation = (Moderation.load(moderation, weights_of(run.path), run=run.path) if moderation
-                             else None)
+        system.moderation = Moderation.of_run(run.path, moderation, device=device) if moderation else None
         return system
 
     @classmethod

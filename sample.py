@@ -33,7 +33,7 @@ from sampling.files import png_bytes, save_bytes
 from sampling.options import REFINEMENTS, load_system, moderation_of, parse, read_prompts, requests_of
 from sampling.request import Request, settings_of
 from sampling.results import Gate, grey, softened
-from sampling.sheets import SHOWN, save_attention, save_frames, save_overview
+from sampling.sheets import SHOWN, frames_of, save_attention, save_frames, save_overview
 from sampling.verify import shared_settings, sources_of, verified
 
 REFUSED = 5  # exit code, as that of `python -m safety check`
@@ -104,7 +104,9 @@ def draw_and_save(system: TextToImage, requests: list[Request], sources: Sources
                 gate.results.add(number, request, decision, stage, path)
                 kept[number] = image
                 if trace and decision.action != "blur":
-                    save_frames(system, trace, place, options.frames, path)
+                    frames, labels = frames_of(system, trace, place, options.frames, sources)
+                    if gate.may_show(frames, number, request):
+                        save_frames(frames, labels, path)
                 if maps and decision.action != "blur":
                     save_attention(system, request, maps, place, image, path)
             for number in [k for k in kept if k >= SHOWN and not options.xy]:
@@ -143,7 +145,8 @@ def sample(options: argparse.Namespace) -> int:
     if images is None:
         print(f"nothing was drawn: all of {len(requests)} refused; see {gate.results.path}", file=sys.stderr)
         return REFUSED
-    overview = save_overview(images, requests, options.xy, source.name, out, sources.image)
+    given = None if sources.image is None else softened(sources.image, gate.given)
+    overview = save_overview(images, requests, options.xy, source.name, out, gate.refused, given)
     refused = f" ({gate.results.refused} refused, see {gate.results.path.name})" if gate.results.refused else ""
     print(f"{len(requests) - gate.results.refused} pictures and {overview.name} in {out}{refused}")
     return 0

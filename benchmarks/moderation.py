@@ -66,7 +66,7 @@ def ranking_rows(judged: Judged, scores: np.ndarray, share: float) -> list[list[
         p, n = scores[positives], scores[near]
         rows.append([name, str(len(positives)), str(len(near)), shown(auc, p, n), shown(auc, p, scores[negatives]),
                      shown(lambda a, b: recall_at(a, b, 0.01), p, n), shown(lambda a, b: recall_at(a, b, 0.05), p, n),
-                     f"{auc(judged.length[positives], judged.length[near]):.2f}"])
+                     shown(auc, judged.length[positives].astype(float), judged.length[near].astype(float))])
     return rows
 
 
@@ -111,8 +111,8 @@ def calibration_rows(judged: Judged) -> list[list[str]]:
         if len(ones) < 10:
             continue
         even = np.concatenate([ones, random.choice(zeros, min(len(ones), len(zeros)), replace=False)])
-        rows.append([name, f"{calibration_error(scores[known], labels[known]):.3f}",
-                     f"{calibration_error(scores[even], labels[even]):.3f}"])
+        rows.append([name, *(shown(lambda both: calibration_error(both[:, 0], both[:, 1]),
+                                   np.stack([scores[places], labels[places]], axis=1)) for places in (known, even))])
     return rows
 
 
@@ -146,6 +146,8 @@ def own_csv(path: Path) -> list[Row]:
         raise ValueError(f"{path}: header {list(lines[0]) if lines else 'of nothing'}; valid: text,label,category")
     rows = []
     for number, line in enumerate(lines):
+        if line["label"] is None or line["text"] is None or not line["text"].strip():
+            raise ValueError(f"{path}, line {number + 2}: no text or no label; valid: text,label,category")
         harmful = line["label"].strip() in ("1", "1.0", "true", "harmful")
         name = ALIASES.get((line.get("category") or "").strip(), "")
         labels = {name: 1.0} if harmful and name else {"": 1.0} if harmful else dict.fromkeys(HEADS, 0.0)
@@ -153,21 +155,34 @@ def own_csv(path: Path) -> list[Row]:
     return rows
 
 
-def report_csv(gate: PromptGate, path: Path) -> None:
-    """The figures of somebody's own text."""
-    judged = Judged(gate, own_csv(path))
-    negatives, rows = judged.places(harmless=True), []
-    for topic in sorted({row.topic for row in judged.rows if row.harmful}) + [""]:
-        positives = np.array([i for i in judged.places(topic=topic) if judged.rows[i].harmful], int)
-        near = negatives[matched(judged.length[positives], judged.length[negatives])]
-        p, n = judged.score["all"][positives], judged.score["all"][near]
-        blocked = (judged.action[positives] == "block").astype(float)
-        rows.append([topic or "all", str(len(p)), str(len(n)), shown(auc, p, n),
-                     shown(auc, p, judged.score["all"][negatives]),
-                     shown(lambda a, b: recall_at(a, b, 0.01), p, n), shown(np.mean, blocked, percent=True)])
-    print(table(("category", "harmful", "harmless", "AUC, lengths matched", "AUC, unmatched", "recall at 1 %",
-                 "blocked"), rows))
-    print(table(("harmless text", "number", "blocked", "flagged"), share_rows(judged)))
+def report_csv(gate: PromptGate, path: Path, options: argparse.Namespace) -> None:
+    """The figures of somebody's own text: by category, by what decides, calibration, harmless text."""
+    rows = own_csv(path)
+    judged = Judged(gate, rows)
+    negatives = judged.places(harmless=True)
+    if len(negatives) < 10 or len(negatives) == len(rows):
+        raise ValueError(f"{path}: {len(rows) - len(negatives)} harmful and {len(negatives)} harmless texts; valid: at "
+                         "least one and ten")
+
+    def line(name: str, found: Judged, part: str, topic: str) -> list[str]:
+        score = found.score[part]
+        positives = np.array([i for i in found.places(topic=topic) if found.rows[i].harmful], int)
+        near = negatives[matched(found.length[positives], found.length[negatives])]
+        near = near if len(near) else negatives
+        p, n = score[positives], score[near]
+        blocked = (found.action[positives] == "block").astype(float)
+        return [name, str(len(p)), str(len(n)), shown(auc, p, n), shown(auc, p, score[negatives]),
+                shown(lambda a, b: recall_at(a, b, 0.01), p, n), shown(lambda a, b: recall_at(a, b, 0.05), p, n),
+                shown(np.mean, blocked, percent=True)]
+
+    header = ("harmful", "harmless", *RANKING[3:7], "blocked")
+    topics = sorted({row.topic for row in rows if row.harmful})
+    print(table(("category", *header), [line(topic or "none", judged, "all", topic) for topic in topics]))
+    others = [line(name, Judged(PromptGate.load(weights), rows), "all", "") for name, weights in options.more]
+    print("\n" + table(("what decides", *header),
+                       [*(line(part, judged, part, "") for part in (*PARTS, "length")), *others]))
+    print("\n" + table(("harmless text", "number", "blocked", "flagged"), share_rows(judged)))
+    print("\n" + table(("calibration error", "all text", "half harmful"), calibration_rows(judged)))
 
 
 ABLATION = ("what decides", "twins", "AUC", "ordered right", "where not longer", "blocked", *list(TOPICS)[:4])
@@ -263,7 +278,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     gate = PromptGate.load(options.weights)
     if options.csv:
-        report_csv(gate, options.csv)
+        report_csv(gate, options.csv, options)
     elif options.data:
         report(gate, read_corpus(options.data), options)
     else:

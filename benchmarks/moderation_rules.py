@@ -9,6 +9,7 @@ from benchmarks.moderation_obfuscation import KINDS, obfuscated
 from safety.gate import PromptGate
 from safety.keywords import BLOCK
 from safety.normalize import normalize
+from training.moderation_artefact import PLURALS
 from training.moderation_augment import disguised
 from training.moderation_text import Corpus
 
@@ -55,6 +56,7 @@ def trap_table(gate: PromptGate, corpus: Corpus) -> str:
     """Words of the dictionary that hold a severe term, and names: how many are blocked, by the rules and at all."""
     terms = [term for term in severe_terms(gate, corpus) if " " not in term]
     listed = {normalize(term.text).plain for term in corpus.terms}
+    listed |= {term + ending for term in listed for ending in PLURALS}  # a plural is no innocent word
     traps = sorted(word for word in corpus.words | corpus.names if word.isalpha() and len(word) <= 25
                    and word not in listed and any(term in word for term in terms))
     names = sorted(corpus.names)[::7]

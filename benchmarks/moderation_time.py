@@ -18,7 +18,7 @@ USUAL = ("a red star above a blue circle", "a photo of a dog on a beach",
          "a cinematic portrait of an old fisherman in a yellow raincoat, dramatic light, 35mm, highly detailed",
          "isometric view of a tiny workshop full of clocks, warm light, soft shadows, 4k, (masterpiece:1.2)")
 REPEATED = ("a*b ", "z.", "e\u0301", "aab ", "a b ", "\ufdfa", "(a:1.2)", "1!", "\u0591\u05b0", "x", "qu-ik ",
-            "\u0430b ")
+            "\u0430b ", "(1:1", "abot1@e5")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 

@@ -82,9 +82,9 @@ def shown(decision: Decision, as_json: bool) -> str:
             f"{decision.reason}" + (f"\n       {decision.message}" if decision.action != "allow" else ""))
 
 
-def image_decisions(options: argparse.Namespace) -> list[Decision]:
-    """Decisions on the pictures of files, each scaled to the size that its CLIP sees; raises ValueError or OSError for
-    what is missing or damaged."""
+def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list[Decision]:
+    """Decisions on the pictures of files, each scaled to the size that its CLIP sees, those that are not allowed in the
+    log; raises ValueError or OSError for what is missing or damaged."""
     from data.source import to_unit
     from moderation import CONCEPTS, image_moderator  # torch models are loaded only where pictures are judged
     from sampling.files import read_picture
@@ -93,7 +93,11 @@ def image_decisions(options: argparse.Namespace) -> list[Decision]:
         raise ValueError("--image needs --run DIR, a run folder with the stage clip and its concepts")
     concepts = options.concepts or options.run / CONCEPTS
     moderator = image_moderator(concepts, options.clip or options.run, options.mode)
-    return [moderator.check(to_unit(read_picture(path)[None]))[0] for path in options.image]
+    found = [moderator.check(to_unit(read_picture(path)[None]))[0] for path in options.image]
+    for path, decision in zip(options.image, found):
+        if audit is not None and decision.action != "allow":
+            audit.write(path.name, "image", decision)
+    return found
 
 
 def calibrate(options: argparse.Namespace) -> int:
@@ -109,14 +113,16 @@ def calibrate(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Print a decision for each text; the exit code of the most severe."""
+    if (options.log is None) != (options.key is None):
+        raise ValueError("--log and --key are given together")
+    audit = AuditLog(options.log, read_key(options.key)) if options.log else None
     if options.image:
         if options.texts or options.file:
             raise ValueError("--image with texts; valid: one of them")
-        decisions = image_decisions(options)
+        if options.negative:
+            raise ValueError("--negative with --image; valid: with texts")
+        decisions = image_decisions(options, audit)
     else:
-        if (options.log is None) != (options.key is None):
-            raise ValueError("--log and --key are given together")
-        audit = AuditLog(options.log, read_key(options.key)) if options.log else None
         gate = gate_of(options, mode=options.mode, audit=audit)
         decisions = [gate.check(text, options.negative) for text in texts_of(options)]
     for decision in decisions:

@@ -27,8 +27,11 @@ class AuditError(ValueError):
 
 
 def new_key(path: str | Path) -> None:
-    """Write 32 random bytes, readable by the owner only. Raises FileExistsError when there is a key."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """Write 32 random bytes, readable by the owner only. Raises AuditError where there is a file already."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise AuditError(f"audit key {path}: there is one, and it is never replaced; valid: a new name") from None
     with os.fdopen(handle, "wb") as file:
         file.write(secrets.token_bytes(32))
 
@@ -130,7 +133,8 @@ class AuditLog:
         before, count = START, 0
         for path in [*map(self._older, numbers), self.path]:
             for number, line in _lines(path):
-                if not (cut and count == 0) and not hmac.compare_digest(line["chain"], _chain(self._key, before, line)):
+                if not (cut and count == 0) and not hmac.compare_digest(
+                        line["chain"].encode("utf-8", "replace"), _chain(self._key, before, line).encode()):
                     raise AuditError(f"{path}: line {number} was changed, or lines before it were removed")
                 before, count = line["chain"], count + 1
         return count
@@ -144,7 +148,7 @@ def _chain(key: bytes, before: str, line: dict) -> str:
 def _parsed(text: str, path: Path, number: int) -> dict:
     try:
         line = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         line = None
     if not isinstance(line, dict) or sorted(line) != sorted(FIELDS) or not isinstance(line["chain"], str):
         raise AuditError(f"{path}: {f'line {number}' if number else 'the last line'} is no line of this log")

@@ -39,7 +39,8 @@ class Concept:
             raise ValueError(f"{self.name}: category '{self.category}'; valid: {', '.join(CATEGORIES)}, stand_in")
         if not self.phrasings or not all(isinstance(text, str) and text.strip() for text in self.phrasings):
             raise ValueError(f"{self.name}: phrasings: valid: at least one text, none of them empty")
-        if any(not neighbour for neighbour in self.allowed):
+        if not all(neighbour and all(isinstance(text, str) and text.strip() for text in neighbour)
+                   for neighbour in self.allowed):
             raise ValueError(f"{self.name}: allowed: valid: lists of phrasings, none of them empty")
         if self.action not in ACTIONS[1:]:
             raise ValueError(f"{self.name}: action '{self.action}'; valid: {', '.join(ACTIONS[1:])}")
@@ -163,10 +164,12 @@ class ImageModerator:
     def _decision(self, row: torch.Tensor, limits: torch.Tensor) -> Decision:
         if not torch.isfinite(row).all():
             return refusal("the score of the picture is not a number")
-        over = row - limits
-        place = int(over.argmax())
+        over = (row - limits).tolist()
+        # of those over their thresholds the most severe one decides, of equals the one that is farthest over
+        place = max(range(len(over)), key=lambda i: (
+            ACTIONS.index(self.concepts[i].action) if over[i] > 0 else -1, over[i]))
         concept, score = self.concepts[place], float(row[place])
-        action = in_mode(concept.action, self.mode) if float(over[place]) > 0 else "allow"
+        action = in_mode(concept.action, self.mode, concept.category) if over[place] > 0 else "allow"
         category = concept.category if concept.category in CATEGORIES else ""
         return Decision(action, category, score, float(limits[place]), f"concept {concept.name}",
                         scores={c.name: float(value) for c, value in zip(self.concepts, row)})

@@ -157,8 +157,9 @@ class Lexicon:
             return None
         return self._terms.get(_key(text))
 
-    def matches(self, normalized: Normalized) -> list[Match]:
-        """Every listed term in the words of the text and in its bolder readings, which find blocking terms only."""
+    def matches(self, normalized: Normalized, bold: bool = False) -> list[Match]:
+        """Every listed term in the words of the text and in its bolder readings, which find blocking terms only, or all
+        of them where ``bold``."""
         found = {(category, level, "words", span): None for category, level, span in self._in_words(normalized.plain)}
         owners = [reading for reading in normalized.readings if reading.whole]
         spans = [reading.text for reading in owners]
@@ -170,7 +171,7 @@ class Lexicon:
             owners.append(reading)
         for place in self._possible([zlib.crc32(span.encode("ascii", "replace")) for span in spans]):
             hit, reading = self._terms.get(_key(spans[place])), owners[place]
-            if hit and (hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
+            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
                 found[hit[0], hit[1], reading.kind, spans[place]] = None
         return [Match(*key) for key in found]
 
@@ -200,10 +201,6 @@ class Lexicon:
                     found.append((start, size, (hit[0], hit[1], span)))
             code = list(map(zlib.crc32, spaced[size:], code))  # goes on from word to word
         return [one for _, _, one in sorted(found)]
-
-    def words_in(self, plain: str) -> bool:
-        """Whether a term stands in the words of ``plain`` as they are."""
-        return bool(self._in_words(plain))
 
     def _stems(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
         """Spans of readings whose first letters are those of a term that counts inside other words."""

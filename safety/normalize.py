@@ -17,6 +17,7 @@ from safety.lookalikes import LOOKALIKES
 T = TypeVar("T")
 LONGEST = 2000  # characters of a prompt; more is refused
 MOST_DISGUISED = 50  # words that are no plain words; of 34,400 prompts and captions the worst has 39
+READ = 64  # letters of a piece without spaces that are read at once
 CLEAR = 5  # letters from which on signs that make a word of the dictionary leave no doubt
 WILD = "*"  # stands for one letter that is not known
 
@@ -57,9 +58,11 @@ _BETWEEN = b"abcdefghijklmnopqrstuvwxyz.,-_~/"  # letters, and what may stand be
 _SIGNS = tuple(map(_bytes_table, (_LEET, _LEET_LINE, _LEET_L)))
 _WILDS = (_SIGNS[0][0], _bytes_table(_LEET_WILD)[0], _AS_WRITTEN)
 
-_NETWORK = re.compile(r"<(?:lora|lyco|hypernet)\s*:[^<>]{0,100}>", re.IGNORECASE)
-_WEIGHT = re.compile(r":\s*[-+]?\d*\.?\d+\s*(?=[)\]}])")
+_NETWORK = re.compile(r"<\s{0,9}(?:lora|lyco|hypernet)\s{0,9}:", re.IGNORECASE)  # its name is read: so does the model
+_WEIGHT = re.compile(r":\s{0,9}[-+]?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})\s{0,9}(?=[)\]}>])")
 _BRACKETS = re.compile(r"\\?[()\[\]{}<>]")
+_GLUE = re.compile(r"\\?[()\[\]{}<>]|['\u2019](?!(?:s|t|re|ve|m|ll|d)\b)")
+_BETWEEN_PARTS = re.compile(r"[|,;:/\\&=.-]+")
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 _STRANGE = re.compile(r"[^a-z,.;:?\"'\u2019]|[a-z][,.;:?\"][a-z]|([a-z])\1")
 _LATIN = re.compile("[a-z]")
@@ -109,11 +112,21 @@ def folded(text: str, longest: int = LONGEST) -> tuple[str, tuple[str, ...]]:
         if len(shown) != len(text):
             notes.append("invisible")
         # marks go before NFKC too: a thousand of them on one letter would be sorted in quadratic time
-        text = unicodedata.normalize("NFKC", _unmarked(shown))[:longest]
+        text = unicodedata.normalize("NFKC", _unmarked(shown))
+        if len(text) > longest:  # to cut it would be to read less than the model does
+            raise TextError(f"prompt: {len(text)} characters once its signs are written out; valid: up to {longest}")
         text = _unmarked(unicodedata.normalize("NFD", text)).casefold()
         text, alike = _without_lookalikes(text)
         notes += ["lookalike"] * alike
-    return _BRACKETS.sub("", _WEIGHT.sub("", _NETWORK.sub(" ", text))), tuple(notes)
+    return _BRACKETS.sub("", _WEIGHT.sub("", _NETWORK.sub("<", text))), tuple(notes)
+
+
+def apart(text: str) -> str | None:
+    """The text with a space for each bracket, apostrophe and invisible sign, which ``folded`` deletes; None for a text
+    without any. A tokenizer parts words there: what is one word to a reader may be several to the model."""
+    shown = text if text.isascii() else text.translate(dict.fromkeys(_INVISIBLE, " "))
+    spaced = _GLUE.sub(" ", _WEIGHT.sub("", _NETWORK.sub("<", shown)))
+    return spaced if spaced != text else None
 
 
 def _unmarked(text: str) -> str:
@@ -131,6 +144,12 @@ def _without_lookalikes(text: str) -> tuple[str, bool]:
                 word, changed = read, True
         words.append(word)
     return " ".join(words), changed
+
+
+def latin(text: str) -> str:
+    """The words of a text that have a Latin letter in them as they are written."""
+    shown = unicodedata.normalize("NFKC", _unmarked(text.translate(_INVISIBLE)))[:LONGEST]
+    return " ".join(word for word in shown.split() if _LATIN.search(word.casefold()))
 
 
 def foreign(text: str) -> bool:
@@ -176,13 +195,12 @@ def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, lo
     known_pieces = {chunk: _piece(chunk, is_word) for chunk in dict.fromkeys(chunks)}
     pieces = [known_pieces[chunk] for chunk in chunks]
     disguised = [piece for piece in pieces if piece.found]
-    # a bar is a letter, or it stands between choices of which each may be disguised
-    choices = [part for chunk in known_pieces if "|" in chunk for part in chunk.split("|") if _STRANGE.search(part)]
-    if len(disguised) + len(choices) > MOST_DISGUISED:
-        raise TextError(f"prompt: {len(disguised) + len(choices)} words are written with signs or repeated letters; "
+    parts = [part for chunk in known_pieces for part in _parts(chunk)]
+    if len(disguised) + len(parts) > MOST_DISGUISED:
+        raise TextError(f"prompt: {len(disguised) + len(parts)} words are written with signs or repeated letters; "
                         f"valid: up to {MOST_DISGUISED}")
     readings = [reading for piece in disguised for reading in piece.found]
-    readings += [reading for part in choices for reading in _disguised(part, is_word)]
+    readings += [reading for part in parts for reading in _disguised(part, is_word)]
     plain = [word for piece in pieces for word in piece.plain]
     written = [word for piece in pieces for word in piece.written]  # without any sign read as a letter
     if written != plain:
@@ -208,6 +226,16 @@ def normalize(text: str, is_word: Callable[[str], bool] = lambda word: False, lo
         readings += [*_windows("reversed", some, unknown),
                      *_windows("reversed", every, [strange and len(word) > 2 for word, strange in zip(plain, unknown)])]
     return Normalized(" ".join(plain), notes, tuple(dict.fromkeys(readings)))
+
+
+def _parts(chunk: str) -> Iterator[str]:
+    """What stands between signs inside a piece without spaces, where that is disguised in its own right; and the parts
+    of one that is longer than ``_disguised`` reads, overlapping by more than the longest term."""
+    if not chunk.isalpha():
+        parts = [part for part in _BETWEEN_PARTS.split(chunk) if part]
+        if len(parts) > 1:
+            yield from (part for part in dict.fromkeys(parts) if len(part) > 2 and _STRANGE.search(part))
+    yield from (chunk[start:start + READ] for start in range(READ - 24, len(chunk) - 2, READ - 24) if len(chunk) > READ)
 
 
 def _words(chunk: str) -> tuple[str, ...]:
@@ -266,8 +294,7 @@ def _mixed(pieces: list[_Piece]) -> Iterator[Reading]:
 
 def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
     """Readings of one piece without spaces that is more than a word of letters."""
-    chunk = chunk[:64]  # no term is longer; keeps a wall of signs cheap
-    core = chunk.strip(",.;:?\"'\u2019")
+    core = chunk.strip(",.;:?\"'\u2019")[:READ]  # no term is longer; keeps a wall of signs cheap
     signs = core.encode("ascii", "replace")
     bare = signs.translate(None, _NO_LETTERS).decode()
     forms = {}
@@ -278,8 +305,10 @@ def _disguised(chunk: str, is_word: Callable[[str], bool]) -> Iterator[Reading]:
             read = signs.rstrip(b"!").translate(table, dropped).decode()
             if read and read != bare and read not in forms.values():
                 forms[f"signs{len(forms)}"] = read
-    # signs that make a longer word of the dictionary are read as that: other letters in their place are a bolder guess
-    plain_word = any(len(form) >= CLEAR and is_word(form) for kind, form in forms.items() if kind != "separated")
+    # signs inside a word that make a longer word of the dictionary are read as that: other letters in their place are a
+    # bolder guess. Signs around a word say nothing about it.
+    plain_word = core[:1].isalpha() and core[-1:].isalpha() and any(
+        len(form) >= CLEAR and is_word(form) for kind, form in forms.items() if kind != "separated")
     if plain_word:
         forms.pop("separated", None)
     elif len(bare) >= 3 and not signs.translate(None, _BETWEEN) and is_word(bare):

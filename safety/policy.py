@@ -122,10 +122,12 @@ class Policy:
         return getattr(self.limits[category], action)
 
 
-def in_mode(action: Action, mode: Mode) -> Action:
+def in_mode(action: Action, mode: Mode, category: str = "") -> Action:
     """What becomes of an action under a switch of the user: ``block`` changes nothing, ``blur`` and ``flag`` are the
-    most that is done, ``off`` lets everything through."""
+    most that is done, ``off`` lets everything through. What is never made stays blocked in all but ``off``."""
     if mode not in MODES:
         raise ValueError(f"moderation: '{mode}'; valid: {', '.join(MODES)}")
+    if category == CATEGORIES[MINORS] and mode != "off":
+        return action
     most = {"block": "block", "blur": "blur", "flag": "flag", "off": "allow"}[mode]
     return ACTIONS[min(ACTIONS.index(action), ACTIONS.index(most))]  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 import argparse
 import math
 import re
+import sys
 from pathlib import Path
 
 from diffusion.samplers import SAMPLERS
@@ -11,6 +12,7 @@ from pipeline import TextToImage, weaker, with_options
 from prompts import alternatives
 from safety.audit import AuditLog, read_key
 from safety.policy import MODES
+from safety.prompt import DEFAULT
 from sampling.request import (
     AXES,
     CHUNKS,
@@ -229,8 +231,9 @@ def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
 
 def moderation_of(options: argparse.Namespace, source: Path) -> Moderation:
     """The moderation that is asked for. Raises ValueError or OSError for a file that is missing or does not fit."""
-    own = source / CONCEPTS
-    concepts = options.concepts or (own if source.is_dir() and own.is_file() else None)
     audit = AuditLog(options.audit[0], read_key(options.audit[1])) if options.audit else None
-    clip = options.clip or (None if options.pretrained else source)
-    return Moderation.load(options.moderation, weights_of(source), concepts, clip, audit, default_device(), run=source)
+    if options.pretrained:  # what comes with weights of others does not decide what may be drawn with them
+        return Moderation.load(options.moderation, DEFAULT, options.concepts, options.clip, audit, default_device())
+    if weights_of(source) != DEFAULT:
+        print(f"moderation: by {weights_of(source)}, not by the weights that are shipped", file=sys.stderr)
+    return Moderation.of_run(source, options.moderation, options.concepts, options.clip, audit, default_device())

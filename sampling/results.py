@@ -26,9 +26,10 @@ class Gate:
         self.results = Results(out / RESULTS, moderation.checks)
         if moderation.mode == "off":
             print(f"warning: {OFF}", file=sys.stderr)
-        given = Decision("allow")
+        self.refused: set[int] = set()
+        self.given = given = Decision("allow")
         if sources.image is not None:
-            given = moderation.of_images(sources.image[None])[0]
+            self.given = given = moderation.of_images(sources.image[None])[0]
         silent = sources.refinements is not None  # an inversion may do without a prompt
         self.asked = [worst([asked(moderation, request, system, silent), given]) for request in requests]
         for number, (request, decision) in enumerate(zip(requests, self.asked)):
@@ -51,7 +52,15 @@ class Gate:
     def refuse(self, number: int, request: Request, decision: Decision, stage: str) -> None:
         """Say and write down that a request has no picture."""
         print(f"picture {number}: {decision.message}{reason_of(decision)}", file=sys.stderr)
+        self.refused.add(number)
         self.results.add(number, request, decision, stage, None)
+
+    def may_show(self, frames: torch.Tensor, number: int, request: Request) -> bool:
+        """Whether pictures on the way to one, uint8 (B, 3, H, W), may be written as they are; says so when not."""
+        found = worst(self.moderation.of_images(frames, [request.prompt] * len(frames)))
+        if found.action in ("blur", "block"):
+            print(f"frames of picture {number}: {found.message}{reason_of(found)}", file=sys.stderr)
+        return found.action not in ("blur", "block")
 
     def __enter__(self) -> "Gate":
         return self

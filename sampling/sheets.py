@@ -1,27 +1,34 @@
 """Pictures about pictures: frames on the way to x_0, attention maps, grids."""
+from collections.abc import Container
 from pathlib import Path
 
 import torch
 
-from data.source import to_uint8
 from eval.grid import axes_grid, grid, heated, save_gif, save_grid, save_sheet
 from model.attention_maps import AttentionMaps
 from pipeline import TextToImage
 from prompts import chunks_of
-from sampling.request import Request, described, parse_axis
+from sampling.draw import Sources, pictures
+from sampling.request import Axis, Request, described, parse_axis
 
+REFUSED = "refused"
 SHOWN = 256  # pictures of a grid; one of thousands is no picture to look at
 
 
-def save_frames(system: TextToImage, trace: list[torch.Tensor], number: int, count: int, path: Path) -> None:
-    """``count`` of the predictions x_0 (B, C, H, W) of picture ``number``, evenly chosen and the last one among them,
-    as a strip PNG and a GIF beside it."""
+def frames_of(system: TextToImage, trace: list[torch.Tensor], number: int, count: int,
+              sources: Sources) -> tuple[torch.Tensor, list[str]]:
+    """``count`` of the predictions x_0 (B, C, H, W) of picture ``number`` as pictures uint8 (N, 3, H, W), evenly chosen
+    and the last one among them, and their labels."""
     count = min(count, len(trace))
     chosen = [round((k + 1) * len(trace) / count) - 1 for k in range(count)]
     with torch.inference_mode():
-        frames = torch.cat([to_uint8(system.decode(trace[step][number:number + 1])).cpu() for step in chosen])
-    labels = [f"{step + 1} of {len(trace)}" for step in chosen]
-    save_grid(frames, path.with_name(f"{path.stem}_frames.png"), labels, columns=min(10, count))
+        frames = torch.cat([pictures(system, trace[step][number:number + 1], sources) for step in chosen])
+    return frames, [f"{step + 1} of {len(trace)}" for step in chosen]
+
+
+def save_frames(frames: torch.Tensor, labels: list[str], path: Path) -> None:
+    """Frames as a strip PNG and a GIF beside a picture."""
+    save_grid(frames, path.with_name(f"{path.stem}_frames.png"), labels, columns=min(10, len(frames)))
     save_gif(frames, path.with_name(f"{path.stem}_frames.gif"))
 
 
@@ -36,22 +43,37 @@ def save_attention(system: TextToImage, request: Request, maps: AttentionMaps, n
 
 
 def save_overview(images: torch.Tensor, requests: list[Request], xy: list[str] | None, name: str, out: Path,
-                  original: torch.Tensor | None = None) -> Path:
-    """grid.png, or xy.png with labelled axes; ``original`` (3, H, W) uint8 stands before the others."""
+                  refused: Container[int] = (), original: torch.Tensor | None = None) -> Path:
+    """grid.png, or xy.png with labelled axes; ``original`` (3, H, W) uint8 stands before the others. Of requests that
+    were ``refused``, by number, no word is written."""
     config = requests[0].config
     if xy:
         axes = [parse_axis(text) for text in xy]
         rows = axes[1].labels if len(axes) == 2 else [""]
-        fixed = {**described(config), "seed": f"seed {requests[0].seed}", "prompt": requests[0].prompt}
+        across = len(axes[0].labels)
+        columns = cleared(axes[0], [range(k, len(requests), across) for k in range(across)], refused)
+        if len(axes) == 2:
+            rows = cleared(axes[1], [range(k * across, (k + 1) * across) for k in range(len(rows))], refused)
+        fixed = {**described(config), "seed": f"seed {requests[0].seed}",
+                 "prompt": REFUSED if 0 in refused else requests[0].prompt}
         title = ", ".join(text for key, text in fixed.items() if key not in {axis.name for axis in axes})
-        save_sheet(axes_grid(images, axes[0].labels, rows, title=f"{name}: {title}"), out / "xy.png")
+        save_sheet(axes_grid(images, columns, rows, title=f"{name}: {title}"), out / "xy.png")
         return out / "xy.png"
-    labels = [label_of(request) for request in requests][: len(images)]
+    labels = [REFUSED if number in refused else label_of(request) for number, request in enumerate(requests)]
+    labels = labels[: len(images)]
     if original is not None:
         images, labels = torch.cat([original[None], images]), ["given", *labels]
     save_sheet(grid(images, labels, columns=min(8, len(images)),
                     title=f"{name}: {', '.join(described(config).values())}"), out / "grid.png")
     return out / "grid.png"
+
+
+def cleared(axis: Axis, requests: list[range], refused: Container[int]) -> list[str]:
+    """The labels of an axis; of prompts, that of one whose ``requests`` were all refused is not shown."""
+    if axis.name != "prompt":
+        return list(axis.labels)
+    return [REFUSED if all(number in refused for number in numbers) else label
+            for label, numbers in zip(axis.labels, requests)]
 
 
 def label_of(request: Request) -> str:

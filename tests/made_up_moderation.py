@@ -33,7 +33,7 @@ def written(path, out_bias: float = -4.0):
     words = WordFilter.build(["a", "red", "star"], 2**10)
     lexicon = Lexicon.build([Term("zorbic", HEADS.index("hate"), BLOCK), Term("mildo", HEADS.index("harassment"), FLAG),
                              Term("signo", HEADS.index("sexual"), SIGNAL)], words, 2**12)
-    minors = Lexicon.build([Term("smallperson", MINORS, SIGNAL, False)], words, 2**10)
+    minors = Lexicon.build([Term("smallperson", MINORS, BLOCK, False)], words, 2**10)
     tensors = tensors_of(PromptHead(CONFIG, head_weights(out_bias=out_bias)), lexicon, minors)
     settings = json.dumps({"head": {"char_bits": 8, "word_bits": 8, "width": 4, "hidden": 6}, "minors": 0.9,
                            "limits": {name: {"flag": 0.95, "block": 0.99} for name in HEADS}})

@@ -16,9 +16,10 @@ from moderation import Moderation, Refused, conditioned_texts, shows
 from pipeline import TextToImage
 from prompts import parse_prompt
 from safety.__main__ import main as safety
+from safety.audit import AuditLog
 from safety.gate import PromptGate
 from safety.image import Concept, ImageModerator, read_concepts, write_concepts
-from safety.policy import Decision
+from safety.policy import HEADS, Decision
 from safety.prompt import ArtefactError
 
 BAD, MILD = "a zorbic star", "a mildo star"
@@ -156,10 +157,49 @@ def test_concepts_in_the_run_folder_are_used_and_need_thresholds(run, tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture)
     assert safety(["check", "--image", str(picture), "--run", str(copy), "--json"]) in (0, 5)
     assert safety(["check", "--image", str(picture), "--run", str(copy), "--concepts", concepts(tmp_path)]) == 5
+    key, log = tmp_path / "key", tmp_path / "log"
+    assert safety(["key", str(key)]) == 0
+    with pytest.raises(ValueError, match="never replaced"):
+        safety(["key", str(key)])
+    assert safety(["check", "--image", str(picture), "--run", str(copy), "--concepts", concepts(tmp_path),
+                   "--log", str(log), "--key", str(key)]) == 5
+    assert json.loads(log.read_text())["stage"] == "image" and "picture" not in log.read_text()
+    with pytest.raises(ValueError, match="valid: with texts"):
+        safety(["check", "--image", str(picture), "--run", str(copy), "--negative"])
     (tmp_path / "text.png").write_text("no picture")
     for wrong in ("text.png", "nowhere.png"):
         with pytest.raises((ValueError, OSError), match=wrong):
             safety(["check", "--image", str(tmp_path / wrong), "--run", str(copy)])
+
+
+def test_frames_on_the_way_are_judged_as_the_pictures_are_and_the_given_one_is_blurred(run, tmp_path, monkeypatch,
+                                                                                       capsys):
+    """A judge that minds only what was drawn, not the pixels of the source around it."""
+    monkeypatch.setattr("moderation.Moderation.of_images", lambda self, images, prompts=None: [
+        Decision("block" if len(images) > 1 else "allow", "violence", 1.0, 0.0, "concept x") for _ in images])
+    code, files, rows = call(run, tmp_path / "out", "a moon", "--frames", "2")
+    assert code == 0 and rows[0]["action"] == "allow" and files == ["00000_a-moon_seed0.png", "grid.png"]
+    assert "frames of picture 0: refused: violence" in capsys.readouterr().err
+    given = given_pictures(tmp_path)
+    monkeypatch.setattr("moderation.Moderation.of_images", lambda self, images, prompts=None: [
+        Decision("blur", "violence", 1.0, 0.0, "concept x") for _ in images])
+    tiles = []
+    monkeypatch.setattr("sampling.sheets.grid", lambda images, *rest, **more: tiles.append(images) or images)
+    monkeypatch.setattr("sampling.sheets.save_sheet", lambda *rest: None)
+    call(run, tmp_path / "init", "a moon", "--init", given["INIT"])
+    raw = torch.from_numpy(np.array(Image.open(given["INIT"]).convert("RGB"))).permute(2, 0, 1)
+    assert not torch.equal(tiles[0][0], raw) and tiles[0][0].float().std() < raw.float().std()
+
+
+def test_no_word_of_a_refused_prompt_is_drawn_into_a_grid(run, tmp_path, monkeypatch):
+    said = []
+    for name in ("grid", "axes_grid"):
+        monkeypatch.setattr(f"sampling.sheets.{name}",
+                            lambda images, *rest, **more: said.append((rest, more)) or images)
+    monkeypatch.setattr("sampling.sheets.save_sheet", lambda *rest: None)
+    call(run, tmp_path / "a", BAD, "a moon")
+    call(run, tmp_path / "b", "--xy", f"prompt={BAD}|a moon", "guidance=1,2", "--steps", "1")
+    assert len(said) == 2 and "zorbic" not in str(said) and "refused" in str(said[0]) and "a moon" in str(said)
 
 
 @pytest.mark.parametrize("embed", [lambda images: 1 / 0, lambda images: torch.full((len(images), 4), torch.nan)])
@@ -239,6 +279,28 @@ def test_the_pipeline_asks_by_itself(run):
         lambda texts: torch.ones(len(texts), 4)))
     with pytest.raises(Refused, match="refused: violence"):
         system.images(["a red star"], [0])
+
+
+def test_the_pipeline_judges_by_the_concepts_of_its_run_folder(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    concepts(copy)
+    with pytest.raises(Refused, match="refused: violence"):
+        TextToImage.load(copy).images(["a red star"], [0])
+    assert TextToImage.load(copy, moderation="flag").images(["a red star"], [0]).shape == (1, 3, 32, 32)
+
+
+def test_decisions_are_kept_only_where_they_would_be_the_same_again(run, tmp_path):
+    log = AuditLog(tmp_path / "log", bytes(32))
+    moderation = Moderation(PromptGate.load(run / "moderation.safetensors", audit=log), audit=log)
+    for _ in range(3):
+        assert moderation.of_prompt([BAD]).action == "block"
+    assert log.verify() == 3  # a line for every request
+    fails = [True, False]
+    gate = PromptGate.load(run / "moderation.safetensors", encoder=lambda text: 1 / 0 if fails.pop(0) else
+                           dict.fromkeys(HEADS, 0.0))
+    kept = Moderation(gate)
+    assert [kept.of_prompt(["a red star"]).action for _ in range(3)] == ["block", "allow", "allow"]
 
 
 def test_everything_that_is_conditioned_on(run):

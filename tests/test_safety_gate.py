@@ -12,8 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from safety.__main__ import main
 from safety.audit import AuditLog
-from safety.gate import PromptGate
-from safety.normalize import LONGEST
+from safety.gate import WINDOW, PromptGate, windows
+from safety.normalize import LONGEST, latin
 from safety.policy import HEADS, MODES, Limits, Policy
 from safety.prompt import ArtefactError, PromptHead, content_hash, load_artefact, ngram_ids
 
@@ -51,7 +51,7 @@ def test_what_cannot_be_read_is_refused_in_every_mode(weights, text, mode):
 
 
 @pytest.mark.parametrize("text", ["a" * LONGEST, "red " * 500, "\ud800 red star", "red\udfffstar", "\x00 red",
-                                  "a red \u202e star", "e" + "\u0301" * 1900, "\ufdfa" * 1000, "(" * 1000 + "red",
+                                  "a red \u202e star", "e" + "\u0301" * 1900, "\ufdfa" * 100, "(" * 1000 + "red",
                                   "a*" * 900])
 def test_odd_text_ends_in_a_decision(gate, text):
     assert gate.check(text).action in ("allow", "flag", "block")
@@ -61,8 +61,8 @@ def test_odd_text_ends_in_a_decision(gate, text):
 def test_random_bytes_never_break_it_nor_take_long(gate):
     generator = random.Random(0)
     began = time.perf_counter()
-    for _ in range(3000):
-        data = bytes(generator.randrange(256) for _ in range(generator.randrange(60)))
+    for _ in range(10_000):
+        data = generator.randbytes(generator.randrange(60) if generator.random() < 0.95 else generator.randrange(2000))
         for encoding in ("latin-1", "utf-8"):
             decision = gate.check(data.decode(encoding, "surrogateescape"))
             assert not decision.reason.startswith("moderation failed"), data
@@ -74,6 +74,63 @@ def test_another_language_is_flagged(gate):
                  "\u7ea2\u8272\u7684\u661f"):
         assert gate.check(text).action == "flag" and "English" in gate.check(text).reason
     assert gate.check("une \u00e9toile tr\u00e8s rouge").action == "allow"  # Latin letters are not told apart
+
+
+def test_a_tail_in_another_script_hides_nothing(weights, tmp_path):
+    harsh = PromptGate.load(written(tmp_path / "harsh.safetensors", out_bias=9.0))
+    tail = " \u043a\u0440\u0430\u0441\u043d\u0430\u044f" * 20
+    assert harsh.check("a red star" + tail).action == "block"
+    assert PromptGate.load(weights).check("a signo smallperson" + tail).category == "sexual_minors"
+
+
+@pytest.mark.parametrize("text", ["<lora:{}:1>", "a({})star", "a\u200b{}\u200bstar", "a'{}'star", r"a\({}\)star",
+                                  "<lora:red {} star:0.7>"])
+def test_what_a_tokenizer_reads_is_read(gate, text):
+    """Listed terms of every level, and what the network is given: not only what a reader would see."""
+    for word, action in (("zorbic", "block"), ("mildo", "flag")):
+        assert gate.check(text.format(word)).action == action, word
+    head = gate.artefact.head
+    alone, hidden = head.scores("a mildo star"), gate.explain("a({})star".format("mildo")).heads[0]
+    assert all(hidden[name] >= alone[name] for name in HEADS)
+
+
+def test_long_texts_are_read_in_parts_that_overlap():
+    words = [f"w{number}" for number in range(500)]
+    parts = windows(" ".join(words))
+    assert parts[0] == " ".join(words) and all(len(part) <= WINDOW for part in parts[1:])
+    assert {word for part in parts[1:] for word in part.split()} == set(words)
+    runs = [part.split() for part in parts[1:]]
+    assert all(one[len(one) // 2 + 1] in other for one, other in zip(runs, runs[1:]))  # what is cut in one is whole in
+    assert windows("a red star") == ["a red star"]  # another
+    assert all(len(part) <= WINDOW for part in windows("x" * 2000)[1:])
+
+
+def test_a_sentence_is_not_drowned(weights):
+    """The score of a text is that of its worst part, however much stands around it; and what is no Latin word is left
+    out in one reading."""
+    gate, text = PromptGate.load(weights), "a mixed up sentence of letters"
+    alone = gate.artefact.head.scores(latin(text))
+    for around in ("\u043a\u0440\u0430\u0441\u043d\u0430\u044f " * 40 + text,):
+        assert all(gate.explain(around).heads[0][name] >= alone[name] for name in HEADS)
+    letters = gate.check(" ".join("a red star above a blue circle on a white wall".replace(" ", "")))
+    assert letters.action == "flag" and "single letters" in letters.reason
+
+
+@pytest.mark.parametrize("text", [
+    "signo smallperson", "signo s m a l l p e r s o n", "signo sm4llperson", "signo smalllperson", "s1gno smallperson",
+    "signo 15 year old", "2 15 year old signo", "signo, fifteen-year-old", "signo, aged 12", "signo (age nine)",
+    "signo 7yo", "signo 16 yrs old", "s.i.g.n.o small-person"])
+def test_what_is_never_made_is_found_in_disguise_and_blocked_in_every_mode(weights, text):
+    for mode in ("block", "blur", "flag"):
+        decision = PromptGate.load(weights, mode=mode).check(text)
+        assert (decision.action, decision.category) == ("block", "sexual_minors")
+    assert PromptGate.load(weights, mode="off").check(text).action == "allow"
+
+
+@pytest.mark.parametrize("text", ["signo 18 years old", "signo, aged 40", "signo, forty-five years old", "smallperson",
+                                  "a 12 year old tree"])
+def test_a_minor_alone_and_a_hint_alone_are_let_through(gate, text):
+    assert gate.check(text).action == "allow"
 
 
 def test_check_all_takes_the_worst(gate):
@@ -98,6 +155,12 @@ def test_off_is_said_and_logged(weights, tmp_path, caplog):
     gate = PromptGate.load(weights, mode="off", audit=log)
     assert "moderation is off" in caplog.text
     assert gate.check("a red star").action == "allow" and log.verify() == 1
+
+
+def test_the_log_has_what_was_done(weights, tmp_path):
+    for mode, action in (("block", "block"), ("blur", "blur"), ("flag", "flag"), ("off", "allow")):
+        PromptGate.load(weights, mode=mode, audit=AuditLog(tmp_path / mode, bytes(32))).check("zorbic")
+        assert json.loads((tmp_path / mode).read_text())["action"] == action
 
 
 # ---- mutations

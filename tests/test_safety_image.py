@@ -71,6 +71,18 @@ def test_actions_and_modes():
     assert moderator(soft).check(images)[0].action == "blur"
 
 
+def test_the_most_severe_of_those_over_their_thresholds_decides():
+    """However far a milder one is over its own."""
+    mild = Concept("blue", "hate", ("blue",), action="flag", threshold=-1.5)
+    severe = Concept("red", "violence", ("red",), threshold=0.5)
+    both = picture(red=0.6, blue=0.8)[None]
+    assert moderator(mild).check(both)[0].action == "flag" and moderator(severe).check(both)[0].action == "block"
+    for order in ((mild, severe), (severe, mild)):
+        decision = moderator(*order).check(both)[0]
+        assert (decision.action, decision.reason) == ("block", "concept red")
+    assert moderator(mild, severe).check(picture(blue=0.9)[None])[0].action == "flag"
+
+
 def test_the_strongest_concept_names_the_decision():
     found = moderator(Concept("red", "violence", ("red",), threshold=0.5),
                       Concept("blue", "hate", ("blue",), threshold=0.5)).check(torch.stack([picture(blue=1, red=0.3)]))
@@ -140,6 +152,7 @@ def test_shipped_concepts_are_read_and_wait_for_their_thresholds(name):
     "", "concepts: []", "concepts: 3", "a: [", "concepts: [1]", "concepts: [{name: a}]",
     "concepts: [{name: a, category: taste, phrasings: [b]}]", "concepts: [{name: a, category: hate, phrasings: []}]",
     "concepts: [{name: a, category: hate, phrasings: b}]",
+    "concepts: [{name: a, category: hate, phrasings: [b], allowed: [[5]]}]",
     "concepts: [{name: a, category: hate, phrasings: [b], colour: c}]",
     "concepts: [{name: a, category: hate, phrasings: [b], threshold: .nan}]",
     "concepts: [{name: a, category: hate, phrasings: [b], action: allow}]",

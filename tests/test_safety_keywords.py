@@ -8,7 +8,7 @@ import pytest
 
 from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter, masked_forms
 from safety.lookalikes import LOOKALIKES
-from safety.normalize import LONGEST, MOST_DISGUISED, TextError, _neighbours, folded, normalize
+from safety.normalize import LONGEST, MOST_DISGUISED, TextError, _neighbours, apart, folded, normalize
 
 WORDS = ["a", "red", "star", "photo", "of", "the", "little", "balloon", "letter", "flumquater", "zorbicide", "crossing",
          "pushing", "committee", "gravel", "over"]
@@ -37,7 +37,7 @@ def found(lexicon: Lexicon, text: str) -> set[tuple[int, int]]:
     ("r\u0435d", "red", ("lookalike",)),                                 # one Cyrillic letter in a Latin word
     ("\u0440\u0435\u0434\u0430\u043a\u0442", "\u0440\u0435\u0434\u0430\u043a\u0442", ()),  # a Russian word stays
     ("(red:1.3) [star] {a|b}", "red star a|b", ()),
-    ("red <lora:some_style:0.8> star", "red   star", ()),
+    ("red <lora:some_style:0.8> star", "red some_style star", ()),
     ("stra\u00dfe", "strasse", ()),
     ("caf\u00e9", "cafe", ()),
     ("re\udc80d", "re\udc80d", ()),
@@ -69,7 +69,9 @@ def test_what_is_no_text_or_too_long_is_refused(text):
 
 
 def test_expansion_is_capped():
-    assert len(folded("\ufdfa" * LONGEST)[0]) <= LONGEST  # a ligature of 18 letters
+    with pytest.raises(TextError, match="written out"):  # to cut the text would be to read less than the model does
+        folded("\ufdfa" * 112 + " zorbic")  # a ligature of 18 letters
+    assert len(folded("\ufdfa" * 100)[0]) == 1800
 
 
 # ---- terms
@@ -82,6 +84,8 @@ def test_expansion_is_capped():
     "superzorbical", "star,zorbic,red", "z_o_r_b_i_c", "zorb!c", "zor\u0431ic", "zorbics", "\U0001f1ff\U0001f1f4rbic",
     "grump|e snatch", "z.o.r|zorbic", "g r u m p l e 5natch", "gr*mple s.n.a.t.c.h",
     "gruuumple s n a t c h", "elpmurg hctans",
+    "." * 64 + "z0rbic", "a-red-star-" * 6 + "z0rbic", "red,z0rb1c", "red/z0rb!c",
+    "<lora:zorbic:1>", "<lora:my_z0rbic:1>", "@letter zorbic", "zorbic@", "red;z.o.r.b.i.c",
     "z\u1d0fr\u0299\u026a\u1d04", "zo\u2028rbic", "{zorbic}", "z'orbic", "zorbic's",
 ])
 def test_a_term_is_found_in_disguise(lexicon, text):
@@ -96,6 +100,13 @@ def test_a_term_is_found_in_disguise(lexicon, text):
 ])
 def test_harmless_text_is_not(lexicon, text):
     assert found(lexicon, text) == set()
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a(red)star", "a red star"), ("a\u200bred\u200bstar", "a red star"), ("a'red'star", "a red star"),
+    (r"a\(red\)star", "a red star"), ("(red:1.3) star", " red  star"), ("a red star", None), ("a star's edge", None)])
+def test_words_as_a_tokenizer_parts_them(text, expected):
+    assert apart(text) == expected
 
 
 def test_a_short_term_counts_alone_only(lexicon):
@@ -142,7 +153,7 @@ def test_random_text_is_read_and_work_grows_linearly(lexicon):
             lexicon.matches(normalize(text, lexicon.is_word))
 
 
-@pytest.mark.parametrize("piece", ["z.", "flumq", "zorbi", "e\u0301\u0301", "a b ", "\ufdfa", "(a:1.2) ", "1!",
+@pytest.mark.parametrize("piece", ["z.", "flumq", "zorbi", "e\u0301\u0301", "a b ", ":1", "(a:1.2) ", "1!",
                                    "\u0591\u05b0", "x" * 40 + " "])
 def test_the_number_of_readings_is_linear(lexicon, piece):
     half, whole = (normalize((piece * LONGEST)[:size]) for size in (LONGEST // 2, LONGEST))

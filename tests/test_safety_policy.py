@@ -128,6 +128,22 @@ def test_every_change_is_seen(tmp_path, change):
         log.verify()
 
 
+@pytest.mark.parametrize("line", ["[" * 200_000, "5", "null", '{"chain": "x"}'])
+def test_what_is_no_line_is_said(tmp_path, line):
+    (tmp_path / "log").write_text(line + "\n")
+    with pytest.raises(AuditError, match="is no line of this log"):
+        AuditLog(tmp_path / "log", bytes(32)).verify()
+
+
+def test_a_chain_that_is_not_ascii_does_not_hold(tmp_path):
+    log = AuditLog(tmp_path / "log", bytes(32))
+    log.write("a star", "prompt", Decision("block", "hate", 1.0, 0.0, "rule"))
+    line = json.loads((tmp_path / "log").read_text())
+    (tmp_path / "log").write_text(json.dumps({**line, "chain": "\u00e9" * 64}) + "\n")
+    with pytest.raises(AuditError, match="line 1 was changed"):
+        log.verify()
+
+
 def test_another_key_does_not_verify(tmp_path):
     log_of(tmp_path).write("a", "prompt", Decision("flag"))
     with pytest.raises(AuditError):
@@ -165,7 +181,7 @@ def test_writers_do_not_break_each_other(tmp_path):
 def test_keys(tmp_path):
     new_key(tmp_path / "key")
     assert len(read_key(tmp_path / "key")) == 32 and stat.S_IMODE(os.stat(tmp_path / "key").st_mode) == 0o600
-    with pytest.raises(FileExistsError):
+    with pytest.raises(AuditError, match="never replaced"):
         new_key(tmp_path / "key")
     os.chmod(tmp_path / "key", 0o644)
     with pytest.raises(AuditError, match="0600"):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # the scores of the others only flag
 NEVER = 2.0  # a threshold that no probability reaches
+PLURALS = ("s", "es")
 ENDINGS = ("s", "es", "z", "ed", "er", "ers", "ing", "in", "y")
 ABOUT = {
     "what": "prompts for text-to-image models in English -> seven kinds of harm, listed terms, a rule on minors",
@@ -74,7 +75,8 @@ def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str]
     that a rater calls severe and many lists agree on keeps its level. Endings, and the letters that the signs of a
     listed term stand for, are added where that makes no word."""
     used: Counter[str] = Counter()
-    candidates = {normalize(term.text).plain for term in listed}
+    singular = {normalize(term.text).plain for term in listed}
+    candidates = singular | {term + ending for term in singular for ending in PLURALS}
     for row in harmless:
         weight = 1 if row.source == "real_prompts" else 2
         used.update({span: weight for span in spans(normalize(row.text, longest=10**6).plain) if span in candidates})
@@ -95,7 +97,9 @@ def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str]
         read = [] if one.text.isalpha() else [reading.text for reading in normalize(one.text).readings
                                               if reading.kind == "signs" and len(reading.text) >= 4]
         for other in [*(one.text + ending for ending in ENDINGS), *read]:
-            if other not in words and other not in names and other not in found:
+            # a dictionary has many plurals; one that harmless text uses is another word
+            word = other in words and not (other[len(one.text):] in PLURALS and used[other] < 2)
+            if not word and other not in names and other not in found:
                 found[other] = Term(other, one.category, one.level, inside=False)
     return list(found.values())
 
@@ -151,7 +155,7 @@ def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
 
 def minors_limit(head: PromptHead, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:
     """The sexual score that only the share ``budget`` of harmless texts with a minor reaches, at most ``most``."""
-    about = [row for row in rows if row.harmless and minors.matches(normalize(row.text, longest=10**6))]
+    about = [row for row in rows if row.harmless and minors.matches(normalize(row.text, minors.is_word, 10**6))]
     if not about:
         return most
     return float(np.clip(np.quantile(scores_of(head, about)[:, HEADS.index("sexual")], 1 - budget), 1e-4, most))
@@ -165,7 +169,7 @@ def assembled(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
     known = {word for word in corpus.words | corpus.names if re.fullmatch(r"[a-z]{2,40}", word)} - severe
     words = WordFilter.build(sorted(known))
     lexicon = Lexicon.build(terms, words)
-    minors = Lexicon.build([Term(term, MINORS, SIGNAL, inside=False) for term in MINOR_TERMS], words, 2**12)
+    minors = Lexicon.build([Term(term, MINORS, BLOCK, inside=False) for term in MINOR_TERMS], words, 2**14)
     learned = {name for row in parts["train"] for name, value in row.labels.items() if value}
     limits = fitted_limits(head, parts["dev"], config, learned)
     settings = {"head": asdict(head.config), "limits": {name: asdict(value) for name, value in limits.items()},
