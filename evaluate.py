@@ -13,18 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data.emoji import Emoji
 from data.shapes import Shapes
 from data.source import build_source, data_key
-from eval.compare import comparison, read_figures
+from eval.compare import check_protocols, comparison, read_figures
 from eval.interval import Estimate
 from eval.report import draw_curves, markdown_table, page, pictures, read_metrics
-from eval.suite import rows_table
+from eval.scenes_score import Rate
+from eval.suite import COLUMNS, rows_table
 from evaluation.draw import Drawn, Sampler, at_scales, at_steps
 from evaluation.emoji_scenes import emoji_sections
-from evaluation.full import Judges, Real, full_sections, judges_of, real_pictures
+from evaluation.full import TRAINING, Judges, Real, full_sections, judges_of, real_pictures
 from evaluation.prompts import Prompts, captions_of_training, held_out_prompts, unseen_prompts
-from evaluation.scenes import SHOWN, Section, best_guidance, scene_sections
+from evaluation.scenes import SHOWN, Section, best_guidance, percent, reconstructions, scene_sections
 from pipeline import TextToImage, with_options
 from training.checkpoint import write_text
 from training.distributed import Processes, ProcessLost, processes
@@ -33,12 +36,13 @@ from training.run import RunFolder, environment
 # (test prompts, validation prompts, guidance scales, numbers of steps) of each suite
 SUITES: dict[str, tuple[int, int, list[float], list[int]]] = {
     "quick": (256, 64, [1.5, 3.0, 5.0], []), "full": (1000, 128, [1.0, 1.5, 3.0, 5.0, 7.5], [5, 10, 25, 50])}
+REAL = 16  # real pictures shown
 EXTREME = 8  # pictures shown of the best and of the worst
 
 
 def prompts_of(system: TextToImage, options: argparse.Namespace) -> tuple[Prompts, Prompts]:
     """(test, validation) prompts that training never saw."""
-    data = system.experiment.data
+    data = system.experiment.held_out_data
     if data.source == "shapes":
         trained = captions_of_training(system)
         return (unseen_prompts(Shapes(data.shapes, "test"), trained, options.count),
@@ -53,7 +57,8 @@ def draw(system: TextToImage, options: argparse.Namespace, sampler: Sampler, tes
     base = with_options(system.experiment.sampling, options.sampler, options.steps)
     choosing = bool(validation.facts)
     guidance = at_scales(sampler, validation, options.guidance, base) if choosing or options.suite == "full" else []
-    scale, sweep = best_guidance(guidance, validation) if choosing else (base.guidance.scale, [])
+    given = options.guidance[0] if len(options.guidance) == 1 else base.guidance.scale
+    scale, sweep = best_guidance(guidance, validation) if choosing else (given, [])
     config = with_options(base, scale=scale)
     images = sampler(test, config, f"test, guidance {scale:g}")
     return Drawn(test, config, images, validation, guidance,
@@ -62,14 +67,29 @@ def draw(system: TextToImage, options: argparse.Namespace, sampler: Sampler, tes
 
 def judged_by(system: TextToImage, run: RunFolder, options: argparse.Namespace, test: Prompts) -> tuple[Judges, Real]:
     """What the full suite compares with, before anything is sampled: what is wrong with it is said at once."""
-    source = build_source(system.experiment.data, "test")
-    real = real_pictures(source, test.seeds[-1] + 1, hash_of_data(system), options.reference, test.drawn[0].shape[1:])
+    source = build_source(system.experiment.held_out_data, "test")
+    about = f"{hash_of_data(system)} {hash_of_pictures(test)}"  # settings, and what came of them
+    real = real_pictures(source, test.seeds[-1] + 1, about, options.reference, test.drawn[0].shape[1:])
     return judges_of(options.inception, options.clip, run.path, system.device), real
 
 
 def hash_of_data(system: TextToImage) -> str:
     """Of all that the pictures of the source depend on."""
     return hashlib.sha256(json.dumps(data_key(system.experiment.data), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_of_pictures(prompts: Prompts) -> str:
+    """Of the real pictures of prompts: it changes with the code that draws them, too."""
+    digest = hashlib.sha256()
+    for picture in prompts.drawn:
+        digest.update(picture.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def searched(system: TextToImage) -> int:
+    """How many training pictures copies are looked for among: all that the denoiser has seen, up to TRAINING."""
+    count = len(build_source(system.experiment.data, "train"))
+    return min(system.experiment.denoiser.images or count, count, TRAINING)
 
 
 def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, drawn: Drawn,
@@ -79,19 +99,20 @@ def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, dr
     sections: list[Section] = []
     metrics: dict[str, Any] = {}
     ranking = None
+    known = bool(drawn.prompts.facts) or data.source == "emoji"
+    ceiling = reconstructions(system, drawn.prompts.drawn) if known or full else []
     if drawn.prompts.facts:
-        sections, metrics, ranking = scene_sections(system, drawn, sweep, folder)
+        sections, metrics, ranking = scene_sections(drawn, ceiling, sweep, folder)
     elif data.source == "emoji":
-        sections, metrics, ranking = emoji_sections(system, Emoji(data.emoji, "test"), drawn, folder)
+        sections, metrics, ranking = emoji_sections(Emoji(data.emoji, "test"), drawn, ceiling, folder)
     else:
         sections = [("Pictures of held-out prompts",
                      pictures(drawn.images[:SHOWN], drawn.prompts.captions, folder / "pictures"))]
+    sections.append(("The real pictures of the first of these prompts", pictures(
+        torch.stack(drawn.prompts.drawn[:REAL]), drawn.prompts.captions, folder / "real")))
     if full is not None:
-        judges, real = full
-        protocol |= {"reference": f"{real.about} (sha256 {real.data[:16]})", "features": judges.features.stamp,
-                     "clip": judges.clip.stamp if judges.clip else None}
-        training = build_source(data, "train")
-        more, figures, scores = full_sections(drawn, judges, real, training, protocol["data"], folder)
+        training = build_source(system.experiment.held_out_data, "train")
+        more, figures, scores = full_sections(drawn, ceiling, *full, training, protocol["copies_searched"], folder)
         sections, metrics, ranking = sections + more, metrics | figures, ranking or scores
         if scores is not None:
             metrics.setdefault("per_prompt", {})["CLIP score"] = [[score, 100] for score in scores]
@@ -110,26 +131,42 @@ def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, dr
 
 def tables_of(metrics: dict[str, Any]) -> list[str]:
     """The figures as Markdown: scenes, then distances and agreement, then how they were made."""
-    rows = ("score", "chance", "calibration", "ceiling")
-    scenes = [rows_table(("measure", "samples", "chance", "drawn pictures", "through the autoencoder"), (
-        (name, *(f"{100 * metrics[row]['all'][name]['value']:.1f} %" for row in rows))
+    rows = {"score": "samples", "chance": "of other prompts", "calibration": "drawn pictures",
+            "ceiling": "through the autoencoder"}
+    guess = metrics.get("guess", {})
+    scenes = [rows_table(("measure, %", *rows.values(), *(["a guess"] if guess else [])), (
+        (name, *(percent(Rate(**metrics[row]["all"][name])) for row in rows),
+         *([f"{100 * guess[name]:.1f}" if name in guess else ""] if guess else []))
         for name in metrics["score"]["all"]))] if "score" in metrics else []
-    figures = [rows_table(("figure", "samples", "real pictures", "chance"), (
+    figures = [rows_table(COLUMNS, (
         (name, *("" if cell is None else Estimate(**cell) for cell in figure.values()))
         for name, figure in metrics["figures"].items()))] if "figures" in metrics else []
     return [*scenes, *figures, rows_table(("protocol", "value"), metrics["protocol"].items())]
 
 
-def protocol_of(options: argparse.Namespace, drawn: Drawn, data: str, weights: dict[str, str]) -> dict[str, Any]:
-    """Everything a figure depends on."""
-    config = drawn.config
-    here = environment()
-    return {"suite": options.suite, "data": data, "prompts": len(drawn.prompts),
-            "prompts_sha256": hashlib.sha256("\n".join(drawn.prompts.captions).encode()).hexdigest()[:16],
-            "seeds": "the number of the item in its split", "sampler": config.sampler, "steps": config.steps,
+def comparable(system: TextToImage, options: argparse.Namespace, test: Prompts,
+               full: tuple[Judges, Real] | None) -> dict[str, Any]:
+    """What must be the same for figures to be compared; known before anything is sampled."""
+    found: dict[str, Any] = {
+        "suite": options.suite, "data": hash_of_data(system), "prompts": len(test),
+        "prompts_sha256": hashlib.sha256("\n".join(test.captions).encode()).hexdigest()[:16],
+        "pictures_sha256": hash_of_pictures(test), "seeds": "the number of the item in its split"}
+    if full is not None:
+        judges, real = full
+        found |= {"reference": f"{real.about} (of {real.data})", "features": judges.features.stamp,
+                  "clip": judges.clip.stamp if judges.clip else None, "copies_searched": searched(system),
+                  "neighbours": "3 for precision, recall, density, coverage"}
+    return found
+
+
+def protocol_of(options: argparse.Namespace, drawn: Drawn, sampler: Sampler) -> dict[str, Any]:
+    """Everything else that a figure depends on."""
+    config, here = drawn.config, environment()
+    return {"sampler": config.sampler, "steps": config.steps,
             "guidance": config.guidance.scale, "validation": len(drawn.validation), "precision": options.precision,
-            "picture": "x".join(map(str, drawn.images.shape[2:])), "weights": weights, "revision": here["revision"],
-            "device": here["device"], "torch": here["versions"]["torch"]}
+            "picture": "x".join(map(str, drawn.images.shape[2:])), "weights": sampler.weights,
+            "samples_drawn_by": "; ".join(sampler.made), "revision": here["revision"], "device": here["device"],
+            "torch": here["versions"]["torch"], "command": here["command"]}
 
 
 def extremes(drawn: Drawn, ranking: list[float], folder: Path) -> list[Section]:
@@ -176,6 +213,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name in ("count", "validation"):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} {getattr(options, name)}; valid: from {least} up")
+    options.chosen = scales is not options.guidance  # on the command line
     for name in ("inception", "clip", "reference"):
         if getattr(options, name) and options.suite != "full":
             raise ValueError(f"--{name} is for --suite full; valid: both together")
@@ -190,10 +228,16 @@ def run_evaluation(options: argparse.Namespace, workers: Processes) -> None:
     system = TextToImage.load(run.path, workers.device(), moderation=None)  # captions of the data set
     sampler = Sampler(system, run.path / "report" / "cache", options.precision, workers)
     test, validation = prompts_of(system, options)
+    if not validation.facts and options.chosen and options.suite == "quick" and len(options.guidance) > 1:
+        raise ValueError(f"--guidance with {len(options.guidance)} scales: nothing here chooses among them; valid: one "
+                         "scale, or --suite full, which shows them all")
     full = judged_by(system, run, options, test) if options.suite == "full" and workers.main else None
+    known = comparable(system, options, test, full) if workers.main else {}
+    for other in options.compare if workers.main else []:
+        check_protocols(known, read_figures(other)["protocol"], other)  # now, and not when half is written
     drawn, sweep = draw(system, options, sampler, test, validation)
     if workers.main:
-        protocol = protocol_of(options, drawn, hash_of_data(system), sampler.weights)
+        protocol = known | protocol_of(options, drawn, sampler)
         sections = [*measure(system, run, options, drawn, sweep, protocol, full), training_section(run)]
         write_text(run.path / "report" / "index.html", page(f"Run {run.path.name}", sections))
         print(f"wrote {run.path / 'report' / 'index.html'}")

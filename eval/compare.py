@@ -17,7 +17,7 @@ def read_figures(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "report" / "metrics.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if "protocol" not in found:
+        if not isinstance(found, dict) or not isinstance(found.get("protocol"), dict):
             raise ValueError("it has no protocol")
         return found
     except (OSError, ValueError) as error:
@@ -62,6 +62,9 @@ def comparison(ours: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     for measure, own in ours.get("per_prompt", {}).items():
         cells = [_percent(own)]
         for theirs in others.values():
+            if measure not in theirs.get("per_prompt", {}):
+                cells.append("")
+                continue
             gap = paired_difference(theirs["per_prompt"][measure], own).scaled(100)
             apart = "" if gap.low <= 0 <= gap.high else ", apart"
             cells.append(f"{_percent(theirs['per_prompt'][measure])} ({gap.value:+.1f}: {gap.low:+.1f} to "

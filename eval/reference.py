@@ -101,7 +101,9 @@ class FeatureSet:
                 theirs = json.loads((file.metadata() or {})["stamp"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             vectors = tensors["vectors"]
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            if vectors.ndim != 2 or "counts" in tensors and not {"means", "scatters"} <= set(tensors):
+                raise ValueError(f"vectors {tuple(vectors.shape)}, {', '.join(sorted(tensors))}")
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path} is no statistics file, or damaged: {reason}") from None
         wrong = [f"{key}: {theirs.get(key)!r} there, {value!r} here" for key, value in stamp.items()
@@ -128,7 +130,7 @@ def features_of(batches: Iterable[Tensor], extractor: Extractor, kept: int = KEP
 
 
 def cached_features(folder: str | Path, data: str, batches: Callable[[], Iterable[Tensor]],
-                    extractor: Extractor) -> FeatureSet:
+                    extractor: Extractor, kept: int = KEPT) -> FeatureSet:
     """As `features_of`, kept in a file of ``folder`` under the hash of the data's hash and the extractor's stamp, which
     holds its weights and its resize. A file that is damaged is made again."""
     stamp = {"data": data, "extractor": extractor.stamp}
@@ -139,7 +141,7 @@ def cached_features(folder: str | Path, data: str, batches: Callable[[], Iterabl
             return FeatureSet.load(path, stamp)
         except ValueError as error:
             print(f"warning: {error}; made again")
-    found = features_of(batches(), extractor)
+    found = features_of(batches(), extractor, kept)
     found.save(path, stamp)
     return found
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.interval import Estimate, bootstrap_mean
+from eval.interval import Estimate, bootstrap_mean, opened
 from eval.scenes import SceneReader, Vocabulary
 from eval.scenes_score import Facts, Rate, Score, Table, score_table
 
@@ -55,7 +55,8 @@ def value_table(rows: Sequence[tuple[Facts, Score]], seed: int = 0, resamples: i
         with np.errstate(invalid="ignore"):
             low, high = np.nanpercentile((times @ kept[name]) / (times @ made[name]), [2.5, 97.5])
         total = made[name].sum()
-        rates[name] = Rate(float(kept[name].sum() / total), float(low), float(high), int(total))
+        share = opened(Estimate(float(kept[name].sum() / total), float(low), float(high)), int((made[name] > 0).sum()))
+        rates[name] = Rate(share.value, share.low, share.high, int(total))
     return rates
 
 

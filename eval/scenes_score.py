@@ -19,6 +19,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from eval.interval import Estimate, opened
 from eval.scenes import Scene, SceneReader, Vocabulary
 
 Facts = dict[str, Any]
@@ -119,7 +120,9 @@ def _rates(measures: Sequence[str], kept: np.ndarray, made: np.ndarray, generato
         total = made[:, column].sum()
         if total:
             low, high = np.nanpercentile(draws[:, column], [2.5, 97.5])
-            rates[measure] = Rate(float(kept[:, column].sum() / total), float(low), float(high), int(total))
+            share = Estimate(float(kept[:, column].sum() / total), float(low), float(high))
+            share = opened(share, int((made[:, column] > 0).sum()))  # prompts, not promises: those of one go together
+            rates[measure] = Rate(share.value, share.low, share.high, int(total))
     return rates
 
 

@@ -18,49 +18,58 @@ from eval.reference import FeatureSet, frechet_estimate
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the samples, the same of real pictures in their place, and that of chance where there is one."""
+    """A figure of the samples, the same of real pictures in their place, of these through the autoencoder, which is
+    what a perfect denoiser would get, and that of chance where there is one."""
 
     value: Estimate
     real: Estimate | None = None
+    ceiling: Estimate | None = None
     chance: Estimate | None = None
 
 
 Figures = dict[str, Figure]
+COLUMNS = ("figure", "samples", "real pictures", "through the autoencoder", "chance")  # in the order of the fields
 
 
-def distance_figures(ours: FeatureSet, reference: FeatureSet, real: FeatureSet, name: str) -> Figures:
+def distance_figures(ours: FeatureSet, reference: FeatureSet, real: FeatureSet, through: FeatureSet,
+                     name: str) -> Figures:
     """Frechet distance, KID, precision, recall, density, coverage of samples against a reference of real pictures.
 
-    ``real`` are other real pictures, as many as the samples and of the same prompts: what a perfect model would get.
-    ``name`` is that of the features. Raises ValueError for sets too small or of another extractor.
+    ``real`` are other real pictures, as many as the samples and of the same prompts: what a perfect model would get;
+    ``through`` are these through the autoencoder. ``name`` is that of the features. The Frechet distance is continued
+    to infinitely many pictures only where there are twice as many as features: with fewer its bias is not yet the line
+    that is continued. Raises ValueError for sets too small or of another extractor.
     """
     columns = []
-    for found in (ours, real):
+    many = min(ours.count, reference.count) >= 2 * reference.width
+    for found in (ours, real, through):
         at_count, unbiased = frechet_estimate(found, reference)
         shares = prdc(found.vectors, reference.vectors)
         columns.append({
             f"Frechet distance ({name}), {found.count} against {reference.count}": at_count,
-            f"Frechet distance ({name}), continued to infinitely many": unbiased,
+            **({f"Frechet distance ({name}), continued to infinitely many": unbiased} if many else {}),
             f"KID ({name}) x 1000": kid(found.vectors, reference.vectors).scaled(1000),
             "precision": shares.precision, "recall": shares.recall, "density": shares.density,
             "coverage": shares.coverage})
-    return {key: Figure(value, other) for (key, value), other in zip(columns[0].items(), columns[1].values())}
+    return {key: Figure(*(column[key] for column in columns)) for key in columns[0]}
 
 
-def text_figures(images: Tensor, real: Tensor, texts: Tensor, captions: list[str], reference: Tensor) -> Figures:
-    """CLIP score, retrieval and CMMD of vectors (N, E) of samples, of real pictures of the same captions, and of the
-    captions; chance is the samples under each other's captions. ``reference`` (M, E) is for the CMMD."""
+def text_figures(images: Tensor, real: Tensor, through: Tensor, texts: Tensor, captions: list[str],
+                 reference: Tensor) -> Figures:
+    """CLIP score, retrieval and CMMD of vectors (N, E) of samples, of real pictures of the same captions, of these
+    through the autoencoder, and of the captions; chance is the samples under each other's captions. ``reference``
+    (M, E) is for the CMMD."""
     order = strangers(len(images))
-    ours, theirs, chance = (agreement(x, texts, captions) for x in (images, real, images[order.to(images.device)]))
+    columns = [agreement(x, texts, captions) for x in (images, real, through, images[order.to(images.device)])]
     names = {"score": "CLIP score", "recall_1": f"caption found among {len(set(captions))}",
              "recall_5": "caption among the first 5"}
-    found = {label: Figure(getattr(ours, key), getattr(theirs, key), getattr(chance, key))
-             for key, label in names.items()}
-    return {**found, "CMMD": Figure(cmmd(images, reference), cmmd(real, reference))}
+    found = {label: Figure(*(getattr(column, key) for column in columns)) for key, label in names.items()}
+    return {**found, "CMMD": Figure(*(cmmd(x, reference) for x in (images, real, through)))}
 
 
 def memory_figures(samples: Nearest, held_out: Nearest, where: str) -> Figures:
-    """How near samples are to training pictures, beside what a model that does not copy would get."""
+    """How near samples are to training pictures, beside what a model that does not copy would get by definition.
+    ``where`` they were looked for: "features of 2000"."""
     found = memorization(samples, held_out)
     half, twentieth = (Estimate(value, value, value, "by definition") for value in (0.5, 0.05))
     return {f"nearer to training than all but 5 % of held-out pictures ({where})": Figure(found.near, twentieth),
@@ -69,9 +78,9 @@ def memory_figures(samples: Nearest, held_out: Nearest, where: str) -> Figures:
 
 def figures_table(figures: Figures) -> str:
     """Markdown: a row a figure, 95 % intervals in brackets."""
-    lines = ["| figure | samples | real pictures | chance |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {name} | {figure.value} | {figure.real or ''} | {figure.chance or ''} |"
-                              for name, figure in figures.items()])
+    return rows_table(COLUMNS, ((name, figure.value, *(cell or "" for cell in (figure.real, figure.ceiling,
+                                                                               figure.chance)))
+                                for name, figure in figures.items()))
 
 
 def figures_dict(figures: Figures) -> dict[str, Any]:

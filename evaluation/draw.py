@@ -1,11 +1,13 @@
 """Everything a measurement needs to sample, in batches that are kept: a stopped measurement goes on where it was.
 
-A batch is a file named after all it depends on: weights, prompts, seeds, settings, arithmetic. Several processes take
-turns. Axis letters: N samples, H W size.
+A batch is a file in a folder named after weights, prompts, seeds, settings and arithmetic; beside it stands which
+revision of the code drew it, where and under which PyTorch. Several processes take turns. Axis letters: N samples, H W
+size.
 """
 import hashlib
 import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,11 +16,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.source import to_uint8
 from diffusion.sampling import SamplingConfig
 from evaluation.prompts import Prompts
 from pipeline import TextToImage, with_options
-from training.checkpoint import file_hash, whole_file
+from training.checkpoint import file_hash, whole_file, write_text
 from training.distributed import ALONE, Processes
+from training.run import environment
 
 BATCH = 64  # samples at a time
 
@@ -41,6 +45,7 @@ class Sampler:
     def __init__(self, system: TextToImage, folder: str | Path, precision: str = "fp32", workers: Processes = ALONE):
         self.system, self.folder, self.precision, self.workers = system, Path(folder), precision, workers
         self.weights = {name: file_hash(path)[:16] for name, path in sorted(system.files.items())}
+        self.made: dict[str, None] = {}  # what drew the samples of this measurement, kept ones among them
 
     def __call__(self, prompts: Prompts, config: SamplingConfig, name: str) -> torch.Tensor:
         """Every process draws its part of the batches and reads all of them. ``name`` is for the progress bar."""
@@ -53,22 +58,50 @@ class Sampler:
         for start in tqdm(missing, desc=name, unit="batch", disable=not (missing and self.workers.main),
                           mininterval=0.5 if sys.stderr.isatty() else 30):
             part = slice(start, start + BATCH)
-            with torch.autocast(self.system.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                images = self.system.images(prompts.captions[part], prompts.seeds[part], config)
+            images = self.drawn(prompts.captions[part], prompts.seeds[part], config)
             with whole_file(folder / f"{start:06d}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, images.numpy())
+        if self.workers.main:
+            self.made |= dict.fromkeys(makers(folder, bool(missing)))
         self.workers.wait()
         found = [batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) for start in starts]
         return torch.cat([part for part in found if part is not None])
+
+    def drawn(self, captions: Sequence[str], seeds: Sequence[int], config: SamplingConfig) -> torch.Tensor:
+        """Samples uint8 (N, 3, H, W); raises ValueError for networks that draw what is not finite: as a picture it
+        would be black, and be measured as one."""
+        with torch.autocast(self.system.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            latents = self.system.latents(captions, seeds, config)
+            images = self.system.decode(latents)
+        if not (torch.isfinite(latents).all() and torch.isfinite(images).all()):
+            raise ValueError(f"the samples of {self.folder.parent.parent.name} are not finite ({config.sampler}, "
+                             f"{config.steps} steps, guidance {config.guidance.scale:g}): its weights are damaged, or "
+                             "the sampler diverges; valid: finite ones")
+        return to_uint8(images).cpu()
+
+
+def makers(folder: Path, now: bool) -> list[str]:
+    """What drew the batches of a folder; ``now``: some were drawn just now, by this code."""
+    path = folder / "made.json"
+    try:
+        known = [str(line) for line in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        known = []
+    here = environment()
+    line = f"{here['revision']}, torch {here['versions']['torch']}, {here['device']}"
+    if now and line not in known:
+        known.append(line)
+        write_text(path, json.dumps(known))
+    return known
 
 
 def batch_of(path: Path, count: int) -> torch.Tensor | None:
     """The kept batch of ``count`` samples, None when it is missing, damaged or not whole."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        whole = array.dtype == np.uint8 and array.ndim == 4 and array.shape[:2] == (count, 3)
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
         return None
-    whole = array.dtype == np.uint8 and array.ndim == 4 and len(array) == count
     return torch.from_numpy(array) if whole else None
 
 

@@ -2,7 +2,7 @@
 
 Axis letters: N samples, M reference pictures, H W size.
 """
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ from evaluation.prompts import Prompts
 from evaluation.scenes import Section, attributes_right
 from training.clip import ClipVectors
 
-REFERENCE, TRAINING = 10_000, 2000  # real pictures that samples are compared with, and searched for copies, at most
+REFERENCE, TRAINING = 10_000, 20_000  # real pictures that samples are compared with, and searched for copies, at most
+SPLITS = 10  # parts of the Inception score
 PAIRS = 8  # of a sample and its nearest training picture that are drawn
+SETTINGS = 6  # pictures drawn of each setting of a sweep
 PART = 64  # pictures read at a time
 
 
@@ -103,28 +105,29 @@ def unit_parts(images: torch.Tensor) -> Iterator[torch.Tensor]:
     return (to_unit(part) for part in images.split(PART))
 
 
-def full_sections(drawn: Drawn, judges: Judges, real: Real, training: Source, data: str,
-                  folder: Path) -> tuple[list[Section], dict[str, Any], list[float] | None]:
-    """(sections, entries of metrics.json, CLIP score of each sample). ``data`` is the hash of the data."""
-    images, truth = drawn.images, torch.stack(drawn.prompts.drawn)
+def full_sections(drawn: Drawn, through: Sequence[torch.Tensor], judges: Judges, real: Real, training: Source,
+                  count: int, folder: Path) -> tuple[list[Section], dict[str, Any], list[float] | None]:
+    """(sections, entries of metrics.json, CLIP score of each sample). ``through`` are the real pictures of the prompts
+    through the autoencoder, ``count`` the training pictures that copies are looked for among."""
+    images, truth, passed = drawn.images, torch.stack(drawn.prompts.drawn), torch.stack(list(through))
     cache = folder / "cache"
-    ours, held_out = (features_of(unit_parts(x), judges.features) for x in (images, truth))
+    ours, held_out, ceiling = (features_of(unit_parts(x), judges.features) for x in (images, truth, passed))
     reference = cached_features(cache, real.data, real.batches, judges.features)
     name = judges.features.stamp.split()[0]
-    figures = distance_figures(ours, reference, held_out, name)
+    figures = distance_figures(ours, reference, held_out, ceiling, name)
     if isinstance(judges.features, InceptionFeatures):
-        figures["Inception score"] = Figure(*(from_error(*inception_score(judges.features.logits(x.vectors)))
-                                              for x in (ours, held_out)))
+        figures[f"Inception score, {SPLITS} parts"] = Figure(*(
+            inception_estimate(judges.features.logits(x.vectors)) for x in (ours, held_out, ceiling)))
     scores = None
     if judges.clip is not None:
         theirs = cached_features(cache, real.data, real.batches, judges.clip)
-        x, y = (features_of(unit_parts(part), judges.clip).vectors for part in (images, truth))
+        x, y, z = (features_of(unit_parts(part), judges.clip).vectors for part in (images, truth, passed))
         texts = judges.clip.texts(drawn.prompts.captions).cpu()
-        figures |= text_figures(x, y, texts, drawn.prompts.captions, theirs.vectors)
+        figures |= text_figures(x, y, z, texts, drawn.prompts.captions, theirs.vectors)
         scores = clip_scores(x, texts).tolist()
-    count = min(TRAINING, len(training))
-    trained = cached_features(cache, f"{data} train {count}", lambda: batches(training, 0, count), judges.features)
-    figures |= style_figures(ours, held_out, trained, training, drawn.prompts)
+    trained = cached_features(cache, f"{real.data} train {count}", lambda: batches(training, 0, count),
+                              judges.features, kept=count)
+    figures |= style_figures(ours, held_out, ceiling, trained, training, drawn.prompts)
     copies, memory = memory_section(drawn, truth, ours, held_out, trained, training, count, folder)
     figures |= memory
     quiet = "" if judges.clip else '<p class="quiet">No CLIP score: the run has no stage clip, --clip is not given.</p>'
@@ -134,31 +137,41 @@ def full_sections(drawn: Drawn, judges: Judges, real: Real, training: Source, da
     return sections, {"figures": figures_dict(figures)}, scores
 
 
-def style_figures(ours: FeatureSet, held_out: FeatureSet, trained: FeatureSet, training: Source,
+def inception_estimate(logits: torch.Tensor) -> Estimate:
+    """The Inception score, the mean of parts, with the error of that mean (Student's t)."""
+    value, spread = inception_score(logits, SPLITS)
+    return from_error(value, spread / (SPLITS - 1) ** 0.5, f"{SPLITS} parts", SPLITS - 1)
+
+
+def style_figures(ours: FeatureSet, held_out: FeatureSet, ceiling: FeatureSet, trained: FeatureSet, training: Source,
                   prompts: Prompts) -> Figures:
     """Share of samples in the style their caption names, by a classifier of the training pictures; empty without."""
     if len(set(prompts.styles)) < 2:
         return {}
     probe = fit_probe(trained.vectors, [training[index]["style"] for index in range(len(trained.vectors))])
     found = [probe.hits(x, prompts.styles) for x in (
-        ours.vectors, held_out.vectors, ours.vectors[strangers(len(prompts))])]
+        ours.vectors, held_out.vectors, ceiling.vectors, ours.vectors[strangers(len(prompts))])]
     return {f"style that was asked for, of {len(probe.classes)}": Figure(*found)}
 
 
 def memory_section(drawn: Drawn, truth: torch.Tensor, ours: FeatureSet, held_out: FeatureSet, trained: FeatureSet,
                    training: Source, count: int, folder: Path) -> tuple[Section, Figures]:
-    """Samples nearest to a training picture, drawn above it, and how near they are in features and in pixels."""
+    """Samples nearest to a training picture, drawn above it: the nearest in features and the nearest in pixels, and how
+    near all are."""
     found, real = (nearest(x.vectors, [trained.vectors]) for x in (ours, held_out))
-    figures = memory_figures(found, real, "features")
     near, real_near = (nearest(pixel_vectors(to_unit(x)), map(pixel_vectors, batches(training, 0, count)))
                        for x in (drawn.images, truth))
-    figures |= memory_figures(near, real_near, "pixels")
-    closest = found.distance.argsort()[:PAIRS].tolist()
-    rows = [drawn.images[i] for i in closest] + [training[int(found.index[i])]["image"] for i in closest]
-    labels = [f"{near.distance[i]:.0f} levels from its nearest in pixels" for i in closest] + [""] * len(closest)
-    save_grid(torch.stack(rows), folder / "copies.png", labels, len(closest))
-    return (f"The samples nearest to one of {count} training pictures, which lies below",
-            '<p class="sheet"><img src="copies.png" alt="samples above their nearest training pictures"></p>'), figures
+    figures = (memory_figures(found, real, f"features of {count}")
+               | memory_figures(near, real_near, f"pixels of {count}"))
+    html = ""
+    for one, name, unit in ((found, "features", "{:.2f} away"), (near, "pixels", "{:.0f} levels of 255 away")):
+        closest = one.distance.argsort()[:PAIRS].tolist()
+        rows = [drawn.images[i] for i in closest] + [training[int(one.index[i])]["image"] for i in closest]
+        labels = [unit.format(float(one.distance[i])) for i in closest] + [""] * len(closest)
+        save_grid(torch.stack(rows), folder / f"copies_{name}.png", labels, len(closest), title=f"nearest in {name}")
+        html += (f'<p class="sheet"><img src="copies_{name}.png" alt="samples above the training pictures nearest in '
+                 f'{name}"></p>')
+    return (f"The samples nearest to one of {count} training pictures, which lies below", html), figures
 
 
 def tradeoff_sections(drawn: Drawn, judges: Judges, reference: FeatureSet, folder: Path) -> list[Section]:
@@ -184,9 +197,13 @@ def tradeoff_sections(drawn: Drawn, judges: Judges, reference: FeatureSet, folde
         if not rows:
             continue
         shown = draw(rows, folder / f"{key}.png", score_name, "KID x 1000")
+        labels = [f"{key} {setting:g}: {caption}" for setting, _ in found for caption in prompts.captions[:SETTINGS]]
+        save_grid(torch.cat([images[:SETTINGS] for _, images in found]), folder / f"{key}_pictures.png", labels,
+                  SETTINGS)
         table = rows_table((key, score_name, "KID x 1000"), (
             (f"{row[key]:g}", Estimate(**row["score"]), Estimate(**row["distance"])) for row in rows))
         sections.append((f"{key.capitalize()} against score and distance, {len(prompts)} validation prompts",
                          (f'<p class="curves"><img src="{key}.png" alt="{key} against score and distance"></p>'
-                          if shown else "") + markdown_table(table)))
+                          if shown else "") + markdown_table(table)
+                         + f'<p class="sheet"><img src="{key}_pictures.png" alt="the same prompts at each"></p>'))
     return sections

@@ -42,12 +42,13 @@ def scored(scenes: Sequence[Scene], prompts: Prompts) -> list[tuple[dict[str, An
     return [(facts, score_scene(scene, facts)) for scene, facts in zip(scenes, prompts.facts, strict=True)]
 
 
-def best_guidance(guidance: list[tuple[float, torch.Tensor]], prompts: Prompts) -> tuple[float, list[dict[str, float]]]:
+def best_guidance(guidance: list[tuple[float, torch.Tensor]], prompts: Prompts) -> tuple[float, list[dict[str, Any]]]:
     """The scale with the most whole scenes right (then attributes), and the score of every scale."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for scale, images in guidance:
         rates = score_table(scores_of(images, prompts))["all"]
-        rows.append({"guidance": scale, "scene": rates["scene"].value, "attributes": rates["attributes"].value})
+        rows.append({"guidance": scale, **{name: rates[name].value for name in ("scene", "attributes")},
+                     "intervals": {name: [rates[name].low, rates[name].high] for name in ("scene", "attributes")}})
     return max(rows, key=lambda row: (row["scene"], row["attributes"]))["guidance"], rows
 
 
@@ -65,21 +66,23 @@ def reconstructions(system: TextToImage, drawn: list[torch.Tensor]) -> list[torc
             for picture in to_uint8(model.decode(model.encode(to_unit(part.to(device))).mean)).cpu()]
 
 
-def scene_sections(system: TextToImage, drawn: Drawn, sweep: list[dict[str, float]],
+def scene_sections(drawn: Drawn, ceiling: Sequence[torch.Tensor], sweep: list[dict[str, Any]],
                    folder: Path) -> tuple[list[Section], dict[str, Any], list[float]]:
-    """(sections of the page, entries of metrics.json, share of promises kept of each prompt); prints the table."""
+    """(sections of the page, entries of metrics.json, share of promises kept of each prompt); prints the table.
+    ``ceiling`` are the real pictures of the prompts through the autoencoder."""
     prompts, images, config = drawn.prompts, drawn.images, drawn.config
     scenes = read_scenes(images, vocabulary())
     rows, chance = scored(scenes, prompts), stranger_rows(scenes, prompts.facts)
     real = scores_of(prompts.drawn, prompts)
-    report = SceneReport(*map(score_table, (rows, chance, real,
-                                            scores_of(reconstructions(system, prompts.drawn), prompts))))
+    report = SceneReport(*map(score_table, (rows, chance, real, scores_of(ceiling, prompts))))
     groups = group_table(rows, prompts.captions)
     values, real_values, chance_values = map(value_table, (rows, real, chance))
     moods, real_moods = (mood_distances(found, prompts.facts, vocabulary()) for found in (images, prompts.drawn))
     print(f"{report}\n{summary(report, len(prompts), config)}")
     sweep_table = rows_table(("guidance", "whole scenes", "attributes"), (
-        (f"{row['guidance']:g}", f"{100 * row['scene']:.1f}", f"{100 * row['attributes']:.1f}") for row in sweep))
+        (f"{row['guidance']:g}", *(f"{100 * row[name]:.1f} ({100 * row['intervals'][name][0]:.0f}-"
+                                   f"{100 * row['intervals'][name][1]:.0f})" for name in ("scene", "attributes")))
+        for row in sweep))
     missed = [not score["scene"][0] for _, score in rows[:SHOWN]]
     sections = [
         ("Scores on prompts that training never saw, in percent",

@@ -6,7 +6,9 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,10 +16,14 @@ from emoji_packages import emoji_folder
 from PIL import Image
 
 import evaluate
+from data.source import to_unit
 from data.tokenizer import Tokenizer
 from eval.compare import comparison, paired_difference
+from evaluation import full
+from evaluation.draw import makers
 from model.clip import Clip, ClipConfig, ImageEncoderConfig
 from model.text_encoder import TextEncoderConfig
+from pipeline import TextToImage
 from training.checkpoint import save_weights
 from training.config import to_dict
 
@@ -41,7 +47,7 @@ def run(tmp_path_factory, tiny_run) -> Path:
     save_weights(Clip(config), run / "clip.safetensors", {"model": json.dumps(to_dict(config))})
     (run / "clip_tokenizer.json").write_text(Tokenizer.load(run / "tokenizer.json").to_json())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluation.full.TRAINING", 24)
+        patch.setattr("evaluate.TRAINING", 24)
         patch.setattr("evaluate.SUITES", {"full": (24, 20, [2.0], [2])})
         evaluate.main([str(run), "--suite", "full"])
     return run
@@ -85,8 +91,9 @@ def test_the_full_suite_writes_figures_with_their_making(run):
     assert "EfficientNet-Lite0" in protocol["features"] and "antialiased" in protocol["features"]
     assert protocol["prompts"] == 24 and len(protocol["weights"]) == 4 and "test items 2" in protocol["reference"]
     names = " ".join(metrics["figures"])
-    for word in ("Frechet", "continued", "KID", "precision", "recall", "density", "coverage", "CLIP score", "CMMD",
-                 "caption found", "(features)", "(pixels)"):
+    assert "continued" not in names  # far fewer pictures than features
+    for word in ("Frechet", "KID", "precision", "recall", "density", "coverage", "CLIP score", "CMMD",
+                 "caption found", "(features of 24)", "(pixels of 24)"):
         assert word in names, word
     for name, figure in metrics["figures"].items():
         value = figure["value"]
@@ -128,6 +135,73 @@ def test_the_quick_suite_prints_its_table_and_goes_on_where_it_was(tiny_run, tmp
     assert (run / "report" / "metrics.json").read_text() == metrics
 
 
+def test_kept_samples_say_what_drew_them(run, tmp_path):
+    """And go on saying so when other code reads them."""
+    found = list((run / "report" / "cache").rglob("made.json"))
+    before = [path.read_bytes() for path in found]
+    drawn_by = json.loads((run / "report" / "metrics.json").read_text())["protocol"]["samples_drawn_by"]
+    assert found and all(json.loads(text) == [drawn_by] and "torch" in drawn_by for text in before)
+    folder = found[0].parent
+    assert makers(folder, False) == [drawn_by]
+    found[0].write_text('["another, torch 1, machine"]')
+    assert makers(folder, False) == ["another, torch 1, machine"]
+    assert makers(folder, True) == ["another, torch 1, machine", drawn_by]
+    found[0].write_bytes(before[0])
+
+
+def test_what_is_not_finite_is_not_measured_as_a_black_picture(tiny_run, tmp_path, monkeypatch):
+    run = copied(tiny_run, tmp_path / "run", validation=40, test=80)
+    latents = TextToImage.latents
+    monkeypatch.setattr(TextToImage, "latents", lambda *rest, **more: latents(*rest, **more) * torch.nan)
+    with pytest.raises(ValueError, match="the samples of run are not finite.*weights are damaged") as error:
+        evaluate.main([str(run), "--count", "8", "--validation", "4", "--guidance", "2"])
+    assert "\n" not in str(error.value) and not list((run / "report").rglob("*.npy"))
+
+
+def test_the_pairs_that_are_drawn_are_the_nearest_of_each_search(tmp_path, monkeypatch):
+    """In pixels: each sample is drawn above the training picture it is nearest to in pixels."""
+    draw = np.random.default_rng(0)
+    train, samples = (torch.from_numpy(draw.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)) for n in (30, 12))
+    samples[4] = train[17]
+    sheets = {}
+    monkeypatch.setattr(full, "save_grid", lambda images, path, *rest, **more: sheets.update({path.name: images}))
+
+    class Training:
+        def __getitem__(self, index):
+            return {"image": train[index], "captions": ("a",)}
+
+    monkeypatch.setattr(full, "batches", lambda source, first, last: iter([to_unit(train[first:last])]))
+    kept = [SimpleNamespace(vectors=torch.from_numpy(draw.normal(size=(n, 4)))) for n in (12, 24, 30)]
+    drawn = SimpleNamespace(images=samples)
+    truth = torch.from_numpy(draw.integers(0, 256, (24, 3, 16, 16), dtype=np.uint8))
+    (heading, html), figures = full.memory_section(drawn, truth, *kept, Training(), 30, tmp_path)
+    assert torch.equal(sheets["copies_pixels.png"][0], samples[4])
+    assert torch.equal(sheets["copies_pixels.png"][full.PAIRS], train[17]) and "copies_features.png" in html
+    assert {"features of 30", "pixels of 30"} == {name.split("(")[1].strip(")") for name in figures}
+
+
+def test_one_scale_is_taken_and_several_need_somebody_to_choose(tiny_run, tmp_path):
+    run = copied(tiny_run, tmp_path / "emoji")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    size = config["data"]["shapes"]["size"]
+    config["data"] |= {"source": "emoji", "emoji": {"root": str(emoji_folder(tmp_path / "data", size)), "size": size,
+                                                    "held_out_scenes": 20}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    arguments = [str(run), "--count", "4", "--validation", "4", "--steps", "1", "--guidance"]
+    with pytest.raises(ValueError, match="--guidance with 2 scales: nothing here chooses"):
+        evaluate.main([*arguments, "1", "2"])
+    evaluate.main([*arguments, "1.5"])
+    assert json.loads((run / "report" / "metrics.json").read_text())["protocol"]["guidance"] == 1.5
+
+
+def test_the_inception_score_has_the_error_of_its_mean():
+    draw = np.random.default_rng(0)
+    found = [full.inception_estimate(torch.from_numpy(draw.normal(0, 2, (400, 10)))) for _ in range(60)]
+    spread = np.std([one.value for one in found])
+    reach = np.mean([one.high - one.low for one in found]) / 2
+    assert 1.4 * spread < reach < 3.5 * spread  # t(9) asks for 2.3
+
+
 def test_other_settings_are_other_samples(run, tmp_path):
     folders = len(list((run / "report" / "cache").glob("*/")))
     evaluate.main([str(run), "--count", "24", "--validation", "20", "--guidance", "2", "--steps", "2"])
@@ -166,17 +240,27 @@ def test_a_paired_difference_does_not_mind_hard_prompts():
     (["RUN", "--count", "1"], "--count 1; valid: from 2 up"),
     (["RUN", "--suite", "full", "--count", "10"], "--count 10; valid: from 20 up"),
     (["RUN", "--clip", "x"], "--clip is for --suite full"),
+    (["RUN", "--count", "8", "--validation", "4", "--compare", "OTHER"], "OTHER was measured otherwise"),
+    *((["RUN", "--compare", f"BROKEN{number}"], "BROKEN.*cannot be used .ValueError: it has no protocol")
+      for number in range(3)),
     (["RUN", "--count", "500", "--validation", "4", "--guidance", "2"], "only .* items of the split 'test'"),
     (["RUN", "--sampler", "magic"], "magic"),
     (["RUN", "--suite", "full", "--count", "24", "--validation", "20", "--guidance", "2", "--inception", "no.pth"],
      "no weights file no.pth; valid: pt_inception"),
     (["RUN", "--suite", "full", "--count", "24", "--validation", "20", "--guidance", "2", "--reference", "SMALL"],
      "pictures of 8x8; valid: 32x32"),
-], ids=["run", "count", "few", "clip", "many", "sampler", "inception", "reference"])
+], ids=["run", "count", "few", "clip", "compare", "null", "number", "empty", "many", "sampler", "inception",
+        "reference"])
 def test_what_cannot_be_measured_gets_one_line(run, arguments, line, tmp_path, monkeypatch):
     monkeypatch.setattr("evaluate.SUITES", {"quick": (24, 20, [2.0], []), "full": (24, 20, [2.0], [2])})
     for number in range(16):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    for number, text in enumerate(("null", "5", '{"protocol": null}')):
+        Path(f"BROKEN{number}/report").mkdir(parents=True)
+        Path(f"BROKEN{number}/report/metrics.json").write_text(text)
+    Path("OTHER/report").mkdir(parents=True)
+    Path("OTHER/report/metrics.json").write_text('{"protocol": {"data": "x"}}')
     arguments = [{"RUN": str(run), "SMALL": str(tmp_path)}.get(word, word) for word in arguments]
     samples = len(list((run / "report" / "cache").rglob("*.npy")))
     with pytest.raises(ValueError, match=line) as error:
@@ -213,7 +297,9 @@ def test_emoji_are_told_from_renderings_of_other_things(tiny_run, tmp_path, caps
     evaluate.main([str(run), "--count", "24", "--validation", "4", "--guidance", "1", "--steps", "2"])
     found = json.loads((run / "report" / "metrics.json").read_text())
     drawn, read, guess = (found[name]["all"]["object"]["value"] for name in ("calibration", "score", "chance"))
-    assert drawn > 0.9 > read and guess < 0.5 and 0 < found["guess"] < 0.5
+    assert drawn > 0.9 > read and guess < 0.5 and 0 < found["guess"]["attributes"] < 0.5
+    assert {"object", "style", "scene"} <= set(found["guess"])
+    assert "a guess" in (run / "report" / "figures.md").read_text()
     assert len(found["per_prompt"]["attributes"]) == 24
     assert {"scene", "style", "background"} <= set(found["score"]["all"])
     assert "drawn pictures" in (run / "report" / "figures.md").read_text()

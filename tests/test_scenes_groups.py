@@ -6,7 +6,7 @@ from data.shapes import Shapes, ShapesConfig
 from data.shapes_draw import render, vocabulary
 from eval.scene_groups import group_table, mood_distances, promises, prompt_groups, value_table
 from eval.scenes import SceneReader
-from eval.scenes_score import ATTRIBUTES, score_scene
+from eval.scenes_score import ATTRIBUTES, MEASURES, score_scene, score_table
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,13 @@ def test_moods_are_measured_by_their_distance(items):
     one = mood_distances(grey, [{"mood": "gloomy"}], vocabulary())["gloomy"]
     assert one.value == pytest.approx(SceneReader(vocabulary()).distances(grey[0])["gloomy"])
     assert mood_distances(grey, [{"mood": None}], vocabulary()) == {}
+
+
+def test_where_all_or_none_is_kept_the_interval_is_not_empty():
+    """Ten prompts of ten that keep a promise do not show that all do (Clopper and Pearson 1934)."""
+    facts = {"tags": ()}
+    rows = [(facts, {name: [True] if name == "scene" else [name == "colour"] for name in MEASURES[1:]})
+            for _ in range(10)]
+    rates = score_table(rows)["all"]
+    assert (rates["colour"].value, rates["colour"].high) == (1.0, 1.0) and rates["shape"].value == rates["shape"].low == 0
+    assert rates["colour"].low == pytest.approx(0.025 ** 0.1) and rates["shape"].high == pytest.approx(1 - 0.025 ** 0.1)
