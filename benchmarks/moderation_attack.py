@@ -19,14 +19,13 @@ from safety.policy import HEADS, noisy_or
 from safety.prompt import DEFAULT
 from training.moderation_text import read_corpus
 
-
 REWRITES = {
     "brackets for spaces": lambda text: text.replace(" ", "("),
     "apostrophes for spaces": lambda text: text.replace(" ", "'"),
     "invisible signs for spaces": lambda text: text.replace(" ", "\u200b"),
     "as the names of networks": lambda text: " ".join(
         f"<lora:{text[start:start + 90]}:1>" for start in range(0, len(text), 90)),
-    "behind a tail in another script": lambda text: text + " \u043a\u0440\u0430\u0441\u043d\u0430\u044f" * 60,
+    "before a tail in another script": lambda text: text + " \u043a\u0440\u0430\u0441\u043d\u0430\u044f" * 60,
     "behind ligatures": lambda text: "\u3389" * 300 + " " + text,
     "behind harmless words": lambda text: "a red ball on a green lawn under a blue sky, " * 25 + text,
     "behind dots": lambda text: "." * 100 + text,

@@ -111,7 +111,7 @@ class FeatureSet:
         if wrong:
             raise ValueError(f"{path} was made otherwise ({'; '.join(wrong)}); valid: the same for both sets")
         if "counts" not in tensors:
-            return cls(vectors.shape[1]).update(vectors)
+            return cls(vectors.shape[1], max(KEPT, len(vectors))).update(vectors)  # all that were kept
         found = cls(vectors.shape[1], len(vectors), len(tensors["counts"]))
         found._vectors, found.count = [vectors], int(tensors["counts"].sum())
         for moments, count, mean, scatter in zip(found._groups, tensors["counts"].tolist(), tensors["means"],
@@ -131,8 +131,9 @@ def features_of(batches: Iterable[Tensor], extractor: Extractor, kept: int = KEP
 
 def cached_features(folder: str | Path, data: str, batches: Callable[[], Iterable[Tensor]],
                     extractor: Extractor, kept: int = KEPT) -> FeatureSet:
-    """As `features_of`, kept in a file of ``folder`` under the hash of the data's hash and the extractor's stamp, which
-    holds its weights and its resize. A file that is damaged is made again."""
+    """As `features_of`, kept in a file of ``folder`` under the hash of ``data``, which names the pictures and how many
+    are ``kept``, and of the extractor's stamp, which holds its weights and its resize. A file that is damaged is made
+    again."""
     stamp = {"data": data, "extractor": extractor.stamp}
     name = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}.safetensors"

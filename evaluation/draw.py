@@ -53,8 +53,9 @@ class Sampler:
                  "config": asdict(config), "precision": self.precision, "batch": BATCH}
         folder = self.folder / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         starts = list(range(0, len(prompts), BATCH))
-        missing = [start for start in starts[self.workers.rank::self.workers.world]
-                   if batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) is None]
+        gone = {start for start in starts
+                if batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) is None}
+        missing = [start for start in starts[self.workers.rank::self.workers.world] if start in gone]
         for start in tqdm(missing, desc=name, unit="batch", disable=not (missing and self.workers.main),
                           mininterval=0.5 if sys.stderr.isatty() else 30):
             part = slice(start, start + BATCH)
@@ -62,7 +63,7 @@ class Sampler:
             with whole_file(folder / f"{start:06d}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, images.numpy())
         if self.workers.main:
-            self.made |= dict.fromkeys(makers(folder, bool(missing)))
+            self.made |= dict.fromkeys(makers(folder, bool(gone)))
         self.workers.wait()
         found = [batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) for start in starts]
         return torch.cat([part for part in found if part is not None])

@@ -46,7 +46,8 @@ class Decision:
         if self.action == "allow":
             return "allowed"
         verb = {"flag": "flagged", "blur": "blurred", "block": "refused"}[self.action]
-        text = f"{verb}: {_NEUTRAL[self.category]}"
+        listed = not self.category and self.reason.startswith("concept ")  # a stand-in of a file of concepts
+        text = f"{verb}: {'content that is not wanted here' if listed else _NEUTRAL[self.category]}"
         return f"{text}. {HELP}" if self.category == "self_harm" else text
 
 

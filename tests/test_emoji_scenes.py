@@ -8,8 +8,11 @@ from emoji_packages import emoji_folder
 
 from data.emoji import Emoji, EmojiConfig
 from data.emoji_scenes import COLOURS, MOODS, canvas, over, scene_image
+from diffusion.sampling import SamplingConfig
 from eval.candidates import REACH, distances, palette_distance, question, ranks, shifted, vectors
-from evaluation.emoji_scenes import ATTRIBUTES, Promises, layouts, mood_distances, score_of
+from evaluation.draw import Drawn
+from evaluation.emoji_scenes import ATTRIBUTES, Promises, compared, layouts, mood_distances, score_of
+from evaluation.prompts import Prompts
 
 SIZE = 64
 
@@ -58,6 +61,23 @@ def test_pictures_of_other_prompts_are_near_chance(source, promises):
                   for kept in all_kept]
         guesses += [1 / one.answers for one in promises.questions(index) if one.attribute == "object"]
     assert abs(np.mean(found) - np.mean(guesses)) < 0.15
+
+
+def test_a_guess_is_one_in_the_number_of_answers(source, promises):
+    """By attribute; all promises of a prompt at once are the product of its guesses."""
+    indices = scenes(source)[:6]
+    images = torch.stack([source[index]["image"] for index in indices])
+    prompts = Prompts([source.captions(index)[0] for index in indices], indices, list(images))
+    rows, guess = compared(promises, Drawn(prompts, SamplingConfig(), images, Prompts()), list(images))
+    expected, whole = {}, []
+    for index in indices:
+        asked = promises.questions(index)
+        whole.append(np.prod([1 / one.answers for one in asked]))
+        for one in asked:
+            expected.setdefault(one.attribute, []).append(1 / one.answers)
+    assert set(guess) == {"attributes", "scene", *expected} and len(rows) == 4 and guess["scene"] == np.mean(whole)
+    assert all(guess[name] == pytest.approx(np.mean(found)) for name, found in expected.items())
+    assert guess["attributes"] == pytest.approx(np.mean(sum(expected.values(), [])))
 
 
 def test_a_broken_promise_breaks_itself(source, promises):

@@ -19,6 +19,7 @@ import evaluate
 from data.source import to_unit
 from data.tokenizer import Tokenizer
 from eval.compare import comparison, paired_difference
+from eval.inception_score import inception_score
 from evaluation import full
 from evaluation.draw import makers
 from model.clip import Clip, ClipConfig, ImageEncoderConfig
@@ -200,6 +201,11 @@ def test_the_inception_score_has_the_error_of_its_mean():
     spread = np.std([one.value for one in found])
     reach = np.mean([one.high - one.low for one in found]) / 2
     assert 1.4 * spread < reach < 3.5 * spread  # t(9) asks for 2.3
+    logits = torch.from_numpy(draw.normal(0, 2, (400, 10)))
+    value, deviation = inception_score(logits, 10)  # the deviation divides by 10, that of a sample by 9
+    one = full.inception_estimate(logits)
+    assert one.value == value
+    assert one.high - value == pytest.approx(2.262157 * deviation * (10 / 9) ** 0.5 / 10**0.5, rel=1e-6)
 
 
 def test_other_settings_are_other_samples(run, tmp_path):

@@ -7,7 +7,7 @@ from PIL import Image
 from eval.frechet import Moments, frechet_distance, frechet_of_vectors
 from eval.interval import bootstrap_mean, bootstrap_share, from_error, jackknife
 from eval.pictures import hash_of_files, picture_batches, picture_files
-from eval.reference import FeatureSet, _distance, cached_features, features_of, frechet_estimate
+from eval.reference import KEPT, FeatureSet, _distance, cached_features, features_of, frechet_estimate
 
 
 class Colours:
@@ -152,6 +152,15 @@ def test_a_file_holds_the_whole_set(tmp_path, kept, monkeypatch):
     for group in (None, 5):
         torch.testing.assert_close(again.moments(group).covariance, first.moments(group).covariance, rtol=1e-9,
                                    atol=1e-12)
+
+
+def test_a_set_of_more_than_is_kept_by_default_is_read_back_whole(tmp_path):
+    """Copies are looked for among every vector, in the second run as in the first."""
+    count = KEPT + 50
+    images = torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    first, again = (cached_features(tmp_path, "data", lambda: images.split(2048), Colours(), kept=count)
+                    for _ in range(2))
+    assert len(first.vectors) == count and torch.equal(first.vectors, again.vectors)
 
 
 def test_a_reference_of_another_extractor_is_refused(tmp_path):

@@ -89,5 +89,5 @@ def test_where_all_or_none_is_kept_the_interval_is_not_empty():
     rows = [(facts, {name: [True] if name == "scene" else [name == "colour"] for name in MEASURES[1:]})
             for _ in range(10)]
     rates = score_table(rows)["all"]
-    assert (rates["colour"].value, rates["colour"].high) == (1.0, 1.0) and rates["shape"].value == rates["shape"].low == 0
+    assert rates["colour"].value == rates["colour"].high == 1 and rates["shape"].value == rates["shape"].low == 0
     assert rates["colour"].low == pytest.approx(0.025 ** 0.1) and rates["shape"].high == pytest.approx(1 - 0.025 ** 0.1)

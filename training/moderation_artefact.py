@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from safety.gate import windows
 from safety.keywords import BLOCK, FLAG, SIGNAL, WORDS, Lexicon, Term, WordFilter
 from safety.normalize import normalize
 from safety.policy import HEADS, MINORS, VERSION, Limits
@@ -148,9 +149,10 @@ def fitted_limits(head: PromptHead, dev: list[Row], config: "ModeratorStage", le
 
 
 def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
-    """Calibrated probabilities (B, K) of the texts of rows."""
-    return np.array([list(head.scores(normalize(row.text, longest=10**6).plain[:2000]).values()) for row in rows]
-                    ).reshape(-1, len(HEADS))
+    """Calibrated probabilities (B, K) of the texts of rows, the highest over the parts that the gate reads."""
+    plains = [normalize(row.text, longest=10**6).plain[:2000] for row in rows]
+    found = [np.max([list(head.scores(part).values()) for part in windows(plain)], axis=0) for plain in plains]
+    return np.array(found).reshape(-1, len(HEADS))
 
 
 def minors_limit(head: PromptHead, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:
