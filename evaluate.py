@@ -165,7 +165,7 @@ def protocol_of(options: argparse.Namespace, drawn: Drawn, sampler: Sampler) -> 
     return {"sampler": config.sampler, "steps": config.steps,
             "guidance": config.guidance.scale, "validation": len(drawn.validation), "precision": options.precision,
             "picture": "x".join(map(str, drawn.images.shape[2:])), "weights": sampler.weights,
-            "samples_drawn_by": "; ".join(sampler.made), "revision": here["revision"], "device": here["device"],
+            "samples_drawn_by": "; ".join(sampler.made) or "not written down", "revision": here["revision"], "device": here["device"],
             "torch": here["versions"]["torch"], "command": here["command"]}
 
 
