@@ -165,8 +165,8 @@ def protocol_of(options: argparse.Namespace, drawn: Drawn, sampler: Sampler) -> 
     return {"sampler": config.sampler, "steps": config.steps,
             "guidance": config.guidance.scale, "validation": len(drawn.validation), "precision": options.precision,
             "picture": "x".join(map(str, drawn.images.shape[2:])), "weights": sampler.weights,
-            "samples_drawn_by": "; ".join(sampler.made) or "not written down", "revision": here["revision"], "device": here["device"],
-            "torch": here["versions"]["torch"], "command": here["command"]}
+            "samples_drawn_by": "; ".join(sampler.made) or "not written down", "revision": here["revision"],
+            "device": here["device"], "torch": here["versions"]["torch"], "command": here["command"]}
 
 
 def extremes(drawn: Drawn, ranking: list[float], folder: Path) -> list[Section]:
