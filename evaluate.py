@@ -30,7 +30,7 @@ from evaluation.prompts import Prompts, captions_of_training, held_out_prompts, 
 from evaluation.scenes import SHOWN, Section, best_guidance, percent, reconstructions, scene_sections
 from pipeline import TextToImage, with_options
 from training.checkpoint import write_text
-from training.distributed import Processes, ProcessLost, processes
+from training.distributed import Processes, ProcessLost, leave, processes
 from training.run import RunFolder, environment
 
 # (test prompts, validation prompts, guidance scales, numbers of steps) of each suite
@@ -253,6 +253,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        leave()
     except (ValueError, OSError, ProcessLost) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from training.clip import train_clip
 from training.config import from_dict, read_yaml, to_dict
 from training.denoiser import Networks, train_denoiser
 from training.device import default_device, frozen, placed
-from training.distributed import Processes, ProcessLost, processes
+from training.distributed import Processes, ProcessLost, leave, processes
 from training.experiment import Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
 from training.moderator import load_config, train_moderator
@@ -141,6 +141,7 @@ def run_stages(experiment: Experiment, run: RunFolder, workers: Processes) -> No
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+        leave()
     except (ValueError, OSError, TrainingError, ProcessLost) as error:
         raise SystemExit(f"error: {error}") from None
     except (Interrupted, KeyboardInterrupt) as error:

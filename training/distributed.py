@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -132,6 +133,16 @@ def processes() -> Iterator[Processes]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End a program that torchrun started, once its work is done and its group is closed. Threads of the connections
+    may abort the interpreter while it is taken down ("terminate called without an active exception"), and torchrun
+    would start a finished job again."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class Loss(nn.Module):
