@@ -15,23 +15,26 @@ from typing import Any
 
 import torch
 
-from data.emoji import Emoji
-from data.shapes import Shapes
-from data.source import build_source, data_key
+from data.catalog import build_source, data_key
+from data.emoji.emoji import Emoji
+from data.shapes.shapes import Shapes
 from eval.compare import check_protocols, comparison, read_figures
 from eval.interval import Estimate
-from eval.report import draw_curves, markdown_table, page, pictures, read_metrics
-from eval.scenes_score import Rate
+from eval.plots import draw_curves
+from eval.scenes.score import Rate
 from eval.suite import COLUMNS, rows_table
-from evaluation.draw import Drawn, Sampler, at_scales, at_steps
-from evaluation.emoji_scenes import emoji_sections
-from evaluation.full import TRAINING, Judges, Real, full_sections, judges_of, real_pictures
-from evaluation.prompts import Prompts, captions_of_training, held_out_prompts, unseen_prompts
-from evaluation.scenes import SHOWN, Section, best_guidance, percent, reconstructions, scene_sections
-from pipeline import TextToImage, with_options
-from training.checkpoint import write_text
+from files.pages import image_figures, markdown_table, page
+from files.run_folder import RunFolder, environment, read_metrics
+from files.whole import write_text
+from pipeline.loading import load_run
+from pipeline.system import TextToImage, with_options
+from scoring.distances import TRAINING, Judges, Real, full_sections, judges_of, real_pictures
+from scoring.emoji import emoji_sections
+from scoring.held_out import Prompts, captions_of_training, held_out_prompts, unseen_prompts
+from scoring.samples import Drawn, Sampler, at_scales, at_steps
+from scoring.shapes import SHOWN, Section, best_guidance, percent, reconstructions, scene_sections
 from training.distributed import Processes, ProcessLost, leave, processes
-from training.run import RunFolder, environment
+from training.experiment import Experiment, load_experiment
 
 # (test prompts, validation prompts, guidance scales, numbers of steps) of each suite
 SUITES: dict[str, tuple[int, int, list[float], list[int]]] = {
@@ -40,11 +43,11 @@ REAL = 16  # real pictures shown
 EXTREME = 8  # pictures shown of the best and of the worst
 
 
-def prompts_of(system: TextToImage, options: argparse.Namespace) -> tuple[Prompts, Prompts]:
+def prompts_of(experiment: Experiment, options: argparse.Namespace) -> tuple[Prompts, Prompts]:
     """(test, validation) prompts that training never saw."""
-    data = system.experiment.held_out_data
+    data = experiment.data.squares
     if data.source == "shapes":
-        trained = captions_of_training(system)
+        trained = captions_of_training(experiment)
         return (unseen_prompts(Shapes(data.shapes, "test"), trained, options.count),
                 unseen_prompts(Shapes(data.shapes, "validation"), trained, options.validation))
     return (held_out_prompts(build_source(data, "test"), options.count),
@@ -54,7 +57,7 @@ def prompts_of(system: TextToImage, options: argparse.Namespace) -> tuple[Prompt
 def draw(system: TextToImage, options: argparse.Namespace, sampler: Sampler, test: Prompts,
          validation: Prompts) -> tuple[Drawn, list[dict[str, float]]]:
     """All samples, and the scores that guidance was chosen by. Every process calls it."""
-    base = with_options(system.experiment.sampling, options.sampler, options.steps)
+    base = with_options(system.config.sampling, options.sampler, options.steps)
     choosing = bool(validation.facts)
     guidance = at_scales(sampler, validation, options.guidance, base) if choosing or options.suite == "full" else []
     given = options.guidance[0] if len(options.guidance) == 1 else base.guidance.scale
@@ -65,17 +68,17 @@ def draw(system: TextToImage, options: argparse.Namespace, sampler: Sampler, tes
                  at_steps(sampler, validation, options.sweep_steps, config)), sweep
 
 
-def judged_by(system: TextToImage, run: RunFolder, options: argparse.Namespace, test: Prompts) -> tuple[Judges, Real]:
+def judged_by(experiment: Experiment, device: torch.device, run: RunFolder, options: argparse.Namespace, test: Prompts) -> tuple[Judges, Real]:
     """What the full suite compares with, before anything is sampled: what is wrong with it is said at once."""
-    source = build_source(system.experiment.held_out_data, "test")
-    about = f"{hash_of_data(system)} {hash_of_pictures(test)}"  # settings, and what came of them
+    source = build_source(experiment.data.squares, "test")
+    about = f"{hash_of_data(experiment)} {hash_of_pictures(test)}"  # settings, and what came of them
     real = real_pictures(source, test.seeds[-1] + 1, about, options.reference, test.drawn[0].shape[1:])
-    return judges_of(options.inception, options.clip, run.path, system.device), real
+    return judges_of(options.inception, options.clip, run.path, device), real
 
 
-def hash_of_data(system: TextToImage) -> str:
+def hash_of_data(experiment: Experiment) -> str:
     """Of all that the pictures of the source depend on."""
-    return hashlib.sha256(json.dumps(data_key(system.experiment.data), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(data_key(experiment.data), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def hash_of_pictures(prompts: Prompts) -> str:
@@ -86,16 +89,16 @@ def hash_of_pictures(prompts: Prompts) -> str:
     return digest.hexdigest()[:16]
 
 
-def searched(system: TextToImage) -> int:
+def searched(experiment: Experiment) -> int:
     """How many training pictures copies are looked for among: all that the denoiser has seen, up to TRAINING."""
-    count = len(build_source(system.experiment.data, "train"))
-    return min(system.experiment.denoiser.images or count, count, TRAINING)
+    count = len(build_source(experiment.data, "train"))
+    return min(experiment.denoiser.images or count, count, TRAINING)
 
 
-def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, drawn: Drawn,
+def measure(system: TextToImage, experiment: Experiment, run: RunFolder, options: argparse.Namespace, drawn: Drawn,
             sweep: list[dict[str, float]], protocol: dict[str, Any], full: tuple[Judges, Real] | None) -> list[Section]:
     """Score the samples, write metrics.json; returns the sections of the page."""
-    folder, data = run.path / "report", system.experiment.data
+    folder, data = run.path / "report", experiment.data
     sections: list[Section] = []
     metrics: dict[str, Any] = {}
     ranking = None
@@ -107,11 +110,11 @@ def measure(system: TextToImage, run: RunFolder, options: argparse.Namespace, dr
         sections, metrics, ranking = emoji_sections(Emoji(data.emoji, "test"), drawn, ceiling, folder)
     else:
         sections = [("Pictures of held-out prompts",
-                     pictures(drawn.images[:SHOWN], drawn.prompts.captions, folder / "pictures"))]
-    sections.append(("The real pictures of the first of these prompts", pictures(
+                     image_figures(drawn.images[:SHOWN], drawn.prompts.captions, folder / "pictures"))]
+    sections.append(("The real pictures of the first of these prompts", image_figures(
         torch.stack(drawn.prompts.drawn[:REAL]), drawn.prompts.captions, folder / "real")))
     if full is not None:
-        training = build_source(system.experiment.held_out_data, "train")
+        training = build_source(experiment.data.squares, "train")
         more, figures, scores = full_sections(drawn, ceiling, *full, training, protocol["copies_searched"], folder)
         sections, metrics, ranking = sections + more, metrics | figures, ranking or scores
         if scores is not None:
@@ -144,17 +147,17 @@ def tables_of(metrics: dict[str, Any]) -> list[str]:
     return [*scenes, *figures, rows_table(("protocol", "value"), metrics["protocol"].items())]
 
 
-def comparable(system: TextToImage, options: argparse.Namespace, test: Prompts,
+def comparable(experiment: Experiment, options: argparse.Namespace, test: Prompts,
                full: tuple[Judges, Real] | None) -> dict[str, Any]:
     """What must be the same for figures to be compared; known before anything is sampled."""
     found: dict[str, Any] = {
-        "suite": options.suite, "data": hash_of_data(system), "prompts": len(test),
+        "suite": options.suite, "data": hash_of_data(experiment), "prompts": len(test),
         "prompts_sha256": hashlib.sha256("\n".join(test.captions).encode()).hexdigest()[:16],
         "pictures_sha256": hash_of_pictures(test), "seeds": "the number of the item in its split"}
     if full is not None:
         judges, real = full
         found |= {"reference": f"{real.about} (of {real.data})", "features": judges.features.stamp,
-                  "clip": judges.clip.stamp if judges.clip else None, "copies_searched": searched(system),
+                  "clip": judges.clip.stamp if judges.clip else None, "copies_searched": searched(experiment),
                   "neighbours": "3 for precision, recall, density, coverage"}
     return found
 
@@ -175,7 +178,7 @@ def extremes(drawn: Drawn, ranking: list[float], folder: Path) -> list[Section]:
     found = []
     for name, chosen in (("Best", order[::-1][:EXTREME]), ("Worst", order[:EXTREME])):
         labels = [f"{ranking[i]:.2f}: {drawn.prompts.captions[i]}" for i in chosen]
-        found.append((f"{name} by score", pictures(drawn.images[chosen], labels, folder / name.lower())))
+        found.append((f"{name} by score", image_figures(drawn.images[chosen], labels, folder / name.lower())))
     return found
 
 
@@ -225,20 +228,21 @@ def run_evaluation(options: argparse.Namespace, workers: Processes) -> None:
     run = RunFolder.open(Path(options.run))
     for other in options.compare:
         read_figures(other)  # now, and not after an hour
-    system = TextToImage.load(run.path, workers.device(), moderation=None)  # captions of the data set
+    system = load_run(run.path, workers.device(), moderation=None)  # captions of the data set
+    experiment = load_experiment(run.path / "config.yaml")
     sampler = Sampler(system, run.path / "report" / "cache", options.precision, workers)
-    test, validation = prompts_of(system, options)
+    test, validation = prompts_of(experiment, options)
     if not validation.facts and options.chosen and options.suite == "quick" and len(options.guidance) > 1:
         raise ValueError(f"--guidance with {len(options.guidance)} scales: nothing here chooses among them; valid: one "
                          "scale, or --suite full, which shows them all")
-    full = judged_by(system, run, options, test) if options.suite == "full" and workers.main else None
-    known = comparable(system, options, test, full) if workers.main else {}
+    full = judged_by(experiment, system.device, run, options, test) if options.suite == "full" and workers.main else None
+    known = comparable(experiment, options, test, full) if workers.main else {}
     for other in options.compare if workers.main else []:
         check_protocols(known, read_figures(other)["protocol"], other)  # now, and not when half is written
     drawn, sweep = draw(system, options, sampler, test, validation)
     if workers.main:
         protocol = known | protocol_of(options, drawn, sampler)
-        sections = [*measure(system, run, options, drawn, sweep, protocol, full), training_section(run)]
+        sections = [*measure(system, experiment, run, options, drawn, sweep, protocol, full), training_section(run)]
         write_text(run.path / "report" / "index.html", page(f"Run {run.path.name}", sections))
         print(f"wrote {run.path / 'report' / 'index.html'}")
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from files.images import png_bytes, save_bytes
 from model.attention_maps import AttentionMaps
-from pipeline import TextToImage
-from prompts import chunks_of
+from pipeline.prompts import chunks_of
+from pipeline.system import TextToImage
 from sampling.draw import (
     Sources,
     check,
@@ -29,14 +30,13 @@ from sampling.draw import (
     texts_of,
     times_of,
 )
-from sampling.files import png_bytes, save_bytes
 from sampling.options import REFINEMENTS, load_system, moderation_of, parse, read_prompts, requests_of
 from sampling.request import Request, settings_of
 from sampling.results import Gate, grey, softened
 from sampling.sheets import SHOWN, frames_of, save_attention, save_frames, save_overview
 from sampling.verify import shared_settings, sources_of, verified
 
-REFUSED = 5  # exit code, as that of `python -m safety check`
+REFUSED = 5  # exit code, as that of `python moderate.py check`
 
 
 def file_name(number: int, prompt: str, seed: int) -> str:
@@ -129,7 +129,7 @@ def sample(options: argparse.Namespace) -> int:
         options.refinements = REFINEMENTS
     sources = sources_of(options)
     system, source = load_system(options)
-    requests = requests_of(options, prompts, system.experiment.sampling)
+    requests = requests_of(options, prompts, system.config.sampling)
     check(system, requests, sources)
     moderation = moderation_of(options, source)
     warn_of_long_prompts(system, requests)

@@ -13,23 +13,25 @@ from pathlib import Path
 
 import torch
 
-from data.source import Source, build_source, data_key
+from data.catalog import build_source, data_key
+from data.source import Source
 from data.tokenizer import Tokenizer
-from eval.grid import save_grid
+from files.config import from_dict, read_yaml, to_dict
+from files.run_folder import RunFolder
+from files.sheets import save_grid
+from files.weights import load_weights
+from files.whole import write_text
 from model.autoencoder import Autoencoder
-from pipeline import TextToImage
-from training.autoencoder import train_autoencoder
+from model.device import default_device, frozen, placed
+from pipeline.system import TextToImage
 from training.check import check
-from training.checkpoint import load_weights, write_text
-from training.clip import train_clip
-from training.config import from_dict, read_yaml, to_dict
-from training.denoiser import Networks, train_denoiser
-from training.device import default_device, frozen, placed
 from training.distributed import Processes, ProcessLost, leave, processes
 from training.experiment import Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
-from training.moderator import load_config, train_moderator
-from training.run import RunFolder
+from training.moderation.stage import load_config, train_moderator
+from training.stages.autoencoder import train_autoencoder
+from training.stages.clip import train_clip
+from training.stages.denoiser import Networks, train_denoiser
 
 CORPUS = 50_000  # items whose captions the tokenizer is fitted to
 
@@ -49,7 +51,7 @@ def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.
     """Train one stage to its end and write what it leaves in the run folder."""
     unreadable = run.path / "unreadable.jsonl"
     source = build_source(experiment.data, "train", unreadable)
-    validation = build_source(experiment.held_out_data, "validation", unreadable)
+    validation = build_source(experiment.data.squares, "validation", unreadable)
     for split, items in (("train", source), ("validation", validation)):
         if not len(items):
             raise ValueError(f"data.{experiment.data.source}: its {split} split is empty; valid: at least one item")
@@ -66,7 +68,7 @@ def run_stage(stage: str, experiment: Experiment, run: RunFolder, device: torch.
     frozen(placed(autoencoder, device))
 
     def preview(networks: Networks, step: int) -> None:
-        system = TextToImage(experiment, tokenizer, networks.text_encoder, networks.unet, autoencoder)
+        system = TextToImage(experiment.system, tokenizer, networks.text_encoder, networks.unet, autoencoder)
         items = range(min(16, len(validation)))
         prompts = list(experiment.preview_prompts) or [validation.captions(i)[0] for i in items]
         images = system.images(prompts, range(len(prompts)))
@@ -114,7 +116,7 @@ def train_moderation(config: str, overrides: list[str], folder: str | None, chec
     experiment = load_config(config, overrides)
     path = Path(folder or Path("runs") / experiment.name)
     train_moderator(experiment.moderator, experiment.data, path, experiment.seed)
-    print(f"moderator: written to {path}; it is safety/moderation.safetensors that `python -m safety` reads")
+    print(f"moderator: written to {path}; it is safety/moderation.safetensors that `python moderate.py` reads")
 
 
 def run_stages(experiment: Experiment, run: RunFolder, workers: Processes) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.decode import decode_sliced, decode_tiled
-from training.device import frozen, placed
+from model.device import frozen, placed
 
 WAYS = {"plain": lambda autoencoder, latents: autoencoder.decode(latents), "sliced": decode_sliced,
         "tiled": decode_tiled}

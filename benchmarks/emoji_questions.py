@@ -13,11 +13,11 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
-from data.emoji import Emoji, EmojiConfig
-from eval.candidates import Question, ranks
-from eval.grid import save_grid
-from eval.scenes_score import score_table
-from evaluation.emoji_scenes import ATTRIBUTES, Promises, score_of
+from data.emoji.emoji import Emoji, EmojiConfig
+from eval.scenes.candidates import Question, ranks
+from eval.scenes.score import score_table
+from files.sheets import save_grid
+from scoring.emoji import ATTRIBUTES, Promises, score_of
 
 SHOWN = 7  # candidates of a question in the picture
 BLUR, NOISE = 2.5, 60  # standard deviations: pixels, levels of 255

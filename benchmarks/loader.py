@@ -20,17 +20,19 @@ import torch
 from PIL import Image
 
 from data.cache import LatentCache
+from data.catalog import DataConfig, build_source
 from data.command import opened_splits
-from data.folder import FolderConfig
+from data.images.folder import FolderConfig
+from data.images.shards import ShardsConfig
 from data.loader import Loader
 from data.order import Order
-from data.shards import ShardsConfig
-from data.shards_write import write_shards
-from data.source import DataConfig, Source, build_source, image_batch, to_unit
+from data.source import Source, image_batch
+from data.write_shards import write_shards
+from files.images import to_unit
+from files.weights import load_weights
 from model.autoencoder import Autoencoder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
-from training.checkpoint import load_weights
 from training.experiment import load_experiment
 
 BATCH = 32

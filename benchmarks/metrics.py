@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.shapes import Shapes, ShapesConfig
-from eval.features import SIZE, Features
+from data.shapes.shapes import Shapes, ShapesConfig
+from eval.features.efficientnet import SIZE, Features
+from eval.features.reference import FeatureSet, features_of, frechet_estimate
 from eval.interval import Estimate
 from eval.kernel import kid
 from eval.memorization import memorization, nearest, pixel_vectors
 from eval.prdc import prdc
-from eval.reference import FeatureSet, features_of, frechet_estimate
 from eval.suite import rows_table
 
 BATCH = 64

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.files import locked
+from files.whole import locked
 
 Encode = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 EncodeText = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]

@@ -6,10 +6,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from data.folder import SUBFOLDERS, FolderConfig
-from data.pictures import SPLITS
-from data.shards import ShardsConfig, shard_files
-from data.source import DataConfig, Source, build_source
+from data.catalog import DataConfig, build_source
+from data.images.base import SPLITS
+from data.images.folder import SUBFOLDERS, FolderConfig
+from data.images.shards import ShardsConfig, shard_files
+from data.source import Source
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def opened_config(argument: str) -> DataConfig:
 
 
 def _filled(cls: type[T], data: dict, path: str) -> T:
-    """The dataclass ``cls`` with the values of a mapping; training/config.py, which also checks every type, is not
+    """The dataclass ``cls`` with the values of a mapping; files/config.py, which also checks every type, is not
     for this folder to import."""
     hints = typing.get_type_hints(cls)
     known = {part.name for part in dataclasses.fields(cls)}  # type: ignore[arg-type]

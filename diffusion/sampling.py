@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion.editing import InpaintingDenoiser, image_to_image_start, remaining_times
 from diffusion.guidance import Denoise, GuidanceConfig, autoguidance, classifier_free_guidance
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
 from diffusion.schedule import Schedule
 from diffusion.spacing import Spacing
-from diffusion.tasks import InpaintingDenoiser, image_to_image_start, remaining_times
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from eval.clip_score import agreement, strangers
+from eval.features.reference import FeatureSet, frechet_estimate
 from eval.interval import Estimate
 from eval.kernel import cmmd, kid
 from eval.memorization import Nearest, memorization
 from eval.prdc import prdc
-from eval.reference import FeatureSet, frechet_estimate
 
 
 @dataclass(frozen=True)

@@ -158,3 +158,9 @@ def pooled(context: Tensor, mask: Tensor) -> Tensor:
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, positions, -1).argmax(dim=1)  # (B,)
     return context[torch.arange(len(context), device=context.device), last]  # (B, D)
+
+
+def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and mask (B, L) without the padding that all of them end in: the same vectors for less work."""
+    longest = int(mask.sum(dim=1).max())
+    return ids[:, :longest], mask[:, :longest]

@@ -42,7 +42,7 @@ def read_key(path: str | Path) -> bytes:
     try:
         key, mode = path.read_bytes(), path.stat().st_mode
     except OSError as error:
-        raise AuditError(f"audit key {path}: {error.strerror}; make one with: python -m safety key {path}") from None
+        raise AuditError(f"audit key {path}: {error.strerror}; make one with: python moderate.py key {path}") from None
     if len(key) < 32:
         raise AuditError(f"audit key {path}: {len(key)} bytes; valid: from 32 up")
     if mode & 0o077:

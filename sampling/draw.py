@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from data.source import to_uint8
+from diffusion.editing import MixedNoise, ddim_inversion, invertible_times
 from diffusion.guidance import classifier_free_guidance
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
 from diffusion.sampling import Edit, check_sampling, options_of, visited_times
-from diffusion.tasks import MixedNoise, ddim_inversion, invertible_times
+from files.images import to_uint8
 from model.attention_maps import AttentionMaps, watched
-from pipeline import TextToImage
-from prompts import between, padded
+from pipeline.prompts import between, padded
+from pipeline.system import TextToImage
 from sampling.request import Request
 
 Progress = Callable[[list], Iterable]
@@ -38,7 +38,7 @@ class Sources:
 def check(system: TextToImage, requests: Sequence[Request], sources: Sources) -> None:
     """Raise ValueError now for what would stop the drawing later."""
     for kind in {request.kind: request for request in requests}.values():
-        check_sampling(system.schedule, system.experiment.denoiser.prediction_type, kind.config, kind.strength)
+        check_sampling(system.schedule, system.config.prediction_type, kind.config, kind.strength)
     for text in texts_of(requests):
         requests[0].read(text)
     if sources.image is not None:
@@ -126,7 +126,7 @@ def reconstruction(system: TextToImage, request: Request, sources: Sources, prog
     guided = config.guidance.scale != 1.0
     context, mask = system.encode([request.read(request.negative)] * guided + [request.read(request.prompt)])
     conditional, doubled = system.denoisers(context, mask, 1)
-    kind = system.experiment.denoiser.prediction_type
+    kind = system.config.prediction_type
     if sources.image is None:
         raise ValueError("image: value None; valid: a picture to invert")
     denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import SamplingConfig
-from moderation import CONCEPTS, Moderation, weights_of
-from pipeline import TextToImage, weaker, with_options
-from prompts import alternatives
+from model.device import default_device
+from pipeline.loading import load_pretrained, load_run, load_weaker
+from pipeline.moderation import CONCEPTS, Moderation, weights_of
+from pipeline.prompts import alternatives
+from pipeline.system import TextToImage, with_options
 from safety.audit import AuditLog, read_key
 from safety.policy import MODES
 from safety.prompt import DEFAULT
@@ -25,7 +27,6 @@ from sampling.request import (
     parse_axis,
     with_settings,
 )
-from training.device import default_device
 
 LARGEST = 100_000  # pictures of one call
 RUN = "runs/shapes"
@@ -215,16 +216,16 @@ def load_system(options: argparse.Namespace) -> tuple[TextToImage, Path]:
     is in."""
     if options.pretrained:
         source = Path(options.pretrained)
-        system = TextToImage.from_pretrained(source, default_device(), options.tokenizer, options.prediction, None)
+        system = load_pretrained(source, default_device(), options.tokenizer, options.prediction, None)
     else:
         source = Path(options.run or RUN)
-        system = TextToImage.load(source, default_device(), None)
+        system = load_run(source, default_device(), None)
     if options.size is not None:
         if not (size := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", options.size)):
             raise ValueError(f"--size {options.size}; valid: N, or HxW, in pixels")
         system.set_size(int(size[1]), int(size[2] or size[1]))
     if options.weak is not None:
-        system.guide = weaker(system, options.weak)
+        system.guide = load_weaker(system, options.weak)
     system.tiled = options.tiled
     return system, source
 

@@ -5,9 +5,9 @@ from typing import Any, get_args
 
 from diffusion.sampling import SamplingConfig
 from diffusion.spacing import Spacing
-from pipeline import with_options
-from prompts import Prompt, parse_prompt
-from training.config import ConfigError, from_dict, to_dict
+from files.config import ConfigError, from_dict, to_dict
+from pipeline.prompts import Prompt, parse_prompt
+from pipeline.system import with_options
 
 CHUNKS, MOST_CHUNKS = 4, 64  # contexts that a prompt may fill when nothing is said, and at most
 LAST_SEED = 2**62 - 1

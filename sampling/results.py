@@ -7,8 +7,8 @@ from typing import IO, Any
 
 import torch
 
-from moderation import OFF, Moderation, hidden, reason_of, row_of, worst
-from pipeline import TextToImage
+from pipeline.moderation import OFF, Moderation, hidden, reason_of, row_of, worst
+from pipeline.system import TextToImage
 from safety.policy import Decision, refusal
 from sampling.draw import Sources
 from sampling.request import Request

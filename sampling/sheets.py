@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
-from eval.grid import axes_grid, grid, heated, save_gif, save_grid, save_sheet
+from files.sheets import axes_grid, grid, heated, save_gif, save_grid, save_sheet
 from model.attention_maps import AttentionMaps
-from pipeline import TextToImage
-from prompts import chunks_of
+from pipeline.prompts import chunks_of
+from pipeline.system import TextToImage
 from sampling.draw import Sources, pictures
 from sampling.request import Axis, Request, described, parse_axis
 

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moderation import hidden
-from pipeline import TextToImage
+from files.config import from_dict, to_dict
+from files.images import parameters_of, png_bytes, read_mask, read_picture
+from files.whole import sha256_of
+from pipeline.moderation import hidden
+from pipeline.system import TextToImage
 from sampling.draw import Sources, check, drawn_latents, exact_arithmetic, pictures
-from sampling.files import parameters_of, png_bytes, read_mask, read_picture
 from sampling.options import MOST_REFINEMENTS, load_system
 from sampling.request import OWN, SAMPLING, request_of, settings_of
-from training.checkpoint import file_hash
-from training.config import from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SourceFile:
 
     @classmethod
     def of(cls, path: str | None) -> "SourceFile | None":
-        return None if path is None else cls(Path(path).name, file_hash(path))
+        return None if path is None else cls(Path(path).name, sha256_of(path))
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Call:
 
 def hashes(system: TextToImage) -> dict[str, str]:
     """The weights of a system, as metadata names them."""
-    return {name: file_hash(path)[:16] for name, path in system.files.items()}
+    return {name: sha256_of(path)[:16] for name, path in system.files.items()}
 
 
 def shared_settings(system: TextToImage, source: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def flags_of(path: str, call: Call, options: argparse.Namespace) -> argparse.Nam
             raise ValueError(f"{path} was made from the picture {known.file!r}; valid: --{name} IMAGE beside --verify")
         if given and not known:
             raise ValueError(f"{path} was not made with --{name}; valid: --verify without it")
-        if given and file_hash(given) != known.sha256:
+        if given and sha256_of(given) != known.sha256:
             raise ValueError(f"{path} was made from another picture than {given}; valid: the same bytes")
     names = ("pretrained", "weak", "init", "mask", "invert", "tokenizer", "prediction")
     return argparse.Namespace(run=run, size=call.size, tiled=call.tiled, exact=call.exact is not None,

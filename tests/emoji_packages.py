@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.emoji import STYLES
-from data.emoji_build import FORMAT, PACKAGES, Package, integrity, slug
+from data.emoji.build import FORMAT, PACKAGES, Package, integrity, slug
+from data.emoji.emoji import STYLES
 
 SIZE = 32
 TINTS = ("red", "lime", "navy", "silver", "gold", "violet", "coral", "teal", "maroon", "olive")

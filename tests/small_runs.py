@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from files.run_folder import RunFolder
 from training import loop
 from training.loop import Task, TrainConfig, fit
 from training.optim import OptimConfig, learning_rate
-from training.run import RunFolder
 from training.seed import generator
 
 

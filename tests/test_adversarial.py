@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import train
+from files.config import ConfigError
 from model.discriminator import DiscriminatorConfig, PatchDiscriminator
 from training import autoencoder, loop
-from training.adversarial import AdversarialConfig, Adversary, adaptive_weight, discriminator_loss
-from training.config import ConfigError
 from training.loop import Interrupted
 from training.optim import learning_rate
+from training.stages.adversarial_loss import AdversarialConfig, Adversary, adaptive_weight, discriminator_loss
 
 CPU = torch.device("cpu")
 

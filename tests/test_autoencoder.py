@@ -8,7 +8,7 @@ import torch
 from random_weights import randomize
 
 from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig, Posterior
-from model.pretrained import autoencoder_from_diffusers, autoencoder_to_diffusers, with_one_scale
+from model.pretrained.names import autoencoder_from_diffusers, autoencoder_to_diffusers, with_one_scale
 
 diffusers = pytest.importorskip("diffusers")
 

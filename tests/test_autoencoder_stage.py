@@ -10,18 +10,19 @@ from PIL import Image
 from skimage.metrics import structural_similarity
 
 import train
-from data.source import build_source, image_batch
-from eval.features import Features
+from data.catalog import build_source
+from data.source import image_batch
+from eval.features.efficientnet import Features
 from eval.frechet import Moments, frechet_distance
+from files.config import from_dict
+from files.weights import load_weights
 from model.autoencoder import Autoencoder, AutoencoderConfig
-from model.perceptual import Lpips
-from training import autoencoder
-from training.autoencoder import AutoencoderStage, losses, reconstruction_loss, save_comparison
-from training.checkpoint import load_weights
-from training.config import from_dict
+from model.lpips import Lpips
 from training.experiment import load_experiment
-from training.perceptual import PerceptualConfig
 from training.seed import generator
+from training.stages import autoencoder
+from training.stages.autoencoder import AutoencoderStage, losses, reconstruction_loss, save_comparison
+from training.stages.perceptual_loss import PerceptualConfig
 
 SETTINGS = ["stages=[autoencoder]", "autoencoder.train.steps=4", "autoencoder.train.validate_every=4"]
 

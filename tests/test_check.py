@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import train
+from files.run_folder import RunFolder
 from training import check
 from training.loop import TrainConfig
-from training.run import RunFolder
 
 FAST = ["autoencoder.train.optim.learning_rate=3e-3", "denoiser.train.optim.learning_rate=3e-3",
         "denoiser.train.precision=fp32", "autoencoder.train.precision=fp32"]

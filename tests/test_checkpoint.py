@@ -7,16 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from training import checkpoint
-from training.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    file_hash,
-    load_weights,
-    save_weights,
-    whole_file,
-    write_text,
-)
+from files.weights import CheckpointError, load_weights, save_weights
+from files.whole import sha256_of, whole_file, write_text
+from training.checkpoints import checkpoint
+from training.checkpoints.checkpoint import Checkpoints
 
 
 def state(value: float) -> dict:
@@ -70,7 +64,7 @@ def test_newest_are_kept_and_the_newest_is_read(checkpoints):
     killed.write_bytes(b"half")
     checkpoints.save(40, state(40))
     assert not killed.exists()
-    assert meta == {"step": 30, "regular": True, "sha256": file_hash(checkpoints.folder / "step_00000030.pt")}
+    assert meta == {"step": 30, "regular": True, "sha256": sha256_of(checkpoints.folder / "step_00000030.pt")}
     assert Checkpoints(checkpoints.folder / "nothing").latest() is None
 
 
@@ -130,7 +124,7 @@ def test_nothing_in_a_checkpoint_is_executed(checkpoints, tmp_path, capsys):
 
     path = checkpoints.folder / "step_00000030.pt"
     torch.save({"step": 30, "model": Evil()}, path)
-    path.with_suffix(".json").write_text(json.dumps({"sha256": file_hash(path)}))  # the hash is right
+    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256_of(path)}))  # the hash is right
     assert checkpoints.latest()["step"] == 20
     said = capsys.readouterr().out
     assert not (tmp_path / "evil").exists() and str(path) in said and said.count("\n") == 1

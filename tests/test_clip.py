@@ -8,7 +8,7 @@ import torch
 from random_weights import randomize
 
 from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
-from model.pretrained import clip_from_transformers, clip_to_transformers
+from model.pretrained.names import clip_from_transformers, clip_to_transformers
 from model.text_encoder import TextEncoderConfig
 
 transformers = pytest.importorskip("transformers")

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.clip import trimmed
-from training.clip_texts import SMALL, Substitutes, parts_of, said, shortened
+from model.text_encoder import trimmed
+from training.stages.clip_texts import SMALL, Substitutes, parts_of, said, shortened
 
 CAPTIONS = [f"a {size} {colour} {shape} above a {other} star on {background}"
             for size in ("small", "large") for colour in ("red", "blue", "green") for shape in ("circle", "square")

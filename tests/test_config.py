@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from training.config import ConfigError, apply_overrides, from_dict, read_yaml, to_dict
+from files.config import ConfigError, apply_overrides, from_dict, read_yaml, to_dict
 from training.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -164,8 +164,8 @@ def test_overrides_that_are_refused(override, message):
     ("tokenizer.length=30", "denoiser.text_encoder.length: 24; valid: tokenizer.length = 30"),
     ("tokenizer.vocab_size=400", "denoiser.text_encoder.vocab_size: 300; valid: from tokenizer.vocab_size = 400 up"),
     ("tokenizer.vocab_size=10", "tokenizer.vocab_size: 10; valid: 260"),
-    ("data.shapes.size=36", "data.shapes.size: 36; valid: a multiple of 8"),
-    ("data.shapes.size=34", "data.shapes.size: 34; valid: a multiple of 4"),
+    ("data.shapes.shapes.size=36", "data.shapes.shapes.size: 36; valid: a multiple of 8"),
+    ("data.shapes.shapes.size=34", "data.shapes.shapes.size: 34; valid: a multiple of 4"),
     ("data.source=photos", "data.source: got 'photos'; valid: one of shapes"),
     ("denoiser.unet.norm_groups=5", "norm_groups"),
     ("denoiser.text_encoder.heads=3", "heads"),

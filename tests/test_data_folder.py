@@ -14,13 +14,14 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from data.caption_list import caption_list, chosen, shuffled_tags
-from data.folder import Folder, FolderConfig
+from data.catalog import DataConfig, build_source, data_key
+from data.images.caption_list import caption_list, chosen, shuffled_tags
+from data.images.folder import Folder, FolderConfig
+from data.images.torchvision_sets import CIFAR10, FLOWERS, CifarConfig, CocoConfig, FlowersConfig
 from data.loader import read_batch
 from data.order import Order
-from data.source import DataConfig, build_source, data_key, drawn, drawn_caption, image_batch
-from data.torchvision_sets import CIFAR10, FLOWERS, CifarConfig, CocoConfig, FlowersConfig
-from training.config import from_dict, to_dict
+from data.source import drawn, drawn_caption, image_batch
+from files.config import from_dict, to_dict
 
 ALL = {"validation": 0.0, "test": 0.0}
 

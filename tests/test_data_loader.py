@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data.folder import FolderConfig
+from data.catalog import DataConfig, build_source
+from data.images.folder import FolderConfig
 from data.loader import Loader, read_batch
 from data.order import Order
-from data.shapes import Shapes, ShapesConfig
-from data.source import DataConfig, build_source, caption_batch
+from data.shapes.shapes import Shapes, ShapesConfig
+from data.source import caption_batch
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,7 +157,7 @@ READER = """
 import multiprocessing, os, signal, sys, time
 from data.loader import Loader
 from data.order import Order
-from data.shapes import Shapes, ShapesConfig
+from data.shapes.shapes import Shapes, ShapesConfig
 
 multiprocessing.set_start_method(sys.argv[1])
 source = Shapes(ShapesConfig(size=16, train=30), "train")

@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data.catalog import DataConfig, build_source, data_key
 from data.command import opened_splits
-from data.folder import FolderConfig
+from data.images.folder import FolderConfig
+from data.images.shard_stream import ShardOrder, ShardStream, shard_stream
+from data.images.shards import ShardsConfig, main, shard_index
 from data.loader import Loader
 from data.order import Order
-from data.shapes import ShapesConfig
-from data.shard_stream import ShardOrder, ShardStream, shard_stream
-from data.shards import ShardsConfig, main, shard_index
-from data.shards_write import write_shards
-from data.source import DataConfig, build_source, data_key, drawn
+from data.shapes.shapes import ShapesConfig
+from data.source import drawn
+from data.write_shards import write_shards
 
 SPLITS = ("train", "validation", "test")
 
@@ -73,7 +74,7 @@ def test_the_same_source_gives_the_same_bytes_and_an_interrupted_writer_goes_on(
             raise KeyboardInterrupt
         return shard_index(path)
 
-    monkeypatch.setattr("data.shards_write.shard_index", stopped)
+    monkeypatch.setattr("data.write_shards.shard_index", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_shards(splits, tmp_path / "out", 7)
     monkeypatch.undo()
@@ -114,7 +115,7 @@ def test_a_config_with_a_data_section_is_a_source_of_the_command(tmp_path, capsy
     assert "4 pictures in 1 shards" in capsys.readouterr().out
     for text, message in (("data: {sauce: shapes}", "unknown key 'data.sauce'"), ("name: x", "no data section"),
                           ("data: {source: photos}", "data.source: got 'photos'; valid: one of shapes"),
-                          ("data: {shapes: {size: 3}}", "data.shapes.size"), ("data: [", "not valid YAML")):
+                          ("data: {shapes: {size: 3}}", "data.shapes.shapes.size"), ("data: [", "not valid YAML")):
         path.write_text(text)
         with pytest.raises(SystemExit, match=message):
             main([str(path), str(tmp_path / "other")])

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from data.transforms import (
+from data.images.transforms import (
     Unreadable,
     bucket_sizes,
     colour,

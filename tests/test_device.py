@@ -4,8 +4,8 @@ import platform
 import pytest
 import torch
 
-from training import device
-from training.device import autocast_dtype
+from model import device
+from model.device import autocast_dtype
 
 CPU = torch.device("cpu")
 

@@ -12,12 +12,12 @@ from small_runs import small_fit
 from torch import nn
 
 import train
-from pipeline import TextToImage
+from files.run_folder import RunFolder
+from files.weights import CheckpointError
+from pipeline.loading import load_run
 from training import posthoc
-from training.checkpoint import CheckpointError
 from training.ema import PowerEma, gamma_from_std
 from training.posthoc import profile_products, snapshot_weights, weighted_sum
-from training.run import RunFolder
 from training.snapshots import Snapshot, SnapshotConfig, snapshots_in
 
 
@@ -123,7 +123,7 @@ def test_the_command_writes_a_run_and_draws_the_losses(tmp_path, tiny_config, ca
     one, two = (load_file(path / "denoiser.safetensors") for path in (run, run / "posthoc" / "std_0.05"))
     for name in one:  # the width of the run itself: the same weights
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-6)
-    assert TextToImage.load(run / "posthoc" / "std_0.12").images(["a red star"], [0]).shape == (1, 3, 32, 32)
+    assert load_run(run / "posthoc" / "std_0.12").images(["a red star"], [0]).shape == (1, 3, 32, 32)
     with pytest.raises(ValueError, match="nothing to do; valid: --std"):
         posthoc.main([str(run)])
     shutil.rmtree(run / "snapshots")

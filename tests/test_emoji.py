@@ -15,10 +15,10 @@ from emoji_packages import SHAPES, SIZE, items_of, write_packages
 from PIL import Image
 from scipy import ndimage
 
-from data import emoji_build
-from data.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign, grid_prompts, keep_tones
-from data.emoji_build import PACKAGES, build, render
-from data.emoji_scenes import COLOURS, MOODS, canvas, contrasting, lit, over, resized, scene_image
+from data.emoji import build as emoji_build
+from data.emoji.build import PACKAGES, build, render
+from data.emoji.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign, grid_prompts, keep_tones
+from data.emoji.scenes import COLOURS, MOODS, canvas, contrasting, lit, over, resized, scene_image
 
 resvg_py = pytest.importorskip("resvg_py")
 

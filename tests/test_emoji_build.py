@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from emoji_packages import SIZE, THINGS, TINTS, TONES, icon_sets, items_of, write_packages
 
-from data import emoji_build
-from data.emoji import STYLES, Emoji, EmojiConfig, main, names_in_all_styles
-from data.emoji_build import PACKAGES, build, check, fetch, integrity, render
+from data.emoji import build as emoji_build
+from data.emoji.build import PACKAGES, build, check, fetch, integrity, render
+from data.emoji.emoji import STYLES, Emoji, EmojiConfig, main, names_in_all_styles
 
 pytest.importorskip("resvg_py")
 

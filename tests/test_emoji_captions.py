@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.emoji import STYLES
-from data.emoji_captions import STYLE_WORDS, article, noun, plural, scene_captions, single_captions
+from data.emoji.emoji import STYLES
+from data.emoji.phrasings import STYLE_WORDS, article, noun, plural, scene_captions, single_captions
 
 
 @pytest.mark.parametrize("label, words", [

@@ -6,13 +6,13 @@ import pytest
 import torch
 from emoji_packages import emoji_folder
 
-from data.emoji import Emoji, EmojiConfig
-from data.emoji_scenes import COLOURS, MOODS, canvas, over, scene_image
+from data.emoji.emoji import Emoji, EmojiConfig
+from data.emoji.scenes import COLOURS, MOODS, canvas, over, scene_image
 from diffusion.sampling import SamplingConfig
-from eval.candidates import REACH, distances, palette_distance, question, ranks, shifted, vectors
-from evaluation.draw import Drawn
-from evaluation.emoji_scenes import ATTRIBUTES, Promises, compared, layouts, mood_distances, score_of
-from evaluation.prompts import Prompts
+from eval.scenes.candidates import REACH, distances, palette_distance, question, ranks, shifted, vectors
+from scoring.emoji import ATTRIBUTES, Promises, compared, layouts, mood_distances, score_of
+from scoring.held_out import Prompts
+from scoring.samples import Drawn
 
 SIZE = 64
 

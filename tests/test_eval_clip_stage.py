@@ -7,15 +7,16 @@ from clip_vocabulary import write_vocabulary
 
 from data.tokenizer import TokenizerConfig
 from eval.clip_score import agreement, strangers
+from files.run_folder import RunFolder
+from files.weights import CheckpointError
 from model.clip import ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.text_encoder import TextEncoderConfig
-from training.checkpoint import CheckpointError
-from training.clip import ClipStage, ClipVectors, train_clip
-from training.clip_texts import said
+from pipeline.clip_vectors import ClipVectors
 from training.distributed import Processes
 from training.loop import TrainConfig
 from training.optim import OptimConfig
-from training.run import RunFolder
+from training.stages.clip import ClipStage, train_clip
+from training.stages.clip_texts import said
 
 CPU = torch.device("cpu")
 

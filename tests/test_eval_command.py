@@ -16,17 +16,17 @@ from emoji_packages import emoji_folder
 from PIL import Image
 
 import evaluate
-from data.source import to_unit
 from data.tokenizer import Tokenizer
 from eval.compare import comparison, paired_difference
 from eval.inception_score import inception_score
-from evaluation import full
-from evaluation.draw import makers
+from files.config import to_dict
+from files.images import to_unit
+from files.weights import save_weights
 from model.clip import Clip, ClipConfig, ImageEncoderConfig
 from model.text_encoder import TextEncoderConfig
-from pipeline import TextToImage
-from training.checkpoint import save_weights
-from training.config import to_dict
+from pipeline.system import TextToImage
+from scoring import distances as full
+from scoring.samples import makers
 
 
 def copied(tiny_run: Path, path: Path, **sizes: int) -> Path:
@@ -118,7 +118,7 @@ def test_the_page_opens_from_disk_with_everything_it_shows(run):
 def test_the_quick_suite_prints_its_table_and_goes_on_where_it_was(tiny_run, tmp_path, capsys, monkeypatch):
     """A batch that is missing or cut is drawn again to the same bytes; the others are not touched."""
     run = copied(tiny_run, tmp_path / "quick", validation=12, test=12)
-    monkeypatch.setattr("evaluation.draw.BATCH", 4)
+    monkeypatch.setattr("scoring.samples.BATCH", 4)
     arguments = [str(run), "--count", "8", "--validation", "4", "--guidance", "1", "3"]
     evaluate.main(arguments)
     printed, metrics = capsys.readouterr().out, (run / "report" / "metrics.json").read_text()

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from benchmarks.metrics import blurred, gathered, jpeg, noisy, parts
-from data.shapes import Shapes, ShapesConfig
-from eval.features import Features
+from data.shapes.shapes import Shapes, ShapesConfig
+from eval.features.efficientnet import Features
+from eval.features.reference import frechet_estimate
 from eval.kernel import kid
 from eval.memorization import memorization, nearest, pixel_vectors
 from eval.prdc import prdc
-from eval.reference import frechet_estimate
 
 COUNT = 40
 

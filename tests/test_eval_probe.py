@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.probe import fit_probe
+from eval.features.probe import fit_probe
 
 
 def classes(count: int, apart: float, seed: int = 0) -> tuple[torch.Tensor, list[str]]:

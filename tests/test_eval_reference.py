@@ -4,10 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
+from eval.features.reference import KEPT, FeatureSet, _distance, cached_features, features_of, frechet_estimate
 from eval.frechet import Moments, frechet_distance, frechet_of_vectors
+from eval.image_folder import hash_of_files, picture_batches, picture_files
 from eval.interval import bootstrap_mean, bootstrap_share, from_error, jackknife
-from eval.pictures import hash_of_files, picture_batches, picture_files
-from eval.reference import KEPT, FeatureSet, _distance, cached_features, features_of, frechet_estimate
 
 
 class Colours:
@@ -144,7 +144,7 @@ def test_a_reference_is_read_back_and_made_again_when_it_is_damaged(tmp_path, ca
 @pytest.mark.parametrize("kept", [100, 30])
 def test_a_file_holds_the_whole_set(tmp_path, kept, monkeypatch):
     """All vectors kept, or moments of more than are kept; taken in one by one, or many at once."""
-    monkeypatch.setattr("eval.reference.WAITING", 20)
+    monkeypatch.setattr("eval.features.reference.WAITING", 20)
     first = gathered(draw(77), 9, kept=kept)
     first.save(tmp_path / "a.safetensors", {})
     again = FeatureSet.load(tmp_path / "a.safetensors", {})

@@ -14,13 +14,14 @@ from small_runs import at_step, metrics, small_fit, terminate
 from together import ended, start
 
 import train
-from training import checkpoint
-from training.checkpoint import Best, CheckpointError, Checkpoints
-from training.config import ConfigError
+from files.config import ConfigError
+from files.run_folder import RunFolder
+from files.weights import CheckpointError
+from training.checkpoints import checkpoint
+from training.checkpoints.checkpoint import Best, Checkpoints
 from training.logger import Logger, cut_half_line
 from training.loop import Interrupted
 from training.optim import OptimConfig
-from training.run import RunFolder
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,7 +7,14 @@ import pytest
 import torch
 from skimage import data as photos
 
-from eval.features import WIDTH, EfficientNetLite0, Features, load_efficientnet_lite0, packaged_weights, prepared
+from eval.features.efficientnet import (
+    WIDTH,
+    EfficientNetLite0,
+    Features,
+    load_efficientnet_lite0,
+    packaged_weights,
+    prepared,
+)
 from eval.frechet import Moments, frechet_distance
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.source import to_uint8, to_unit
-from eval.grid import PAPER, grid, save_grid, to_picture
+from files.images import to_uint8, to_unit
+from files.sheets import PAPER, grid, save_grid, to_picture
 
 
 def colours(count: int, size: int = 16) -> torch.Tensor:

@@ -12,22 +12,32 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEAVES = ("model", "diffusion", "data", "eval", "safety")  # know themselves and libraries, nothing else
-COMMANDS = ("train", "sample", "evaluate")
-BELOW = {"pipeline", "moderation", "prompts", "training", *LEAVES}  # what commands are made of
+LEAVES = ("model", "diffusion", "data", "eval", "safety")  # they know themselves, files/ and libraries
+COMMANDS = ("train", "sample", "evaluate", "moderate")
+GROUND = {"files"}
+PARTS = GROUND | set(LEAVES)
+# the rule: commands -> scoring -> training -> pipeline -> leaves -> files; sampling stands beside training
 ALLOWED = {
-    **{leaf: {leaf} for leaf in LEAVES},
-    "training": {"training", *LEAVES},
-    "prompts": set(),
-    "moderation": {"prompts", "training", *LEAVES},
-    "pipeline": {"moderation", "prompts", "training", *LEAVES},
-    "sampling": {"sampling", *BELOW},
-    "evaluation": {"evaluation", *BELOW},
-    **{command: {"sampling", "evaluation", *BELOW} for command in (*COMMANDS, "commands")},
-    "benchmarks": {"benchmarks", "sampling", "evaluation", *BELOW, *COMMANDS},
-    "tests": {"tests", "conftest", "benchmarks", "sampling", "evaluation", *BELOW, *COMMANDS},
+    "files": GROUND,
+    **{leaf: GROUND | {leaf} for leaf in LEAVES},
+    "pipeline": PARTS | {"pipeline"},
+    "training": PARTS | {"pipeline", "training"},
+    "sampling": PARTS | {"pipeline", "sampling"},
+    "scoring": PARTS | {"pipeline", "training", "scoring"},
+    **{command: PARTS | {"pipeline", "training", "sampling", "scoring"} for command in COMMANDS},
+    "benchmarks": PARTS | {"pipeline", "training", "sampling", "scoring", "benchmarks", *COMMANDS},
+    "tests": PARTS | {"pipeline", "training", "sampling", "scoring", "benchmarks", "tests", "conftest", *COMMANDS},
 }
-OURS = set(ALLOWED) - {"commands"}
+OURS = set(ALLOWED) | {"conftest"}
+CHECK = "a check of texts alone starts without torch's networks"
+SHARDED = "torch.distributed.checkpoint takes a second to load, and most runs are not sharded"
+LATE = {  # imports of our own modules inside functions; they only save time when a program starts
+    "moderate.py imports files.images": CHECK,
+    "moderate.py imports files.run_folder": CHECK,
+    "moderate.py imports pipeline.moderation": CHECK,
+    "training/checkpoints/state.py imports training.checkpoints.sharded": SHARDED,
+    "training/loop.py imports training.checkpoints.sharded": SHARDED,
+}
 SKIPPED = {"runs", "build", "dist"}
 
 
@@ -64,9 +74,7 @@ def text(path: Path) -> str:
 
 
 def group(path: Path) -> str:
-    """The box of the design a file lies in: its folder, or its name at the top."""
-    if path.parts[-1] == "__main__.py":  # what `python -m safety` runs is a command that lies beside its package
-        return "commands"
+    """The room of the house that a file lies in: its top folder, or its own name at the top."""
     return path.parts[0] if len(path.parts) > 1 else path.stem
 
 
@@ -78,25 +86,99 @@ def forbidden(source: str, path: Path) -> list[str]:
             if name.split(".")[0] in OURS and name.split(".")[0] not in ALLOWED[group(path)]]
 
 
+def late(source: str) -> list[str]:
+    """Our own modules that a file imports inside a function."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
+    return sorted({name for function in functions for _, name in imported(function, Path("x.py"))
+                   if name.split(".")[0] in OURS})
+
+
+def edges_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which of the modules {dotted name: source} each of them imports, late imports included.
+
+    ``from a import b`` counts as an edge to the module a.b where there is one, and to the package a otherwise.
+    """
+    edges: dict[str, set[str]] = {name: set() for name in sources}
+    for name, source in sources.items():
+        path = Path(name.replace(".", "/") + ".py")
+        found = {target for _, target in imported(ast.parse(source), path)}
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        edges[name] = {target for target in found if target in sources and target != name}
+    return edges
+
+
+def circles(edges: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of modules that reach each other (strongly connected components of more than one; Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for target in edges[name]:
+            if target not in index:
+                visit(target)
+                low[name] = min(low[name], low[target])
+            elif target in stack:
+                low[name] = min(low[name], index[target])
+        if low[name] == index[name]:
+            part = [stack.pop()]
+            while part[-1] != name:
+                part.append(stack.pop())
+            if len(part) > 1:
+                found.append(sorted(part))
+
+    for name in edges:
+        if name not in index:
+            visit(name)
+    return found
+
+
 def test_imports_go_one_way():
     assert [edge for path in FILES for edge in forbidden(text(path), path)] == []
+
+
+def test_there_is_no_circle_of_modules():
+    """A package's __init__ may name what its modules offer, so it is no part of a circle."""
+    sources = {".".join(path.with_suffix("").parts): text(path) for path in FILES if path.name != "__init__.py"}
+    assert circles(edges_of(sources)) == []
+
+
+def test_a_circle_is_caught_even_if_an_import_is_late():
+    sources = {"data.a": "from data import b", "data.b": "import data.c", "data.c": "def f():\n    from data.a import x",
+               "data.d": "from data.a import x"}
+    assert circles(edges_of(sources)) == [["data.a", "data.b", "data.c"]]
+    assert circles(edges_of(sources | {"data.c": "x = 1"})) == []
+
+
+def test_late_imports_are_listed_with_their_reason():
+    found = {f"{path} imports {name}" for path in PRODUCT if path.parts[0] != "benchmarks" for name in late(text(path))}
+    assert found == set(LATE)
+    assert all(len(reason) > 10 for reason in LATE.values())
+    assert late("def f():\n    from data.a import x\n    import torch") == ["data.a"] and late("import data.a") == []
 
 
 @pytest.mark.parametrize("path, source", [
     ("model/unet.py", "from diffusion.schedule import Schedule"),
     ("model/unet.py", "import training.loop as loop"),
-    ("eval/scenes.py", "def f():\n    from data.shapes import Shapes"),
+    ("eval/scenes/reader.py", "def f():\n    from data.shapes.render import draw_scene"),
     ("data/samplers/deep.py", "if True:\n    import model"),
     ("diffusion/loss.py", "importlib.import_module('model.unet')"),
     ("safety/image.py", "__import__('eval.features')"),
+    ("safety/__main__.py", "from pipeline.moderation import Moderation"),
     ("data/source.py", "from ..model import unet"),
-    ("training/loop.py", "import pipeline"),
+    ("files/whole.py", "from data.strings import Strings"),
+    ("pipeline/loading.py", "from training.experiment import load_experiment"),
+    ("pipeline/system.py", "from sampling.draw import draw_latents"),
+    ("sampling/draw.py", "from training.experiment import load_experiment"),
+    ("training/loop.py", "from sampling.draw import draw_latents"),
+    ("training/loop.py", "from scoring.shapes import scene_sections"),
     ("training/loop.py", "from train import main"),
-    ("pipeline.py", "from sample import main"),
-    ("pipeline.py", "from sampling.draw import drawn"),
-    ("prompts.py", "from data.tokenizer import Tokenizer"),
-    ("moderation.py", "from pipeline import TextToImage"),
-    ("safety/gate.py", "from moderation import Moderation"),
+    ("scoring/shapes.py", "from sampling.request import Request"),
     ("sample.py", "import train"),
     ("evaluate.py", "from benchmarks import speed"),
     ("benchmarks/speed.py", "from tests import conftest"),
@@ -109,6 +191,7 @@ def test_a_forbidden_edge_is_caught(path, source):
 @pytest.mark.parametrize("path, source", [
     ("model/unet.py", "from model.blocks import ResBlock\nimport torch.nn as nn\nfrom . import attention"),
     ("training/loop.py", "from data.order import Order\nfrom training.ema import PowerEma"),
+    ("training/run_stages.py", "from pipeline.system import TextToImage"),
     ("evaluate.py", "from pipeline import TextToImage\nfrom eval.frechet import frechet_distance"),
     ("benchmarks/speed.py", "import train"),
     ("tests/test_unet.py", "import train, sample, diffusers"),
@@ -117,9 +200,23 @@ def test_an_allowed_edge_is_not(path, source):
     assert forbidden(source, Path(path)) == []
 
 
-def test_every_leaf_and_command_is_looked_at():
-    assert {group(path) for path in FILES} >= {"model", "diffusion", "data", "eval", "training", "pipeline", "train",
-                                               "sample", "tests", "safety"}
+def test_every_room_is_looked_at():
+    assert {group(path) for path in FILES} >= set(ALLOWED) - {"conftest"}
+
+
+PROBE_OF_PIPELINE = """
+import json, sys
+import pipeline
+print(json.dumps(sorted(name for name in sys.modules if name.split(".")[0] in ("training", "sampling", "scoring"))))
+"""
+
+
+def test_drawing_does_not_know_training():
+    """In a fresh process: importing the pipeline loads no module of training, sampling or scoring."""
+    done = subprocess.run([sys.executable, "-c", PROBE_OF_PIPELINE], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
 
 
 # ---- libraries

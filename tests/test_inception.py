@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval.inception import InceptionFeatures, InceptionV3, load_inception, prepared
+from eval.features.inception import InceptionFeatures, InceptionV3, load_inception, prepared
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from sample_calls import given_pictures, parameters, pixels
 
 import sample
 import train
-from moderation import Moderation, Refused, conditioned_texts, shows
-from pipeline import TextToImage
-from prompts import parse_prompt
-from safety.__main__ import main as safety
+from moderate import main as safety
+from pipeline.loading import load_run
+from pipeline.moderation import Moderation, Refused, conditioned_texts, shows
+from pipeline.prompts import parse_prompt
 from safety.audit import AuditLog
 from safety.gate import PromptGate
 from safety.image import Concept, ImageModerator, read_concepts, write_concepts
@@ -175,13 +175,13 @@ def test_concepts_in_the_run_folder_are_used_and_need_thresholds(run, tmp_path):
 def test_frames_on_the_way_are_judged_as_the_pictures_are_and_the_given_one_is_blurred(run, tmp_path, monkeypatch,
                                                                                        capsys):
     """A judge that minds only what was drawn, not the pixels of the source around it."""
-    monkeypatch.setattr("moderation.Moderation.of_images", lambda self, images, prompts=None: [
+    monkeypatch.setattr("pipeline.moderation.Moderation.of_images", lambda self, images, prompts=None: [
         Decision("block" if len(images) > 1 else "allow", "violence", 1.0, 0.0, "concept x") for _ in images])
     code, files, rows = call(run, tmp_path / "out", "a moon", "--frames", "2")
     assert code == 0 and rows[0]["action"] == "allow" and files == ["00000_a-moon_seed0.png", "grid.png"]
     assert "frames of picture 0: refused: violence" in capsys.readouterr().err
     given = given_pictures(tmp_path)
-    monkeypatch.setattr("moderation.Moderation.of_images", lambda self, images, prompts=None: [
+    monkeypatch.setattr("pipeline.moderation.Moderation.of_images", lambda self, images, prompts=None: [
         Decision("blur", "violence", 1.0, 0.0, "concept x") for _ in images])
     tiles = []
     monkeypatch.setattr("sampling.sheets.grid", lambda images, *rest, **more: tiles.append(images) or images)
@@ -206,7 +206,7 @@ def test_no_word_of_a_refused_prompt_is_drawn_into_a_grid(run, tmp_path, monkeyp
 def test_a_judge_that_breaks_lets_no_picture_through(run, tmp_path, monkeypatch, embed):
     thing = Concept("thing", "violence", ("x",), threshold=9.0)
     broken = ImageModerator([thing], embed, lambda texts: torch.ones(1, 4))
-    monkeypatch.setattr("moderation.image_moderator", lambda *arguments: broken)
+    monkeypatch.setattr("pipeline.moderation.image_moderator", lambda *arguments: broken)
     code, files, rows = call(run, tmp_path / "out", "a moon", "--concepts", concepts(tmp_path))
     assert code == 5 and files == [] and rows[0]["action"] == "block"
 
@@ -228,14 +228,14 @@ def test_damaged_weights_stop_everything(run, tmp_path, change, monkeypatch):
     data[len(data) // 2] ^= 1
     if change == "delete":
         path.unlink()
-        monkeypatch.setattr("moderation.DEFAULT", tmp_path / "moderation.safetensors")
+        monkeypatch.setattr("pipeline.moderation.DEFAULT", tmp_path / "moderation.safetensors")
     else:
         path.write_bytes({"flip": bytes(data), "cut": bytes(data[:500]), "empty": b""}[change])
     with pytest.raises(ArtefactError, match="moderation") as caught:
         sample.main(["--run", str(copy), "--out", str(tmp_path / "out"), "a star"])
     assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("*.png"))
     with pytest.raises(ArtefactError):
-        TextToImage.load(copy)
+        load_run(copy)
 
 
 @pytest.mark.parametrize("mode", ["block", "blur", "flag"])
@@ -264,15 +264,15 @@ def test_a_log_that_cannot_be_written_refuses(run, tmp_path):
 # ---- from code
 
 def test_the_pipeline_asks_by_itself(run):
-    system = TextToImage.load(run)
+    system = load_run(run)
     assert system.images(["a red star"], [0]).shape == (1, 3, 32, 32)
     with pytest.raises(Refused, match="picture 2 of 2: refused: hate") as caught:
         system.images(["a red star", BAD], [0, 1])
     assert [decision.action for decision in caught.value.decisions] == ["allow", "block"]
     with pytest.raises(Refused):
         system.images(["a red star"], [0], negative="zorbic")
-    blurred = TextToImage.load(run, moderation="blur").images([BAD], [0])
-    plain = TextToImage.load(run, moderation=None).images([BAD], [0])
+    blurred = load_run(run, moderation="blur").images([BAD], [0])
+    plain = load_run(run, moderation=None).images([BAD], [0])
     assert not torch.equal(blurred, plain)
     system.moderation = Moderation(PromptGate.load(run / "moderation.safetensors"), ImageModerator(
         [Concept("x", "violence", ("x",), threshold=-2.0)], lambda images: torch.ones(len(images), 4),
@@ -286,8 +286,8 @@ def test_the_pipeline_judges_by_the_concepts_of_its_run_folder(run, tmp_path):
     shutil.copytree(run, copy)
     concepts(copy)
     with pytest.raises(Refused, match="refused: violence"):
-        TextToImage.load(copy).images(["a red star"], [0])
-    assert TextToImage.load(copy, moderation="flag").images(["a red star"], [0]).shape == (1, 3, 32, 32)
+        load_run(copy).images(["a red star"], [0])
+    assert load_run(copy, moderation="flag").images(["a red star"], [0]).shape == (1, 3, 32, 32)
 
 
 def test_decisions_are_kept_only_where_they_would_be_the_same_again(run, tmp_path):
@@ -304,7 +304,7 @@ def test_decisions_are_kept_only_where_they_would_be_the_same_again(run, tmp_pat
 
 
 def test_everything_that_is_conditioned_on(run):
-    tokenizer = TextToImage.load(run).tokenizer
+    tokenizer = load_run(run).tokenizer
     long = parse_prompt("a (small:1.2) red star above " * 9 + "a moon", chunks=2)
     texts = conditioned_texts([long, parse_prompt("a star by *1")], tokenizer, {"*1": "a blue circle"})
     assert long.text in texts and f"{long.text} a star by *1" in texts and "a star by a blue circle" in texts

@@ -10,14 +10,14 @@ import torch
 from made_up_moderation import BAD, CALM, written, written_text
 from safetensors.torch import load_file, save_file
 
-from moderation import Moderation
-from safety.__main__ import main as safety
+from files.weights import CheckpointError
+from moderate import main as safety
+from pipeline.moderation import Moderation
 from safety.policy import HEADS, noisy_or
 from safety.prompt import load_artefact
-from training.checkpoint import CheckpointError
-from training.moderation_encoder import FILE, EncoderHead, calibrated, fitted, plain, train_encoder_head
-from training.moderation_text import read_corpus
-from training.moderator import ModeratorStage
+from training.moderation.corpus import read_corpus
+from training.moderation.encoder_head import FILE, EncoderHead, calibrated, fitted, plain, train_encoder_head
+from training.moderation.stage import ModeratorStage
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModeratorStage(twins=8, kept={"captions": 1.0}, budget={"captions": 0.02})
@@ -124,7 +124,7 @@ def test_a_head_that_does_not_fit_stops_everything(run, tmp_path, fault, line):
 
 def test_the_command(run, text, tmp_path):
     """What cannot be trained is said in one line."""
-    command = [sys.executable, "-m", "training.moderation_encoder", "--run", str(run), "--data"]
+    command = [sys.executable, "-m", "training.moderation.encoder_head", "--run", str(run), "--data"]
     for folder, line in ((tmp_path / "none", "no folder"), (tmp_path, "no CSV file")):
         done = subprocess.run([*command, str(folder)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error:") and line in done.stderr

@@ -10,8 +10,8 @@ import torch
 import torchvision
 from torch import nn
 
-from model.perceptual import Lpips, load_lpips
-from training.perceptual import (
+from model.lpips import Lpips, load_lpips
+from training.stages.perceptual_loss import (
     PerceptualConfig,
     halved,
     laplacian_pyramid,

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 import sample
 from diffusion.noise import PerImageNoise
 from model.autoencoder import AutoencoderConfig
-from model.pretrained import unet_from_diffusers
-from model.pretrained_config import autoencoder_config, text_encoder_config, unet_config, unet_json
-from model.pretrained_files import kind_of
-from model.pretrained_folder import read_clip_folder, read_diffusers_folder
+from model.pretrained.config import autoencoder_config, text_encoder_config, unet_config, unet_json
+from model.pretrained.folder import read_clip_folder, read_diffusers_folder
+from model.pretrained.names import unet_from_diffusers
+from model.pretrained.tensors import kind_of
 from model.text_encoder import TextEncoderConfig
 from model.unet import UNetConfig
-from pipeline import TextToImage, with_options
+from pipeline.loading import load_pretrained, load_run
+from pipeline.system import TextToImage, with_options
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -66,7 +67,7 @@ def pair(request, tmp_path_factory):
     """(folder, diffusers' pipeline, ours read from the folder)."""
     folder = tmp_path_factory.mktemp(request.param)
     pipeline = published(folder, request.param)
-    return folder / "pipeline", pipeline, TextToImage.from_pretrained(folder / "pipeline")
+    return folder / "pipeline", pipeline, load_pretrained(folder / "pipeline")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def theirs(pipeline, height: int, width: int) -> np.ndarray:
 
 def ours(system: TextToImage) -> np.ndarray:
     """The same, ours, before they are rounded; the files hold them rounded."""
-    config = with_options(system.experiment.sampling, steps=10, scale=5.0)
+    config = with_options(system.config.sampling, steps=10, scale=5.0)
     with torch.inference_mode():
         images = system.decode(system.latents(PROMPTS, [1, 2], config, "an oil painting"))
     exact = (images.clamp(-1, 1) + 1) * 127.5
@@ -118,7 +119,7 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
 def test_pictures_equal_those_of_diffusers(pair):
     _, pipeline, system = pair
     assert system.latent_shape == (4, 8, 8) and system.schedule.config.kind == "scaled_linear"
-    sampling = system.experiment.sampling
+    sampling = system.config.sampling
     assert (sampling.sampler, sampling.spacing, sampling.offset, sampling.clean_end) == ("ddim", "leading", 1, False)
     assert difference(ours(system), theirs(pipeline, 16, 16)) < LEVEL
 
@@ -135,7 +136,7 @@ def test_another_size_and_another_scheduler(pair, tmp_path):
     scheduler.save_pretrained(tmp_path / "copy" / "scheduler")
     other = diffusers.StableDiffusionPipeline(**{**pipeline.components, "scheduler": scheduler},
                                               requires_safety_checker=False)
-    system = TextToImage.from_pretrained(tmp_path / "copy")
+    system = load_pretrained(tmp_path / "copy")
     system.set_size(24, 40)
     assert difference(ours(system), theirs(other, 24, 40)) < LEVEL
     for size in ((22, 40), (0, 40)):
@@ -152,8 +153,8 @@ def test_pictures_are_the_same_after_a_round_trip_through_our_writer(pair, tmp_p
         one, two = (load_file(path / f"{name}.safetensors") for path in (folder, tmp_path / "written"))
         assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     assert json.loads((tmp_path / "written" / "vae" / "config.json").read_text())["scaling_factor"] == 0.18215
-    read = TextToImage.from_pretrained(tmp_path / "written")
-    assert read.experiment == system.experiment
+    read = load_pretrained(tmp_path / "written")
+    assert read.config == system.config
     assert all(same(getattr(read, part), getattr(system, part)) for part in ("unet", "autoencoder", "text_encoder"))
     with pytest.raises(FileExistsError, match="written exists; valid: a new folder"):
         system.save_pretrained(tmp_path / "written")
@@ -183,7 +184,7 @@ def test_latents_are_scaled_and_shifted_as_published(copy):
 
 def test_large_pictures_and_tiles(folder):
     """One at a time is what a batch of one gives; tiles are an approximation, chosen by hand."""
-    system = TextToImage.from_pretrained(folder)
+    system = load_pretrained(folder)
     latents = torch.randn(2, 4, 130, 136)
     with torch.inference_mode():
         images = system.decode(latents)
@@ -244,12 +245,12 @@ def test_tensors_that_do_not_fit_stop_the_load_and_are_named(copy):
     del state["conv_out.bias"]
     save_file({**state, "extra": torch.zeros(1), "conv_in.bias": torch.zeros(31)}, path)
     with pytest.raises(ValueError) as caught:
-        TextToImage.from_pretrained(copy)
+        load_pretrained(copy)
     assert str(caught.value).endswith("diffusion_pytorch_model.safetensors: weights: missing: conv_out.bias; "
                                       "unexpected: extra; misshapen: conv_in.bias (31,), not (32,)")
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="safetensors is damaged or no safetensors file"):
-        TextToImage.from_pretrained(copy)
+        load_pretrained(copy)
 
 
 @pytest.mark.parametrize("part, change, message", [
@@ -283,7 +284,7 @@ def test_what_is_not_supported_is_refused_in_one_line(copy, part, change, messag
     path = copy / part / {"scheduler": "scheduler_config.json", "": "model_index.json"}.get(part, "config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=message) as caught:
-        TextToImage.from_pretrained(copy)
+        load_pretrained(copy)
     assert "\n" not in str(caught.value)
 
 
@@ -292,7 +293,7 @@ def test_what_is_not_supported_is_refused_in_one_line(copy, part, change, messag
 def test_what_is_missing_is_named(copy, name):
     shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
     with pytest.raises(FileNotFoundError, match=name.split("/")[0]):
-        TextToImage.from_pretrained(copy)
+        load_pretrained(copy)
 
 
 def test_kinds(folder, tmp_path):
@@ -307,7 +308,7 @@ def test_kinds(folder, tmp_path):
 
 def test_a_system_trained_here_has_no_counterpart(tiny_run, tmp_path):
     with pytest.raises(ValueError, match="its own tokenizer and masks padding; valid for diffusers"):
-        TextToImage.load(tiny_run).save_pretrained(tmp_path / "out")
+        load_run(tiny_run).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -331,7 +332,7 @@ def test_a_clip_folder_gives_the_vectors_of_transformers(tmp_path):
     expected = model(ids, (images / 2 + 0.5 - 0.4) / 0.2, mask.long()).logits_per_image
     torch.testing.assert_close(clip(images, ids, mask), expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="is a CLIP model, it draws no pictures"):
-        TextToImage.from_pretrained(tmp_path)
+        load_pretrained(tmp_path)
 
 
 # ---- published configurations

@@ -13,7 +13,7 @@ import pytest
 import torch
 from clip_vocabulary import write_vocabulary
 
-from sampling.files import read_picture
+from files.images import read_picture
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")

@@ -10,18 +10,19 @@ from random_weights import randomize
 from safetensors.torch import save_file
 
 from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig
-from model.pretrained import (
+from model.pretrained.config import autoencoder_json, unet_json
+from model.pretrained.names import (
     autoencoder_to_diffusers,
     text_encoder_to_transformers,
     to_theirs,
     unet_to_diffusers,
     with_latent_scale,
 )
-from model.pretrained_config import autoencoder_json, unet_json
-from model.pretrained_single import OPENCLIP_TABLE, autoencoder_table, read_single_file, unet_table
+from model.pretrained.single_file import OPENCLIP_TABLE, autoencoder_table, read_single_file, unet_table
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
-from pipeline import TextToImage, with_options
+from pipeline.loading import load_pretrained
+from pipeline.system import with_options
 
 converters = pytest.importorskip("diffusers.loaders.single_file_utils")
 
@@ -141,18 +142,18 @@ def test_a_checkpoint_with_code_is_not_executed(tmp_path):
                   lambda: path.write_bytes(pickle.dumps(Evil(), protocol=2)), lambda: path.write_bytes(b"nothing")):
         write()
         with pytest.raises(ValueError, match="ckpt is damaged, or holds more than tensors, which is not") as caught:
-            TextToImage.from_pretrained(path)
+            load_pretrained(path)
         assert "\n" not in str(caught.value)
 
 
 def test_pictures_are_drawn_and_the_same_from_a_folder_written_from_it(case, tmp_path):
     kind, _, _, path = case
-    system = TextToImage.from_pretrained(path, prediction_type=prediction(kind))
-    sampling = system.experiment.sampling
+    system = load_pretrained(path, prediction_type=prediction(kind))
+    sampling = system.config.sampling
     assert (sampling.sampler, sampling.spacing, sampling.offset, sampling.clean_end) == ("pndm", "leading", 1, False)
     system.save_pretrained(tmp_path / "folder")
-    again = TextToImage.from_pretrained(tmp_path / "folder")
-    assert again.experiment == system.experiment and system.files == {"single file": path}
+    again = load_pretrained(tmp_path / "folder")
+    assert again.config == system.config and system.files == {"single file": path}
     images = []
     for drawer in (system, again):
         drawer.set_size(32, 32)
@@ -190,11 +191,11 @@ def test_what_a_file_does_not_say_must_be_said(case, tmp_path):
     kind, _, state, path = case
     if kind == "2.x":
         with pytest.raises(ValueError, match="does not say what a 2.x model predicts; valid: prediction type v_pred"):
-            TextToImage.from_pretrained(path)
+            load_pretrained(path)
     else:
         save_file(state, tmp_path / "alone.safetensors")
         with pytest.raises(FileNotFoundError, match="tokenizer holds no tokenizer; valid: vocab.json and merges.txt"):
-            TextToImage.from_pretrained(tmp_path / "alone.safetensors")
-        TextToImage.from_pretrained(tmp_path / "alone.safetensors", tokenizer=Path(path).parent / "tokenizer")
+            load_pretrained(tmp_path / "alone.safetensors")
+        load_pretrained(tmp_path / "alone.safetensors", tokenizer=Path(path).parent / "tokenizer")
         with pytest.raises(ValueError, match="prediction_type 'x' is not supported"):
-            TextToImage.from_pretrained(path, prediction_type="x")
+            load_pretrained(path, prediction_type="x")

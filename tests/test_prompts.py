@@ -8,13 +8,12 @@ from clip_vocabulary import write_vocabulary
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer, TokenizerConfig
 from diffusion.sampling import SamplingConfig
-from diffusion.schedule import ScheduleConfig
 from model.attention import attention
 from model.autoencoder import Autoencoder, AutoencoderConfig
+from model.device import frozen
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
-from pipeline import Checkpoint, TextToImage
-from prompts import (
+from pipeline.prompts import (
     Prompt,
     alternatives,
     between,
@@ -25,8 +24,7 @@ from prompts import (
     split,
     weighted_context,
 )
-from training.denoiser import DenoiserStage
-from training.device import frozen
+from pipeline.system import TextToImage
 
 LENGTH = 9  # tokens of a context: seven of the prompt
 WORDS = "a small red star above two blue circles and the astronaut's horse"
@@ -217,9 +215,8 @@ def system(tokenizer) -> TextToImage:
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))
             frozen(network)
-    stage = DenoiserStage(unet=unet, text_encoder=text, schedule=ScheduleConfig())
-    return TextToImage(Checkpoint(stage, SamplingConfig(steps=2), (4, 4, 4)), tokenizer, *networks,
-                       masked=not isinstance(tokenizer, ClipTokenizer))
+    config = SystemConfig(unet, text, sampling=SamplingConfig(steps=2), latent_shape=(4, 4, 4))
+    return TextToImage(config, tokenizer, *networks, masked=not isinstance(tokenizer, ClipTokenizer))
 
 
 @torch.inference_mode()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion.published import process_of_scheduler, scheduler_of_process
+from diffusion.pretrained import process_of_scheduler, scheduler_of_process
 from diffusion.samplers.ddim import ddim
 from diffusion.sampling import SamplingConfig
 from diffusion.schedule import Schedule, ScheduleConfig

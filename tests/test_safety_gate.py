@@ -10,7 +10,7 @@ import pytest
 from made_up_moderation import CONFIG, head_weights, written
 from safetensors.numpy import load_file, save_file
 
-from safety.__main__ import main
+from moderate import main
 from safety.audit import AuditLog
 from safety.gate import WINDOW, PromptGate, windows
 from safety.normalize import LONGEST, latin

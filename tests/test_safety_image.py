@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.scene_graph import COLOURS, SHAPES
+from data.shapes.scene_graph import COLOURS, SHAPES
 from safety.image import VIEWS, Concept, ImageModerator, blurred, read_concepts, views, write_concepts
 
 ROOT = Path(__file__).parents[1]

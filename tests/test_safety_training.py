@@ -10,15 +10,25 @@ import pytest
 import torch
 from made_up_moderation import BAD, CALM, write_csv, written_text
 
-from benchmarks.moderation_metrics import auc, calibration_error, interval, matched, recall_at
-from benchmarks.moderation_obfuscation import KINDS, obfuscated
+from benchmarks.moderation.metrics import auc, calibration_error, interval, matched, recall_at
+from benchmarks.moderation.obfuscation import KINDS, obfuscated
 from safety.gate import PromptGate
 from safety.policy import HEADS
 from safety.prompt import DEFAULT, HeadConfig, PromptHead, load_artefact
-from training.moderation_artefact import NEVER, blocked, level_of, limits_within
-from training.moderation_augment import CARRIERS, disguised, varied
-from training.moderation_text import Row, TextFilesError, read_corpus, regrouped
-from training.moderator import ModeratorStage, Network, bag, batch_loss, labels, main, quantized, trained, twin_places
+from training.moderation.artefact import NEVER, blocked, level_of, limits_within
+from training.moderation.corpus import Row, TextFilesError, read_corpus, regrouped
+from training.moderation.stage import (
+    ModeratorStage,
+    Network,
+    bag,
+    batch_loss,
+    labels,
+    main,
+    quantized,
+    trained,
+    twin_places,
+)
+from training.moderation.variations import CARRIERS, disguised, varied
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "moderation"

@@ -14,9 +14,11 @@ from PIL import Image
 import sample
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import SAMPLERS, get_sampler
-from pipeline import TextToImage, with_options
-from training.checkpoint import CheckpointError, file_hash
-from training.config import ConfigError, to_dict
+from files.config import ConfigError, to_dict
+from files.weights import CheckpointError
+from files.whole import sha256_of
+from pipeline.loading import load_run
+from pipeline.system import TextToImage, with_options
 from training.experiment import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +28,7 @@ PROMPTS = ["a small red star", "two blue circles", "a green square"]
 
 @pytest.fixture(scope="module")
 def system(tiny_run) -> TextToImage:
-    return TextToImage.load(tiny_run)
+    return load_run(tiny_run)
 
 
 def run_sample(tiny_run, out, *arguments: str) -> dict[str, Path]:
@@ -65,7 +67,7 @@ def test_metadata_is_complete_and_makes_the_picture_again(tiny_run, tmp_path):
     path = files["00001_a-red-star_seed6.png"]
     given = parameters(path)
     names = ("tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors", "denoiser.safetensors")
-    weights = {name.partition(".")[0]: file_hash(tiny_run / name)[:16] for name in names}
+    weights = {name.partition(".")[0]: sha256_of(tiny_run / name)[:16] for name in names}
     config = with_options(load_experiment(tiny_run / "config.yaml").sampling, steps=4, scale=2.5)
     assert given == {"prompt": "a red star · é 🟥", "seed": 6, "negative": "blue", "run": "tiny", "weights": weights,
                      **to_dict(config)}
@@ -138,7 +140,7 @@ def test_a_long_prompt_is_cut_and_that_is_said(tiny_run, tmp_path, capsys, syste
 # ---- the system
 
 def latents(system, prompts=PROMPTS, seeds=(0, 1, 2), negative="", **options):
-    config = with_options(system.experiment.sampling, **options)
+    config = with_options(system.config.sampling, **options)
     return system.latents(prompts, list(seeds), config, negative)
 
 
@@ -152,7 +154,7 @@ def test_guidance_one_is_the_conditional_network_bit_for_bit(system, sampler):
         schedule = system.schedule
         expected = get_sampler(sampler)(
             lambda x_t, t: system.unet(x_t, schedule.network_time(t), context, mask), noise(),
-            schedule.timesteps(5, "trailing"), schedule, system.experiment.denoiser.prediction_type, noise)
+            schedule.timesteps(5, "trailing"), schedule, system.config.prediction_type, noise)
     assert torch.equal(given, expected) and given.shape == (3, 4, 8, 8)
     assert torch.equal(given, latents(system, sampler=sampler, steps=5, scale=1.0, negative="blue"))  # nothing to guide
 
@@ -201,7 +203,7 @@ def test_progress_sees_every_step(system):
             seen.append(time)
             yield time
 
-    system.latents(["a"], [0], replace(system.experiment.sampling, steps=7), progress=progress)
+    system.latents(["a"], [0], replace(system.config.sampling, steps=7), progress=progress)
     assert seen == system.schedule.timesteps(7, "trailing")
 
 
@@ -222,17 +224,17 @@ def test_damaged_run_folders_are_refused_by_name(tiny_run, tmp_path):
     path = run / "denoiser.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="denoiser.safetensors is damaged"):
-        TextToImage.load(run)
+        load_run(run)
     shutil.copy(run / "text_encoder.safetensors", path)
     with pytest.raises(CheckpointError, match="denoiser.safetensors does not fit the model"):
-        TextToImage.load(run)
+        load_run(run)
     path.unlink()
     with pytest.raises(ConfigError, match="the stage 'denoiser' is not finished; continue it with: python train.py"):
-        TextToImage.load(run)
+        load_run(run)
     (run / "tokenizer.json").write_text("{}")
     shutil.copy(tiny_run / "denoiser.safetensors", path)
     with pytest.raises(ValueError, match="tokenizer.json is not a tokenizer"):
-        TextToImage.load(run)
+        load_run(run)
 
 
 # ---- mistakes on the command line

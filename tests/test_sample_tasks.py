@@ -8,20 +8,21 @@ from PIL import Image
 from sample_calls import PROMPT, draw, given_pictures, parameters, pixels
 
 import sample
+from diffusion.editing import slerp
 from diffusion.noise import PerImageNoise
-from diffusion.tasks import slerp
-from eval.grid import heated
+from files.images import read_mask, read_picture
+from files.sheets import heated
 from model.attention_maps import AttentionMaps, watched
-from pipeline import TextToImage
-from prompts import chunks_of, parse_prompt
+from pipeline.loading import load_run
+from pipeline.prompts import chunks_of, parse_prompt
+from pipeline.system import TextToImage
 from sampling.draw import Sources, drawn_latents, edit_of
-from sampling.files import read_mask, read_picture
 from sampling.request import Request, Toward
 
 
 @pytest.fixture(scope="module")
 def system(tiny_run) -> TextToImage:
-    return TextToImage.load(tiny_run)
+    return load_run(tiny_run)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_strength_is_distance(system, tiny_run, tmp_path, given):
     """Of the steps that are asked for, and of the latents from the picture's."""
     image = read_picture(given["INIT"])
     x_0 = system.encoded_images(image[None])
-    config = system.experiment.sampling
+    config = system.config.sampling
     away = []
     for strength in (0.34, 0.67, 1.0):
         trace: list = []
@@ -86,7 +87,7 @@ def test_kept_pixels_come_back_byte_for_byte(tiny_run, tmp_path, given, flags):
 def test_the_network_sees_what_is_kept(system, given):
     """Latents that lie wholly under kept pixels are those of the picture."""
     image, paint = read_picture(given["INIT"]), read_mask(given["MASK"])
-    latents = drawn_latents(system, [Request(PROMPT, 0, system.experiment.sampling, strength=1.0)],
+    latents = drawn_latents(system, [Request(PROMPT, 0, system.config.sampling, strength=1.0)],
                             Sources(image, paint))
     away = (latents - system.encoded_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
     painted = paint.unflatten(0, (8, 4)).unflatten(2, (8, 4)).permute(0, 2, 1, 3).flatten(2).any(dim=2)
@@ -125,7 +126,7 @@ def test_noise_is_spherical_and_text_linear(system, monkeypatch):
     seen = {}
     monkeypatch.setattr(system, "sampled", lambda context, mask, count, noise, *rest: seen.update(
         context=context, mask=mask, noise=noise()) or noise())
-    request = Request("a red star", 1, system.experiment.sampling, toward=Toward("a blue star", 2, 0.25))
+    request = Request("a red star", 1, system.config.sampling, toward=Toward("a blue star", 2, 0.25))
     drawn_latents(system, [request], Sources())
     a, b = (PerImageNoise([seed], system.latent_shape)() for seed in (1, 2))
     torch.testing.assert_close(seen["noise"], slerp(a, b, 0.25))
@@ -165,7 +166,7 @@ def test_frames_end_in_the_picture(tiny_run, tmp_path):
 
 def test_attention_maps_are_those_of_the_layers(system, tiny_run, tmp_path):
     maps = AttentionMaps(2)
-    config = system.experiment.sampling
+    config = system.config.sampling
     with watched(system.unet, maps):
         watched_latents = system.latents([PROMPT, "a moon"], [0, 1], config, "a star")
     assert torch.equal(watched_latents, system.latents([PROMPT, "a moon"], [0, 1], config, "a star"))

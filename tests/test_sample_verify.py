@@ -10,13 +10,14 @@ from PIL import Image, PngImagePlugin
 from sample_calls import PROMPT, draw, given_pictures, parameters, pixels
 
 import sample
-from pipeline import TextToImage
+from pipeline.loading import load_run
+from pipeline.system import TextToImage
 from sampling.request import request_of, settings_of
 
 
 @pytest.fixture(scope="module")
 def system(tiny_run) -> TextToImage:
-    return TextToImage.load(tiny_run)
+    return load_run(tiny_run)
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from sample_calls import PROMPT, draw, parameters, pixels
 
 import sample
 from diffusion.noise import PerImageNoise
+from files.weights import save_weights
 from model.unet import UNet
-from pipeline import TextToImage, weaker, with_options
-from training.checkpoint import save_weights
+from pipeline.loading import load_run, load_weaker
+from pipeline.system import with_options
 from training.experiment import load_experiment
 
 EARLIER = Path("state", "denoiser", "step_00000008.pt")
@@ -46,12 +47,12 @@ def weak_path(request, tiny_run, smaller) -> Path:
 
 def test_it_is_the_published_formula(tiny_run, weak_path):
     """One step from pure noise, where x_0 of v-prediction is -v: the prompt on both sides, one evaluation of each."""
-    system = TextToImage.load(tiny_run)
-    system.guide = weaker(system, weak_path)
+    system = load_run(tiny_run)
+    system.guide = load_weaker(system, weak_path)
     prompts, seeds, seen = [PROMPT, "a moon"], [3, 4], []
     for part in (system, system.guide):
         part.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    given = system.latents(prompts, seeds, with_options(system.experiment.sampling, steps=1, scale=2.5), "never read")
+    given = system.latents(prompts, seeds, with_options(system.config.sampling, steps=1, scale=2.5), "never read")
     assert seen == [2, 2]
     with torch.inference_mode():
         x_T, t = PerImageNoise(seeds, (4, 8, 8))(), torch.full((2,), 999)
@@ -61,10 +62,10 @@ def test_it_is_the_published_formula(tiny_run, weak_path):
 
 
 def test_guidance_one_needs_no_weak_network(tiny_run, smaller):
-    system = TextToImage.load(tiny_run)
-    config = with_options(system.experiment.sampling, scale=1.0)
+    system = load_run(tiny_run)
+    config = with_options(system.config.sampling, scale=1.0)
     plain = system.latents([PROMPT], [0], config)
-    system.guide = weaker(system, smaller)
+    system.guide = load_weaker(system, smaller)
     system.guide.unet.register_forward_pre_hook(lambda *_: pytest.fail("called"))
     assert torch.equal(system.latents([PROMPT], [0], config), plain)
 
@@ -107,7 +108,7 @@ def test_another_process_is_refused(tiny_run, tmp_path, change, message):
         data[-1] ^= 1
         (folder / "autoencoder.safetensors").write_bytes(data)
     with pytest.raises(ValueError) as caught:
-        weaker(TextToImage.load(tiny_run), folder)
+        load_weaker(load_run(tiny_run), folder)
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -7,8 +7,10 @@ import torch
 from sample_calls import PROMPT, draw, parameters, pixels
 
 import sample
-from eval.grid import PAPER, axes_grid
-from pipeline import TextToImage
+from files.config import to_dict
+from files.sheets import PAPER, axes_grid
+from pipeline.loading import load_run
+from pipeline.system import TextToImage
 from sampling.request import (
     AXES,
     SETTINGS,
@@ -21,12 +23,11 @@ from sampling.request import (
     with_settings,
     written,
 )
-from training.config import to_dict
 
 
 @pytest.fixture(scope="module")
 def system(tiny_run) -> TextToImage:
-    return TextToImage.load(tiny_run)
+    return load_run(tiny_run)
 
 
 def test_xy_grid_is_every_combination(tiny_run, tmp_path):
@@ -58,7 +59,7 @@ def test_xy_over_other_parameters(tiny_run, tmp_path, axes, cells):
 
 
 def test_every_axis_changes_its_parameter(system):
-    base = Request(PROMPT, 0, system.experiment.sampling, strength=0.5)
+    base = Request(PROMPT, 0, system.config.sampling, strength=0.5)
     values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
               "negative": "c", "chunks": "2", "spacing": "leading", "eta": "0.5", "order": "1", "offset": "1",
               "clean_end": "false", "method": "apg", "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25",

@@ -8,12 +8,12 @@ import pytest
 import torch
 from scipy import ndimage
 
-from data.captions import facts_of
-from data.scene_graph import COLOURS, SHAPES
-from data.shapes import Shapes, ShapesConfig
-from data.shapes_draw import render, vocabulary
-from eval.scenes import SceneReader, lab, read_scene
-from eval.scenes_score import (
+from data.shapes.phrasings import facts_of
+from data.shapes.render import render, vocabulary
+from data.shapes.scene_graph import COLOURS, SHAPES
+from data.shapes.shapes import Shapes, ShapesConfig
+from eval.scenes.reader import SceneReader, lab, read_scene
+from eval.scenes.score import (
     ATTRIBUTES,
     MEASURES,
     calibrate,

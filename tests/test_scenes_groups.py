@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 
-from data.shapes import Shapes, ShapesConfig
-from data.shapes_draw import render, vocabulary
-from eval.scene_groups import group_table, mood_distances, promises, prompt_groups, value_table
-from eval.scenes import SceneReader
-from eval.scenes_score import ATTRIBUTES, MEASURES, score_scene, score_table
+from data.shapes.render import render, vocabulary
+from data.shapes.shapes import Shapes, ShapesConfig
+from eval.scenes.groups import group_table, mood_distances, promises, prompt_groups, value_table
+from eval.scenes.reader import SceneReader
+from eval.scenes.score import ATTRIBUTES, MEASURES, score_scene, score_table
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from diffusion.schedule import Schedule, ScheduleConfig, betas, resolution_shift
-from training.config import from_dict, to_dict
+from files.config import from_dict, to_dict
 
 DISCRETE = ("linear", "scaled_linear", "cosine", "sigmoid")
 DIFFUSERS_NAME = {"cosine": "squaredcos_cap_v2"}

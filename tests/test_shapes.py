@@ -9,9 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from data.scene_graph import COLOURS, CONTAINERS, KINDS, SHAPES, UNSEEN_PAIRS, SceneMix, graph_key, is_unseen, place
-from data.shapes import Shapes, ShapesConfig
-from data.shapes_draw import LIGHTS, SHAPE_DISTANCE, backdrop, lit_colour, render, vocabulary
+from data.shapes.render import LIGHTS, SHAPE_DISTANCE, backdrop, lit_colour, render, vocabulary
+from data.shapes.scene_graph import (
+    COLOURS,
+    CONTAINERS,
+    KINDS,
+    SHAPES,
+    UNSEEN_PAIRS,
+    SceneMix,
+    graph_key,
+    is_unseen,
+    place,
+)
+from data.shapes.shapes import Shapes, ShapesConfig
 
 SIZE_WORDS = ("small", "medium", "large")
 

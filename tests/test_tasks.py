@@ -5,10 +5,10 @@ import torch
 from diffusers import DDIMInverseScheduler
 
 from diffusion.denoise import TimedDenoiser
+from diffusion.editing import InpaintingDenoiser, ddim_inversion, image_to_image_start, slerp
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import SAMPLERS, get_sampler
 from diffusion.schedule import Schedule, ScheduleConfig
-from diffusion.tasks import InpaintingDenoiser, ddim_inversion, image_to_image_start, slerp
 
 VP = Schedule(ScheduleConfig())
 ZERO = Schedule(ScheduleConfig(zero_terminal_snr=True))

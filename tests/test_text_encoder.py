@@ -6,7 +6,7 @@ import pytest
 import torch
 from random_weights import randomize
 
-from model.pretrained import text_encoder_from_transformers, text_encoder_to_transformers
+from model.pretrained.names import text_encoder_from_transformers, text_encoder_to_transformers
 from model.text_encoder import TextEncoder, TextEncoderConfig, pooled
 
 transformers = pytest.importorskip("transformers")

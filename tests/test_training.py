@@ -18,14 +18,14 @@ from small_runs import assert_same_run, at_step, metrics, terminate
 import train
 from data.source import image_batch
 from data.tokenizer import Tokenizer
+from files.config import ConfigError, apply_overrides, from_dict
+from files.run_folder import RunFolder
+from files.weights import save_weights
 from model.autoencoder import Autoencoder
-from training.autoencoder import AutoencoderStage, psnr, reconstruction_loss
-from training.checkpoint import save_weights
-from training.config import ConfigError, apply_overrides, from_dict
-from training.denoiser import train_denoiser
 from training.experiment import USUAL, Experiment
 from training.loop import Interrupted
-from training.run import RunFolder
+from training.stages.autoencoder import AutoencoderStage, psnr, reconstruction_loss
+from training.stages.denoiser import train_denoiser
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,8 +113,8 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_run, tiny_config, tmp_path,
     (["configs/nothing.yaml"], "no config file configs/nothing.yaml"),
     (["CONFIG", "run="], "run= is empty"),
     (["CONFIG", "denoiser.train.stepz=3"], "unknown key 'denoiser.train.stepz'; valid keys here"),
-    (["CONFIG", "data.shapes.validation=0", "run=RUN"], "its validation split is empty"),
-    (["CONFIG", "data.shapes.train=0", "run=RUN"], "its train split is empty"),
+    (["CONFIG", "data.shapes.shapes.validation=0", "run=RUN"], "its validation split is empty"),
+    (["CONFIG", "data.shapes.shapes.train=0", "run=RUN"], "its train split is empty"),
     (["CONFIG", "stages=[denoiser]", "run=RUN"], "the stage 'tokenizer' is not finished"),
 ])
 def test_mistakes_end_in_one_line(tiny_config, tmp_path, monkeypatch, arguments, message):

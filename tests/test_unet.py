@@ -7,7 +7,7 @@ import torch
 from random_weights import randomize
 
 from model.blocks import ResBlock, SpatialTransformer, timestep_embedding, to_image, to_tokens
-from model.pretrained import unet_from_diffusers, unet_to_diffusers
+from model.pretrained.names import unet_from_diffusers, unet_to_diffusers
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 

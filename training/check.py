@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.catalog import build_source
 from data.order import Places
-from data.source import Source, build_source, caption_batch, image_batch
+from data.source import Source, caption_batch, image_batch
 from data.tokenizer import Tokenizer
+from files.run_folder import RunFolder
+from files.weights import load_weights
 from model.autoencoder import Autoencoder, Posterior
-from training.autoencoder import losses
-from training.checkpoint import load_weights
-from training.denoiser import Denoising, new_networks
-from training.device import autocast_dtype, placed
+from model.device import autocast_dtype, placed
 from training.experiment import Experiment
 from training.loop import TrainConfig
 from training.optim import build_optimizer
-from training.pairs import Read
-from training.perceptual import perceptual_distance
-from training.run import RunFolder
 from training.seed import generator, whole
 from training.speed import duration, forward_flops, peak_flops, peak_memory
+from training.stages.autoencoder import losses
+from training.stages.denoiser import Denoising, new_networks
+from training.stages.pairs import Read
+from training.stages.perceptual_loss import perceptual_distance
 
 PAIRS = 8
 FALL = {"autoencoder": 0.5, "denoiser": 0.8}  # share of the first loss below which learning by heart counts as proven
@@ -42,8 +43,8 @@ Step = Callable[[int], torch.Tensor]  # loss of a step
 def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     """Print what there is to say about a run of ``experiment`` into ``path``; whether nothing speaks against it."""
     run = RunFolder(path)
-    source = build_source(experiment.held_out_data, "train")  # as squares: what is timed here has one size
-    validation = build_source(experiment.held_out_data, "validation")
+    source = build_source(experiment.data.squares, "train")  # as squares: what is timed here has one size
+    validation = build_source(experiment.data.squares, "validation")
     for name, split in (("train", source), ("validation", validation)):
         if not len(split):
             raise ValueError(f"data.{experiment.data.source}: its {name} split is empty; valid: at least one item")

@@ -1,17 +1,18 @@
 """What one YAML file in configs/ describes: data, stages, and how to sample."""
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.source import DataConfig
+from data.catalog import DataConfig
 from data.tokenizer import TokenizerConfig
 from diffusion.prediction import check_prediction_type
 from diffusion.sampling import SamplingConfig, check_sampling
 from diffusion.schedule import Schedule
-from training.autoencoder import AutoencoderStage
-from training.clip import ClipStage
-from training.config import apply_overrides, from_dict, read_yaml
-from training.denoiser import DenoiserStage
+from files.config import apply_overrides, from_dict, read_yaml
+from pipeline.config import SystemConfig, latent_shape_of
+from training.stages.autoencoder import AutoencoderStage
+from training.stages.clip import ClipStage
+from training.stages.denoiser import DenoiserStage
 
 STAGES = ("tokenizer", "autoencoder", "clip", "denoiser")
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
@@ -90,18 +91,16 @@ class Experiment:
                              f"{self.sampling.spacing}): {error}") from None
 
     @property
-    def held_out_data(self) -> DataConfig:
-        """The data as squares: what is measured on held-out pictures is measured on batches of one size."""
-        settings = getattr(self.data, self.data.source)
-        if not hasattr(settings, "buckets"):
-            return self.data
-        return replace(self.data, **{self.data.source: replace(settings, buckets=False)})
-
-    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latent of one picture."""
-        side = self.data.size // self.autoencoder.model.factor
-        return self.autoencoder.model.latent_channels, side, side
+        return latent_shape_of(self.autoencoder.model, self.data.size)
+
+    @property
+    def system(self) -> SystemConfig:
+        """What sampling needs of this configuration."""
+        stage = self.denoiser
+        return SystemConfig(stage.unet, stage.text_encoder, self.autoencoder.model, stage.schedule,
+                            stage.prediction_type, self.sampling, self.latent_shape)
 
 
 def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment:  # type: ignore[assignment]

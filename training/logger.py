@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from training.checkpoint import CheckpointError, free_space
+from files.weights import CheckpointError, free_space
 from training.distributed import ALONE, Processes
 
 

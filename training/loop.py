@@ -12,18 +12,18 @@ from typing import Any, Generic, Literal
 import torch
 from torch import nn
 
-from training.checkpoint import Best, Checkpoints
-from training.device import autocast_dtype
+from files.run_folder import RunFolder
+from model.device import autocast_dtype
+from training.checkpoints.checkpoint import Best, Checkpoints
+from training.checkpoints.state import State, Stateful
 from training.distributed import ALONE, Loss, Parallel, Processes, full, gradients_kept_here, spread
 from training.ema import M, PowerEma, gamma_from_std
 from training.guard import Guard, GuardConfig
 from training.logger import Logger
 from training.optim import OptimConfig, build_optimizer, learning_rate
-from training.run import RunFolder
 from training.seed import Part, parts_of, step_seed
 from training.snapshots import SnapshotConfig, save_snapshots
 from training.speed import Clock, forward_flops, peak_flops, peak_memory
-from training.state import State, Stateful
 
 
 class TrainingError(RuntimeError):
@@ -215,7 +215,7 @@ def checkpoints_of(name: str, run: RunFolder, config: TrainConfig, workers: Proc
     """Whole files, or folders that every process writes its slice into where the model is spread."""
     if config.parallel == "ddp":
         return Checkpoints(run.state(name), config.keep)
-    from training.sharded import ShardedCheckpoints
+    from training.checkpoints.sharded import ShardedCheckpoints
     return ShardedCheckpoints(run.state(name), config.keep, workers)
 
 

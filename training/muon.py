@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from training.device import autocast_dtype
+from model.device import autocast_dtype
 from training.distributed import full, local, sliced_like
 
 # Coefficients of the quintic iteration (Jordan et al. 2024): singular values in (0, 1] end between about 0.7 and 1.2

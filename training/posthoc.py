@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from data.source import build_source, data_key
+from data.catalog import build_source, data_key
 from data.tokenizer import Tokenizer
+from files.run_folder import RunFolder
+from files.weights import load_weights, save_weights
 from model.autoencoder import Autoencoder
-from training.checkpoint import load_weights, save_weights
-from training.denoiser import Denoising, Networks, held_out_pairs, new_networks
-from training.device import default_device, frozen, placed
+from model.device import default_device, frozen, placed
 from training.ema import gamma_from_std
 from training.experiment import load_experiment
-from training.run import RunFolder
 from training.snapshots import Snapshot, snapshots_in
+from training.stages.denoiser import Denoising, Networks, held_out_pairs, new_networks
 
 PLOTTED = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25)
 COPIED = ("config.yaml", "manifest.json", "tokenizer.json", "autoencoder.safetensors")
@@ -130,7 +130,7 @@ def main(arguments: list[str]) -> None:
     stage = experiment.denoiser
     autoencoder = Autoencoder(experiment.autoencoder.model)
     load_weights(autoencoder, run.weights("autoencoder"))
-    read = held_out_pairs(stage, build_source(experiment.held_out_data, "validation"), data_key(experiment.data),
+    read = held_out_pairs(stage, build_source(experiment.data.squares, "validation"), data_key(experiment.data),
                           frozen(placed(autoencoder, device)), run, experiment.seed, device)
     denoising = Denoising(stage, Tokenizer.load(run.path / "tokenizer.json"), experiment.seed, device)
     networks = frozen(new_networks(stage, experiment.seed, device))

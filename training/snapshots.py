@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from training.checkpoint import CheckpointError, save_weights
+from files.weights import CheckpointError, save_weights
 from training.ema import PowerEma, gamma_from_std
 
 

@@ -1,0 +1,74 @@
+"""The picture of docs/data.md: what a run sees of three pictures of different shapes, with aspect buckets, random crops
+and mirroring.
+
+    python -m benchmarks.figures.data [--out docs/images]
+
+Takes some seconds and needs scikit-image, whose sample pictures it shows.
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+import skimage.data
+from PIL import Image, ImageDraw, ImageFont
+
+from data.catalog import DataConfig, build_source
+from data.images.folder import FolderConfig
+from data.source import drawn
+
+SAMPLES = {"astronaut": ("a portrait of an astronaut", (0, 0, 400, 512)),
+           "coffee": ("a cup of coffee\na cup with the spoon on the right", (0, 0, 600, 400)),
+           "cat": ("a close view of a cat", (0, 0, 451, 300))}
+COLOURS = ("#e6194b", "#3cb44b", "#4363d8")
+HEIGHT, GAP, LINE, WIDTH, SEED = 190, 10, 16, 200, 4
+
+
+def whole(image: Image.Image, frames: list[tuple[float, ...]]) -> Image.Image:
+    """A picture scaled to ``HEIGHT`` with the frames of the crops drawn on it."""
+    scale = HEIGHT / image.height
+    small = image.resize((round(image.width * scale), HEIGHT), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(small)
+    for (_, _, top, left, height, width), colour in zip(frames, COLOURS):
+        box = (left * scale, top * scale, (left + width) * scale - 1, (top + height) * scale - 1)
+        draw.rectangle(box, outline=colour, width=2)
+    return small
+
+
+def row(source, index: int) -> Image.Image:
+    """The whole picture with its frames, then what three epochs see."""
+    items = [drawn(source, index, epoch, SEED) for epoch in range(len(COLOURS))]
+    pictures = [whole(source.source.opened(index), [item["frame"] for item in items])]
+    pictures += [Image.fromarray(item["image"].permute(1, 2, 0).numpy()) for item in items]
+    names = [f"{source.source.names[index]}, {items[0]['frame'][1]} x {items[0]['frame'][0]}"]
+    names += [f"epoch {epoch}: {item['image'].shape[2]} x {item['image'].shape[1]}"
+              f"{', mirrored' if item['flipped'] else ''}" for epoch, item in enumerate(items)]
+    sheet = Image.new("RGB", (290 + 3 * WIDTH, HEIGHT + LINE + GAP), "white")
+    draw, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(size=12), 0
+    for place, (picture, name) in enumerate(zip(pictures, names)):
+        sheet.paste(picture, (left, LINE))
+        draw.text((left, 0), name, fill="black" if place == 0 else COLOURS[place - 1], font=font)
+        left = 290 + place * WIDTH
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="docs/images", help="folder to write to")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (caption, box) in SAMPLES.items():
+            Image.fromarray(getattr(skimage.data, name)()).crop(box).save(Path(folder, f"{name}.png"))
+            Path(folder, f"{name}.txt").write_text(caption)
+        config = FolderConfig(folder, 144, crop="random", flip=0.5, buckets=True, step=48, validation=0.0, test=0.0)
+        source = build_source(DataConfig(source="folder", folder=config), "train")
+        rows = [row(source, index) for index in range(len(source))]
+    sheet = Image.new("RGB", (rows[0].width, sum(part.height for part in rows)), "white")
+    for number, part in enumerate(rows):
+        sheet.paste(part, (0, number * part.height))
+    path = Path(options.out) / "data.png"
+    sheet.quantize(128).save(path, optimize=True)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

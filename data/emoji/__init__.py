@@ -1,0 +1,1 @@
+"""Emoji in five styles, and scenes composed of them."""

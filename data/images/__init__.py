@@ -1,0 +1,1 @@
+"""Sources of captioned images that lie in files."""

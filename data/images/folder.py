@@ -1,0 +1,155 @@
+"""Source `folder`: pictures in a folder and its subfolders, with captions in a .txt beside each or in one table.
+
+Captions come from captions.jsonl, metadata.jsonl or captions.csv in the root, else from the .txt of the same name
+(data/images/caption_list.py). What the pictures hold (hash, size) is kept in ROOT/.index.jsonl and read again only for files
+whose length or time has changed; a folder that cannot be written is read anew every time.
+"""
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data.images.base import PictureConfig, Pictures, check_shares, split_of
+from data.images.caption_list import TABLES, Captions, plain_name, read_table, read_text_file
+from data.images.transforms import SUFFIXES, Unreadable, picture_size
+from data.strings import Strings
+from files.whole import whole_file
+
+INDEX = ".index.jsonl"
+SUBFOLDERS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class FolderConfig(PictureConfig):
+    """``split`` by hash of the file names, with the shares ``validation`` and ``test``, or by the subfolders train,
+    validation (val, valid) and test of the root."""
+
+    split: Literal["hash", "folders"] = "hash"
+    validation: float = 0.02
+    test: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_shares(self.validation, self.test)
+
+
+def picture_files(root: Path) -> list[str]:
+    """Names of all picture files below ``root``, relative to it, sorted; hidden ones are left out."""
+    found = []
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(name for name in names if not name.startswith("."))
+        found += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/") for name in files
+                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return sorted(found)
+
+
+def _known(index: Path) -> dict[str, dict]:
+    rows = {}
+    try:
+        for line in index.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+            row = json.loads(line)
+            rows[row["name"]] = row
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # absent or damaged: everything is read again
+    return rows
+
+
+def _look(root: Path, name: str, max_pixels: int, known: dict | None) -> dict[str, Any]:
+    """What a picture file is: {"name", "bytes", "time", "limit", "sha256"?, "height"?, "width"?, "error"?}."""
+    path = root / name
+    try:
+        about = path.stat()
+        row: dict[str, Any] = {"name": name, "bytes": about.st_size, "time": about.st_mtime_ns, "limit": max_pixels}
+        if known is not None and all(known.get(key) == row[key] for key in row):
+            return known
+        data = path.read_bytes()
+    except OSError as error:
+        return {"name": name, "error": error.strerror or str(error)}
+    row["sha256"] = hashlib.sha256(data).hexdigest()
+    try:
+        row["height"], row["width"] = picture_size(data, name, max_pixels)
+    except Unreadable as error:
+        row["error"] = error.reason
+    return row
+
+
+def scanned(root: Path, names: Sequence[str], max_pixels: int) -> list[dict[str, Any]]:
+    """What each of the files ``names`` below ``root`` is, from the index where it has not changed since."""
+    index = root / INDEX
+    known = _known(index)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        rows = list(pool.map(lambda name: _look(root, name, max_pixels, known.get(name)), names))
+    kept = [row for row in rows if "sha256" in row]
+    if any(known.get(row["name"]) is not row for row in kept) or len(kept) != len(known):
+        try:
+            with whole_file(index) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        except OSError:
+            pass  # not ours to write in, or no room: the next run looks again
+    return rows
+
+
+def _captions(root: Path, names: Sequence[str]) -> tuple[dict[str, Captions], dict[str, str], list[tuple[str, str]]]:
+    """(captions by file, reason by file whose captions cannot be read, lines of tables that cannot be read)."""
+    table: dict[str, Captions] = {}
+    lines: list[tuple[str, str]] = []
+    for path in (root / name for name in TABLES):
+        if path.is_file():
+            table, lines = read_table(path)
+            break
+    found: dict[str, Captions] = {}
+    wrong = {}
+    for name in names:
+        try:
+            texts = table.get(plain_name(name)) or read_text_file((root / name).with_suffix(".txt"), name)
+        except Unreadable as error:
+            wrong[name] = error.reason
+            continue
+        if texts is not None:
+            found[name] = texts
+    return found, wrong, lines
+
+
+class Folder(Pictures):
+    """One split of a folder. Raises FileNotFoundError or ValueError where there is nothing to read."""
+
+    def __init__(self, config: FolderConfig, split: Literal["train", "validation", "test"]):
+        root = self.root = Path(config.root)
+        if not config.root or not root.is_dir():
+            raise FileNotFoundError(f"root: '{config.root}' is no folder; valid: a folder of pictures with captions")
+        names = picture_files(root)
+        if not names:
+            raise ValueError(f"root: {root} holds no pictures; valid: files that end in {', '.join(SUFFIXES)}")
+        captions, wrong, refused = _captions(root, names)
+        rows = []
+        for row in scanned(root, names, config.max_pixels):
+            name = row["name"]
+            texts = captions.get(name) or ([(config.fallback, 1.0)] if config.fallback else None)
+            reason = row.get("error") or wrong.get(name) or ("" if texts else "it has no caption")
+            place = self._place(config, name)
+            if reason:
+                refused.append((name, reason))
+            elif place is not None:
+                rows.append({**row, "captions": json.dumps(texts, ensure_ascii=False), "split": place})
+        self.refused, self.found = refused, len(names)
+        self.content = hashlib.sha256(json.dumps(
+            [[row["name"], row["sha256"], row["captions"]] for row in rows]).encode()).hexdigest()
+        mine = [row for row in rows if row["split"] == split]
+        super().__init__(config, Strings(row["name"] for row in mine), Strings(row["captions"] for row in mine),
+                         np.array([[row["height"], row["width"]] for row in mine], dtype=np.int32).reshape(-1, 2))
+
+    @staticmethod
+    def _place(config: FolderConfig, name: str) -> str | None:
+        """The split of a file, None for one that is in none of the subfolders."""
+        if config.split == "folders":
+            return SUBFOLDERS.get(name.partition("/")[0]) if "/" in name else None
+        return split_of(plain_name(name), config.validation, config.test)
+
+    def _bytes(self, index: int) -> bytes:
+        return (self.root / self.names[index]).read_bytes()

@@ -1,0 +1,152 @@
+"""Writes any source as tar shards that webdataset, and data/images/shards.py, read.
+
+    python -m data.write_shards SOURCE OUT [--shard-size 1000]
+
+SOURCE is a folder of images, a folder of shards, or a config (its `data` section).
+
+A sample is NNNNNNNNN.jpg (the bytes of the file as they are; what is not a file becomes a PNG), .json with "id",
+"captions" [[text, weight], ...] and "split", and .txt with the weightiest caption. Items are shuffled once, so that any
+shard is a fair sample, and shard k holds the items from k * size: it is written whole under a temporary name, and one
+that is there already is not written again. index.json, with the bytes and SHA-256 of every shard, comes last.
+"""
+import argparse
+import hashlib
+import io
+import json
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data.command import opened_splits
+from data.images.base import Pictures, Readable
+from data.images.caption_list import Captions
+from data.images.shards import shard_index
+from data.images.transforms import Unreadable
+from data.source import Source
+from files.whole import whole_file
+
+PLAN = ".plan.json"
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _sample(source: Source, index: int) -> tuple[bytes, str, str, Captions]:
+    """(picture file, its suffix, id, captions) of an item, decoded once to see that it can be. Raises Unreadable."""
+    pictures = source.source if isinstance(source, Readable) else source
+    if isinstance(pictures, Pictures):
+        image = pictures.opened(index)  # all of it: a shard should hold nothing that a run must skip
+        data, suffix = pictures.encoded(index) or (_png(image), ".png")
+        return data, suffix, pictures.names[index], pictures.weighted(index)
+    item = pictures[index]
+    image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+    return _png(image), ".png", item["id"], [(text, 1.0) for text in item["captions"]]
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)  # owner and time stay 0: the same source gives the same bytes
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def _identity(splits: Mapping[str, Source], size: int) -> dict[str, Any]:
+    """What tells one job of writing from another."""
+    digest = hashlib.sha256()
+    for split, source in splits.items():
+        content = getattr(source, "content", "") or "\n".join(
+            f"{caption}" for index in range(min(len(source), 100)) for caption in source.captions(index))
+        digest.update(f"{split} {len(source)} {content}\n".encode())
+    return {"source": digest.hexdigest(), "shard_size": size}
+
+
+def _checked_plan(out: Path, identity: dict[str, Any]) -> None:
+    """Begin a folder, or go on in one begun by the same job; raises ValueError for any other."""
+    out.mkdir(parents=True, exist_ok=True)
+    plan = out / PLAN
+    try:
+        known = json.loads(plan.read_text()) if plan.exists() else None
+    except ValueError:
+        known = {}
+    if known is None and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty; valid: a new folder, or one that the same command began")
+    if known not in (None, identity):
+        raise ValueError(f"{out} was begun with another source or shard size; name another folder or remove it")
+    with whole_file(plan) as temporary:
+        temporary.write_text(json.dumps(identity))
+
+
+def write_shards(splits: Mapping[str, Source], out: Path, size: int = 1000, share: float = 0.01) -> dict[str, Any]:
+    """Write all splits to the folder ``out``, ``size`` pictures a shard, and return what index.json says.
+
+    A picture that cannot be decoded is named on stderr and left out; more than ``share`` of all: ValueError.
+    """
+    if size < 1:
+        raise ValueError(f"shard size: {size}; valid: from 1 picture up")
+    items = [(split, index) for split, source in splits.items() for index in range(len(source))]
+    if not items:
+        raise ValueError("the source is empty; there is nothing to write")
+    _checked_plan(out, _identity(splits, size))
+    order = np.random.default_rng(0).permutation(len(items))
+    shards = []
+    bad = 0
+    for number in tqdm(range(-(-len(items) // size)), desc="shards", unit="shard"):
+        path = out / f"shard-{number:06d}.tar"
+        chosen = order[number * size:(number + 1) * size]
+        if not path.exists():
+            with whole_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
+                for place, item in enumerate(chosen, number * size):
+                    split, index = items[item]
+                    bad += not _written(tar, splits, split, index, f"{place:09d}")
+                    if bad > share * len(items):
+                        raise ValueError(f"{bad} of {len(items)} pictures cannot be read, more than {share:.0%}; "
+                                         "nothing of this shard is kept")
+        about = shard_index(path)
+        shards.append({"name": path.name, "bytes": about["bytes"], "sha256": about["sha256"],
+                       "samples": len(about["samples"])})
+    result = {**_identity(splits, size), "samples": sum(shard["samples"] for shard in shards), "shards": shards}
+    with whole_file(out / "index.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _written(tar: tarfile.TarFile, splits: Mapping[str, Source], split: str, index: int, key: str) -> bool:
+    """Append a sample; False where it cannot be read."""
+    try:
+        data, suffix, name, captions = _sample(splits[split], index)
+    except Unreadable as error:
+        print(f"unreadable: {error}", file=sys.stderr)
+        return False
+    about = {"id": name, "captions": captions, "split": split}
+    _add(tar, key + suffix, data)
+    _add(tar, key + ".json", json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogateescape"))
+    _add(tar, key + ".txt", max(captions, key=lambda entry: entry[1])[0].encode())
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line of `python -m data.write_shards`."""
+    parser = argparse.ArgumentParser(prog="python -m data.write_shards", description="Writes a source as tar shards.")
+    parser.add_argument("source", help="a folder of pictures or of shards, or a config (.yaml) with a data section")
+    parser.add_argument("out", help="folder to write")
+    parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard (default: 1000)")
+    options = parser.parse_args(arguments)
+    try:
+        index = write_shards(opened_splits(options.source), Path(options.out), options.shard_size)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted; the same command goes on from here") from None
+    print(f"{options.out}: {index['samples']} pictures in {len(index['shards'])} shards")
+
+
+if __name__ == "__main__":
+    main()

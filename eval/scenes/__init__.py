@@ -1,0 +1,1 @@
+"""Scenes read back from images and compared with what was promised."""

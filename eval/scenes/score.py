@@ -1,0 +1,199 @@
+"""Scores of pictures against the facts their prompts promised, with intervals, a chance row and the reader's own error.
+
+Facts are a plain dict: "count", "objects" [{"colour", "shape", "size"}], "relations" [[subject, relation, object]],
+"background", "mood", "tags"; None is what the prompt left free (`data.shapes.phrasings` writes them).
+
+A score is {attribute: [right or wrong, one for each promise]}:
+
+    colour shape size relation background mood    each promise of that name
+    count       the number of objects is the promised one
+    object      colour and shape of one promised object, both
+    scene       everything the prompt promised
+
+A promised object that has no counterpart in the picture fails every promise about it.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Iterable, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from eval.interval import Estimate, opened
+from eval.scenes.reader import Scene, SceneReader, Vocabulary
+
+Facts = dict[str, Any]
+Score = dict[str, list[bool]]
+
+ATTRIBUTES = ("colour", "shape", "size", "count", "relation", "background", "mood")  # these make the mean
+MEASURES = ("attributes", "scene", "object", *ATTRIBUTES)
+WEIGHTS = {"colour": 1.0, "shape": 0.9, "size": 0.4}  # of a mismatch, when objects are matched
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Share of promises kept, its bootstrap interval over prompts, and how many promises there were."""
+
+    value: float
+    low: float
+    high: float
+    promises: int
+
+
+Table = dict[str, dict[str, Rate]]  # group -> measure -> rate
+
+
+def match_objects(scene: Scene, facts: Facts) -> list[int | None]:
+    """For each promised object the index of its counterpart in the picture, or None: the assignment with the fewest
+    weighted mismatches of colour, shape and size."""
+    promised = facts["objects"]
+    cost = np.zeros((len(promised), len(scene.objects)))
+    for i, thing in enumerate(promised):
+        for j, seen in enumerate(scene.objects):
+            cost[i, j] = sum(weight for name, weight in WEIGHTS.items()
+                             if thing[name] is not None and thing[name] != getattr(seen, name))
+    matched: list[int | None] = [None] * len(promised)
+    for row, column in zip(*linear_sum_assignment(cost)):
+        matched[int(row)] = int(column)
+    return matched
+
+
+def score_scene(scene: Scene, facts: Facts) -> Score:
+    """Every promise of a prompt, kept or not. An attribute that nothing was promised about has an empty list."""
+    score: Score = {name: [] for name in ("scene", "object", *ATTRIBUTES)}
+    matched = match_objects(scene, facts)
+    for thing, index in zip(facts["objects"], matched):
+        kept = {name: index is not None and getattr(scene.objects[index], name) == thing[name]
+                for name in WEIGHTS if thing[name] is not None}
+        for name, right in kept.items():
+            score[name].append(right)
+        score["object"].append(index is not None and kept.get("colour", True) and kept.get("shape", True))
+    for subject, relation, other in facts["relations"]:
+        i, j = matched[subject], matched[other]
+        score["relation"].append(i is not None and j is not None and scene.holds(i, relation, j))
+    if facts["count"] is not None:
+        score["count"].append(len(scene.objects) == facts["count"])
+    for name in ("background", "mood"):
+        if facts[name] is not None:
+            score[name].append(getattr(scene, name) == facts[name])
+    score["scene"].append(all(right for name in ATTRIBUTES for right in score[name]))
+    return score
+
+
+def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: int = 1000,
+                measures: Sequence[str] | None = None) -> Table:
+    """Accuracies of "all" prompts and of each tag's, with 95 % percentile bootstrap intervals over prompts
+    (Efron, "Bootstrap methods", 1979).
+
+    Returns group -> measure -> Rate, measures as in MEASURES; "attributes" is the mean over all promised attributes.
+    A measure that nothing was promised about is left out. ``measures`` are the attributes of other scores than these.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("rows: 0 scored pictures; valid: at least 1")
+    shown = MEASURES if measures is None else ("attributes", "scene", *measures)
+    kept, made = (np.zeros((len(rows), len(shown))) for _ in range(2))
+    for row, (_, score) in enumerate(rows):
+        for column, measure in enumerate(shown):
+            names = (measures or ATTRIBUTES) if measure == "attributes" else (measure,)
+            kept[row, column] = sum(sum(score[name]) for name in names)
+            made[row, column] = sum(len(score[name]) for name in names)
+    groups = {"all": np.arange(len(rows))}
+    for tag in sorted({tag for facts, _ in rows for tag in facts["tags"]}):
+        groups[tag] = np.array([row for row, (facts, _) in enumerate(rows) if tag in facts["tags"]])
+    generator = np.random.default_rng(seed)
+    return {name: _rates(shown, kept[members], made[members], generator, resamples) for name, members in groups.items()}
+
+
+def _rates(measures: Sequence[str], kept: np.ndarray, made: np.ndarray, generator: np.random.Generator,
+           resamples: int) -> dict[str, Rate]:
+    """kept, made: promises of each prompt and measure, (N, M)."""
+    number = len(kept)
+    times = generator.multinomial(number, np.full(number, 1 / number), size=resamples)  # (resamples, N)
+    with np.errstate(invalid="ignore"):
+        draws = (times @ kept) / (times @ made)                                         # (resamples, M)
+    rates = {}
+    for column, measure in enumerate(measures):
+        total = made[:, column].sum()
+        if total:
+            low, high = np.nanpercentile(draws[:, column], [2.5, 97.5])
+            share = Estimate(float(kept[:, column].sum() / total), float(low), float(high))
+            share = opened(share, int((made[:, column] > 0).sum()))  # prompts, not promises: those of one go together
+            rates[measure] = Rate(share.value, share.low, share.high, int(total))
+    return rates
+
+
+@dataclass(frozen=True)
+class SceneReport:
+    """The pictures' table, that of the same pictures against each other's prompts, the reader's own on drawn pictures,
+    and, where there is an autoencoder, that of its reconstructions of them: no denoiser gets above this ceiling."""
+
+    score: Table
+    chance: Table
+    calibration: Table
+    ceiling: Table | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        tables = {"score": self.score, "chance": self.chance, "calibration": self.calibration, "ceiling": self.ceiling}
+        return {name: {group: {measure: vars(rate) for measure, rate in rates.items()}
+                       for group, rates in table.items()}
+                for name, table in tables.items() if table is not None}
+
+    def __str__(self) -> str:
+        """A Markdown table in percent: one row a group, then chance, then the reader on the renderer's own pictures."""
+        shown = list(self.score["all"])
+        lines = ["| prompts | n | " + " | ".join(shown) + " |", "|---|---" + "|---" * len(shown) + "|"]
+        tables = [*self.score.items(), ("chance: shuffled pictures", self.chance["all"]),
+                  ("reader: drawn pictures", self.calibration["all"])]
+        if self.ceiling is not None:
+            tables.append(("ceiling: drawn pictures through the autoencoder", self.ceiling["all"]))
+        for group, rates in tables:
+            cells = [_cell(rates.get(measure)) for measure in shown]
+            lines.append(f"| {group} | {rates['scene'].promises} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+
+def _cell(rate: Rate | None) -> str:
+    return "" if rate is None else f"{100 * rate.value:.1f} ({100 * rate.low:.0f}-{100 * rate.high:.0f})"
+
+
+def read_scenes(images: Iterable[Any], vocabulary: Vocabulary) -> list[Scene]:
+    """The scene of each image, uint8 (3, S, S)."""
+    reader = SceneReader(vocabulary)
+    return [reader(image) for image in images]
+
+
+def calibrate(pairs: Iterable[tuple[Any, Facts]], vocabulary: Vocabulary, seed: int = 0) -> Table:
+    """The reader's own accuracy: `pairs` are pictures the renderer drew with the facts they truly hold."""
+    images, facts = zip(*pairs)
+    return score_table(zip(facts, map(score_scene, read_scenes(images, vocabulary), facts)), seed)
+
+
+def scene_report(images: Sequence[Any], facts: Sequence[Facts], drawn: Iterable[tuple[Any, Facts]],
+                 vocabulary: Vocabulary, seed: int = 0,
+                 reconstructed: Iterable[tuple[Any, Facts]] | None = None) -> SceneReport:
+    """Score `images`, uint8 (3, S, S), against `facts`, what their prompts promised.
+
+    drawn: pictures of the renderer with their facts, for the reader's own error; reconstructed: the same after an
+    autoencoder, for the ceiling it sets; seed: of shuffle and bootstrap.
+
+    Raises:
+        ValueError: the two lengths differ, or there are fewer than 2 images (nothing to shuffle).
+    """
+    if len(images) != len(facts) or len(images) < 2:
+        raise ValueError(f"images, facts: {len(images)} and {len(facts)}; valid: equal lengths, at least 2")
+    scenes = read_scenes(images, vocabulary)
+    return SceneReport(score_table(zip(facts, map(score_scene, scenes, facts)), seed),
+                       score_table(stranger_rows(scenes, facts, seed), seed), calibrate(drawn, vocabulary, seed),
+                       None if reconstructed is None else calibrate(reconstructed, vocabulary, seed))
+
+
+def stranger_rows(scenes: Sequence[Scene], facts: Sequence[Facts], seed: int = 0) -> list[tuple[Facts, Score]]:
+    """(facts, score) of each prompt and a scene that was made for another one: what chance is scored."""
+    order = np.random.default_rng(seed).permutation(len(scenes))
+    strangers = {int(row): scenes[int(other)] for row, other in zip(order, np.roll(order, 1))}  # never its own
+    return [(fact, score_scene(strangers[row], fact)) for row, fact in enumerate(facts)]

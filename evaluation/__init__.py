@@ -1,1 +1,0 @@
-"""What evaluate.py does, step by step: prompts, samples, scores, pages."""

@@ -1,0 +1,1 @@
+"""The ground that everything stands on: whole files, configuration, weights, run folders, images, pages."""

@@ -1,0 +1,121 @@
+"""HTML pages that open from the disk and need no network: tables, charts, images under their captions."""
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from files.sheets import to_picture
+from files.whole import whole_file
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em;color:#1e1e22}
+h1{font-size:1.6em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
+.quiet,figcaption{color:#6e6e76}li{margin:.1rem 0}
+table{border-collapse:collapse;font-size:.86em;margin:.7em 0}td,th{padding:.25em .6em;border-bottom:1px solid #e4e4ea}
+th{text-align:left;font-weight:600}td+td,th+th{text-align:right}
+figure{display:inline-block;margin:.4rem 1rem .4rem 0;vertical-align:top}img{max-width:100%}
+.images{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr));gap:.9em}
+.images figure{margin:0}.images img{width:100%;image-rendering:pixelated;display:block}
+.images figcaption{font-size:.74em;line-height:1.3;margin-top:.3em}
+figure.missed img{outline:2px solid #d0342c}"""
+
+
+def escaped(text: object) -> str:
+    """Text for HTML; also what no encoding holds, as names of files may."""
+    return html.escape(str(text).encode("utf-8", "backslashreplace").decode())
+
+
+def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
+    """A page of (heading, HTML) sections."""
+    body = "".join(f"<h2>{escaped(heading)}</h2>\n{content}\n" for heading, content in sections)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body><h1>{escaped(title)}</h1>\n{body}</body></html>\n")
+
+
+def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table; nothing in it is HTML."""
+    lines = [f"<tr>{''.join(f'<th>{escaped(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def markdown_table(text: str) -> str:
+    """A Markdown table as HTML."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()
+            if line.strip() and not set(line) <= set("|- ")]
+    cells = ["".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in row)
+             for row, tag in zip(rows, ["th"] + ["td"] * len(rows))]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+
+
+def listed(items: Sequence[str], most: int = 200) -> str:
+    """A list, cut after ``most`` entries."""
+    more = f'<p class="quiet">and {len(items) - most} more</p>' if len(items) > most else ""
+    return f"<ul>{''.join(f'<li>{escaped(item)}</li>' for item in items[:most])}</ul>{more}"
+
+
+def histogram(values: np.ndarray, caption: str, bins: int = 30, marks: Sequence[tuple[float, str]] = ()) -> str:
+    """A chart of counts as inline SVG; ``marks`` are (value, name) of vertical lines."""
+    if not len(values):
+        return ""
+    low, high = float(values.min()), float(values.max())
+    if np.issubdtype(values.dtype, np.integer) and high - low < bins:
+        edges = np.arange(low - 0.5, high + 1.5)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
+    counts, _ = np.histogram(values, edges)
+    width, height, foot = 420, 130, 18
+    bar = width / len(counts)
+    parts = [f'<rect x="{i * bar:.1f}" y="{height - height * c / counts.max():.1f}" width="{max(bar - 1, 0.5):.1f}" '
+             f'height="{height * c / counts.max():.1f}" fill="#4a7ab5"><title>{edges[i]:g} to {edges[i + 1]:g}: {c}'
+             f"</title></rect>" for i, c in enumerate(counts)]
+    for value, name in marks:
+        x = (value - edges[0]) / (edges[-1] - edges[0]) * width
+        if 0 <= x <= width:
+            parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#c33"/>'
+                         f'<text x="{x + 3:.1f}" y="11" font-size="11" fill="#c33">{escaped(name)}</text>')
+    parts.append(f'<text x="0" y="{height + foot - 4}" font-size="11">{low:g}</text><text x="{width}" '
+                 f'y="{height + foot - 4}" font-size="11" text-anchor="end">{high:g}</text>')
+    return (f'<figure><svg width="{width}" height="{height + foot}" role="img">{"".join(parts)}</svg>'
+            f"<figcaption>{escaped(caption)}; highest bar {counts.max()}, median {np.median(values):g}</figcaption>"
+            "</figure>")
+
+
+def sheet(pictures: Sequence[np.ndarray], columns: int, cell: int) -> Image.Image:
+    """Pictures (H, W, 3) uint8 beside each other, each within a square of ``cell`` pixels."""
+    rows = -(-len(pictures) // columns)
+    result = Image.new("RGB", (columns * (cell + 4), rows * (cell + 4)), "#f2f2f2")
+    for number, picture in enumerate(pictures):
+        image = Image.fromarray(picture)
+        image.thumbnail((cell, cell))
+        row, column = divmod(number, columns)
+        result.paste(image, (column * (cell + 4) + (cell + 4 - image.width) // 2,
+                             row * (cell + 4) + (cell + 4 - image.height) // 2))
+    return result
+
+
+def inline(image: Image.Image, caption: str) -> str:
+    """A picture inside the page, with a line under it."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=88)
+    data = base64.b64encode(file.getvalue()).decode()
+    return (f'<figure><img alt="{escaped(caption)}" src="data:image/jpeg;base64,{data}">'
+            f"<figcaption>{escaped(caption)}</figcaption></figure>")
+
+
+def image_figures(images: torch.Tensor, captions: Sequence[str], folder: Path, missed: Sequence[bool] = ()) -> str:
+    """HTML of images (B, 3, H, W) under their captions, each saved as a PNG in ``folder``; ``missed`` get a frame."""
+    parts = []
+    for number, (image, caption) in enumerate(zip(images, captions)):
+        name = f"{number:04d}.png"
+        with whole_file(folder / name) as temporary:
+            to_picture(image).save(temporary, format="PNG")
+        kind = ' class="missed"' if number < len(missed) and missed[number] else ""
+        text = escaped(caption)
+        parts.append(f'<figure{kind}><img src="{folder.name}/{name}" alt="{text}">'
+                     f"<figcaption>{text}</figcaption></figure>")
+    return f'<div class="images">{"".join(parts)}</div>'

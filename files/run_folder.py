@@ -1,0 +1,183 @@
+"""The run folder: everything ``sample.py`` and ``evaluate.py`` need, and what a resume needs.
+
+    config.yaml manifest.json tokenizer.json *.safetensors metrics.jsonl samples/ report/ state/STAGE/ cache/
+"""
+import contextlib
+import datetime
+import functools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from files.config import ConfigError, read_yaml
+from files.whole import write_text
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+WEIGHTS = {"tokenizer": ("tokenizer.json",), "autoencoder": ("autoencoder.safetensors",),
+           "clip": ("clip_tokenizer.json", "clip.safetensors"),
+           "denoiser": ("text_encoder.safetensors", "denoiser.safetensors")}
+
+
+class RunFolder:
+    """Paths and records of one run. Use ``create`` to train and ``open`` to sample or evaluate."""
+
+    def __init__(self, path: str | Path, main: bool = True):
+        """``main`` False: one of several processes of a run, which reads and writes no records."""
+        self.path, self.main = Path(path), main
+        self.metrics = self.path / "metrics.jsonl"
+        self.manifest = self.path / "manifest.json"
+
+    @classmethod
+    def create(cls, path: str | Path, config: dict[str, Any],
+               complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True) -> "RunFolder":
+        """The folder of ``config``, new or begun before with the same one; raises ConfigError if it differs.
+
+        ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key. Other ``stages``
+        are no difference: they say what is trained now, and config.yaml lists all that ever were. Nor are the settings
+        of a stage that was not among them before.
+        """
+        run = cls(path, main)
+        before = run.path / "config.yaml"
+        if before.exists():
+            known, both = _with_stages(complete(read_yaml(before)), config)
+            changed = _differences(known, both)
+            if changed:
+                raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
+                                  "name another folder with run=DIR, or remove this one")
+            if main and both["stages"] != read_yaml(before).get("stages", both["stages"]):  # a stage more
+                write_text(before, yaml.safe_dump(both, sort_keys=False))
+        elif main:
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(before, yaml.safe_dump(config, sort_keys=False))
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run folder; raises ConfigError when there is none at ``path``."""
+        run = cls(path)
+        if not (run.path / "config.yaml").is_file():
+            parent = run.path.parent
+            known = sorted(str(p.parent) for p in parent.glob("*/config.yaml")) if parent.is_dir() else []
+            raise ConfigError(f"no run folder {run.path}; " + (f"found: {', '.join(known)}" if known else
+                              "train one first: python train.py configs/shapes.yaml"))
+        return run
+
+    def state(self, stage: str) -> Path:
+        """Where the checkpoints of an unfinished stage lie."""
+        return self.path / "state" / stage
+
+    def snapshots(self, stage: str) -> Path:
+        """Where the averages of several widths of a stage lie."""
+        return self.path / "snapshots" / stage
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other program trains into this folder. The lock is the kernel's and ends with the process, however
+        that ends. Raises ConfigError when another one has it."""
+        if fcntl is None or not self.main:
+            yield
+            return
+        with open(self.path / ".lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ConfigError(f"{self.path} is being trained by another program ({file.read().strip()}); wait for "
+                                  "it, stop it, or name another folder with run=DIR") from None
+            except OSError as error:  # some network file systems have no locks
+                print(f"warning: {self.path} cannot be locked ({error.strerror}); see that only one program trains it")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            yield
+
+    def weights(self, name: str) -> Path:
+        """``NAME.safetensors`` of the run."""
+        return self.path / f"{name}.safetensors"
+
+    def finished(self, stage: str) -> bool:
+        """Whether the files that a stage leaves behind are all there."""
+        return all((self.path / name).is_file() for name in WEIGHTS[stage])
+
+    def require(self, *stages: str) -> None:
+        """Raise ConfigError naming the first stage that is not finished."""
+        for stage in stages:
+            if not self.finished(stage):
+                raise ConfigError(f"{self.path}: the stage '{stage}' is not finished; continue it with: "
+                                  f"python train.py {self.path / 'config.yaml'} run={self.path}")
+
+    def record(self, **values: Any) -> None:
+        """Merge ``values`` into manifest.json, beside what ran: revision, versions, device and command."""
+        if self.main:
+            known = {**environment(), **self._known(), **values}
+            write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+    def about(self) -> dict[str, Any]:
+        """What a checkpoint says of itself: what ran, on which data, with which configuration."""
+        config = self.path / "config.yaml"
+        return {"manifest": {**self._known(), **environment()},
+                "config": read_yaml(config) if config.exists() else None}
+
+    def _known(self) -> dict[str, Any]:
+        return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line cut by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+@functools.lru_cache(maxsize=None)
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the configuration: code revision, library versions, device, command, time."""
+    try:
+        here = Path(__file__).parent
+        revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True,
+                                  timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        revision = "unknown"
+    packages = ("torch", "torchvision", "numpy", "tokenizers", "scipy", "safetensors")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else (platform.processor() or platform.machine())
+    return {
+        "revision": revision,
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
+        "device": device, "threads": torch.get_num_threads(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "begun": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _with_stages(known: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configurations with the stages of both; what is new of a stage that ``known`` did not have is taken over."""
+    ours, new = known.get("stages", ()), config.get("stages", ())
+    stages = [stage for stage in WEIGHTS if stage in (*ours, *new)]
+    late = {stage: config[stage] for stage in new if stage not in ours and stage in config}
+    return {**known, **late, "stages": stages}, {**config, "stages": stages}
+
+
+def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [line for key in keys
+                for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+    return [] if before == now else [f"{path}: {before!r} then, {now!r} now"]

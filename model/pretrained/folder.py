@@ -1,0 +1,202 @@
+"""Folders in the layouts of diffusers and transformers as networks, and back.
+
+A diffusers folder has one folder a part: unet/, vae/, text_encoder/, each a config.json with its weights, scheduler/
+with one JSON file, and tokenizer/. The networks are read and written here; what stands in scheduler/ and tokenizer/ is
+handed on, because neither is a network.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.autoencoder import Autoencoder, AutoencoderConfig
+from model.clip import Clip
+from model.pretrained.config import (
+    autoencoder_config,
+    autoencoder_json,
+    clip_config,
+    latent_scale_of,
+    text_encoder_config,
+    text_encoder_json,
+    unet_config,
+    unet_json,
+)
+from model.pretrained.names import (
+    autoencoder_from_diffusers,
+    autoencoder_to_diffusers,
+    clip_from_transformers,
+    text_encoder_from_transformers,
+    text_encoder_to_transformers,
+    unet_from_diffusers,
+    unet_to_diffusers,
+    with_one_scale,
+)
+from model.pretrained.tensors import filled, read_json, read_tensors, weight_files
+from model.text_encoder import TextEncoder, TextEncoderConfig
+from model.unet import UNet, UNetConfig
+
+T = TypeVar("T")
+PIPELINES = ("StableDiffusionPipeline",)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A text-to-image system as it was published.
+
+    scheduler: its scheduler_config.json. tokenizer: the folder of its vocabulary, None where the file has none.
+    latent_size: (h, w) it was trained at. files: its weights, a part each.
+    """
+
+    unet: UNet
+    autoencoder: Autoencoder
+    text_encoder: TextEncoder
+    scheduler: Mapping[str, Any]
+    tokenizer: Path | None
+    latent_size: tuple[int, int]
+    files: Mapping[str, tuple[Path, ...]]
+
+
+def check_parts(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder: TextEncoderConfig) -> None:
+    """Raises ValueError unless the UNet denoises the latents, and reads the states, of the other two."""
+    for key in ("in_channels", "out_channels"):
+        if getattr(unet, key) != autoencoder.latent_channels:  # 9 in: for inpainting, sees a mask and a picture as well
+            raise ValueError(f"unet: {key} {getattr(unet, key)} is not supported; valid: {autoencoder.latent_channels},"
+                             " the channels of the latents")
+    if unet.context_width != text_encoder.width:
+        raise ValueError(f"unet: cross_attention_dim {unet.context_width} is not supported; valid: "
+                         f"{text_encoder.width}, the width of the text encoder")
+
+
+def read_diffusers_folder(path: str | Path) -> Published:
+    """The system in a folder that diffusers wrote.
+
+    Raises FileNotFoundError for a file that is missing, ValueError naming what is damaged, what a configuration asks
+    for and these networks lack, and every tensor that is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        name = read_json(path / "model_index.json").get("_class_name")
+        if name not in PIPELINES:
+            raise ValueError(f"{path / 'model_index.json'}: _class_name {name!r} is not supported; valid: "
+                             f"{' or '.join(PIPELINES)}")
+    files = {
+        "unet": weight_files(path / "unet", "diffusion_pytorch_model"),
+        "vae": weight_files(path / "vae", "diffusion_pytorch_model"),
+        "text_encoder": weight_files(path / "text_encoder", "model", "pytorch_model"),
+    }
+    unet_data, unet_shape = read_config(path / "unet", unet_config)
+    vae_data, vae_shape = read_config(path / "vae", autoencoder_config)
+    _, text_shape = read_config(path / "text_encoder", text_encoder_config)
+    check_parts(unet_shape, vae_shape, text_shape)
+    mean, std = latent_scale_of(vae_data, str(path / "vae"))
+    unet = read_weights(files["unet"], lambda state: unet_from_diffusers(state, unet_shape))
+    vae = read_weights(files["vae"], lambda state: autoencoder_from_diffusers(state, vae_shape, std, mean))
+    text = read_weights(files["text_encoder"], lambda state: text_encoder_from_transformers(state, text_shape))
+    size = unet_data.get("sample_size") or 64
+    return Published(
+        unet=filled(UNet, unet_shape, unet),
+        autoencoder=filled(Autoencoder, vae_shape, vae),
+        text_encoder=filled(TextEncoder, text_shape, text),
+        scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
+        tokenizer=path / "tokenizer",
+        latent_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        files={name: tuple(paths) for name, paths in files.items()},
+    )
+
+
+def read_clip_folder(path: str | Path) -> Clip:
+    """The `CLIPModel` in a folder that transformers wrote; raises as `read_diffusers_folder`."""
+    path = Path(path)
+    processor = path / "preprocessor_config.json"
+    pixels = read_json(processor) if processor.is_file() else {}
+    _, config = read_config(path, lambda data, where: clip_config(data, pixels, where))
+    files = weight_files(path, "model", "pytorch_model")
+    return filled(Clip, config, read_weights(files, lambda state: clip_from_transformers(state, config)))
+
+
+def read_config(folder: Path, convert: Callable[[dict[str, Any], str], T]) -> tuple[dict[str, Any], T]:
+    """config.json of a folder, and what `convert(data, where)` makes of it; errors name the file."""
+    data = read_json(folder / "config.json")
+    try:
+        return data, convert(data, str(folder / "config.json"))
+    except (TypeError, AttributeError) as error:  # a number where a list belongs, and the like
+        raise ValueError(f"{folder / 'config.json'} has a value of a wrong type: {error}") from None
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(folder)) else f"{folder / 'config.json'}: {text}") from None
+
+
+def read_weights(files: list[Path], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `convert` makes of the tensors of `files`; errors name the first file."""
+    try:
+        return convert(read_tensors(*files))
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(str(files[0].parent)) else f"{files[0]}: {text}") from None
+
+
+def write_diffusers_folder(
+    path: str | Path, unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder, scheduler: Mapping[str, Any],
+    write_tokenizer: Callable[[Path], tuple[int, int, int]], latent_size: tuple[int, int],
+) -> None:
+    """Write a folder that `diffusers.StableDiffusionPipeline.from_pretrained` reads; whole or not at all.
+
+    scheduler: the content of scheduler_config.json. write_tokenizer(folder): writes the files of tokenizer/ and returns
+    the ids of its start, end and padding tokens. Raises FileExistsError when there is something at `path`, ValueError
+    when a network has no counterpart there.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; valid: a new folder")
+    vae = with_one_scale(autoencoder.state_dict())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        (temporary / "tokenizer").mkdir()
+        start, end, pad = write_tokenizer(temporary / "tokenizer")
+        write_part(temporary / "unet", "diffusion_pytorch_model", unet_json(unet.config, latent_size),
+                   unet_to_diffusers(unet.state_dict(), unet.config))
+        write_part(temporary / "vae", "diffusion_pytorch_model",
+                   autoencoder_json(autoencoder.config, vae["latent_std"][0].item(),
+                                    latent_size[0] * autoencoder.factor),
+                   autoencoder_to_diffusers(vae, autoencoder.config))
+        write_part(temporary / "text_encoder", "model", text_encoder_json(text_encoder.config, start, end, pad),
+                   text_encoder_to_transformers(text_encoder.state_dict(), text_encoder.config))
+        (temporary / "scheduler").mkdir()
+        write_json(temporary / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(temporary / "model_index.json", model_index(str(scheduler["_class_name"])))
+        temporary.chmod(0o755)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_part(folder: Path, stem: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """config.json and STEM.safetensors of one network."""
+    folder.mkdir()
+    write_json(folder / "config.json", config)
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
+              folder / f"{stem}.safetensors", metadata={"format": "pt"})
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_index(scheduler: str) -> dict[str, Any]:
+    """Which class reads which folder."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
+        "safety_checker": [None, None], "scheduler": ["diffusers", scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    }

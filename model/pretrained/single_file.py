@@ -1,0 +1,273 @@
+"""Single files of Stable Diffusion 1.x and 2.x, in the layout of the code they were trained with.
+
+    model.diffusion_model.*            the UNet, blocks counted through all levels
+    first_stage_model.*                the autoencoder, its attention as 1x1 convolutions
+    cond_stage_model.transformer.*     1.x: the text encoder of CLIP, as in transformers
+    cond_stage_model.model.*           2.x: that of OpenCLIP, with one matrix for queries, keys and values
+
+Rombach et al. 2022. There is no configuration in the file. Shapes tell most of it; what they cannot tell (heads, groups
+of the norms, activation) is as published for 1.x or 2.x, whichever text encoder is found.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig
+from model.pretrained.folder import Published, check_parts
+from model.pretrained.names import (
+    Renames,
+    State,
+    from_theirs,
+    rename,
+    text_encoder_from_transformers,
+    with_latent_scale,
+)
+from model.pretrained.tensors import filled, read_tensors
+from model.text_encoder import TextEncoder, TextEncoderConfig
+from model.unet import UNet, UNetConfig
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+CLIP, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+HEAD_WIDTH = 64  # of the text encoders, and of the UNet of 2.x; that of 1.x has 8 heads at every level
+
+# What a file may hold beside the three networks: the other average of the weights, the noise schedule as tables,
+# training state, the part of OpenCLIP that is not used.
+UNUSED = re.compile(
+    r"(\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|scale_factor|global_step)$"
+    r"|model_ema\.|first_stage_model\.loss\.|cond_stage_model\.(logit_scale|text_projection)$"
+)
+
+# The noise schedule of both, as the scheduler of a diffusers folder would say it.
+SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+             "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
+             "timestep_spacing": "leading"}
+
+
+def read_single_file(path: str | Path, prediction_type: str | None = None) -> Published:
+    """The system in a single file (.safetensors; .ckpt if it holds nothing but tensors).
+
+    prediction_type: what the UNet predicts. 1.x predicts "epsilon"; of 2.x there are both kinds and the file does not
+    say which: "v_prediction" at 768 pixels, "epsilon" at 512. Raises ValueError without it, for another layout, for a
+    damaged file, and naming every tensor that is missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    state = read_tensors(path)
+    try:
+        return from_single_state(state, path, prediction_type)
+    except KeyError as error:
+        raise ValueError(f"{path} is no Stable Diffusion 1.x or 2.x: it lacks {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def from_single_state(state: State, path: Path, prediction_type: str | None) -> Published:
+    """The system of the tensors of a single file."""
+    for prefix in ("conditioner.", f"{UNET}label_emb."):
+        if any(name.startswith(prefix) for name in state):
+            raise ValueError(f"{prefix}* is not supported (SDXL); valid: Stable Diffusion 1.x or 2.x")
+    second = any(name.startswith(OPENCLIP) for name in state)
+    if second and prediction_type is None:
+        raise ValueError("the file does not say what a 2.x model predicts; valid: prediction type v_prediction (768 "
+                         "pixels) or epsilon (512)")
+    prediction_type = prediction_type or "epsilon"
+    check_all_known(state, OPENCLIP if second else CLIP)
+
+    unet_shape = unet_config(state, second)
+    vae_shape = autoencoder_config(state)
+    unet = from_theirs(part(state, UNET), UNet, unet_shape, unet_table(unet_shape))
+    vae = from_theirs(squeezed(part(state, VAE)), Autoencoder, vae_shape, autoencoder_table(vae_shape))
+    text_encoder = read_openclip(state) if second else read_clip(state)
+    check_parts(unet_shape, vae_shape, text_encoder.config)
+    side = 96 if second and prediction_type == "v_prediction" else 64
+    return Published(
+        unet=filled(UNet, unet_shape, unet),
+        autoencoder=filled(Autoencoder, vae_shape, with_latent_scale(vae, vae_shape, SD_LATENT_STD)),
+        text_encoder=text_encoder, scheduler={**SCHEDULER, "prediction_type": prediction_type},
+        tokenizer=None, latent_size=(side, side), files={"single file": (path,)},
+    )
+
+
+def part(state: Mapping[str, Tensor], prefix: str) -> State:
+    """The tensors whose names begin with `prefix`, under their whole names."""
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefix) and not UNUSED.match(name)}
+
+
+def check_all_known(state: Mapping[str, Tensor], text: str) -> None:
+    """Raises ValueError naming every tensor that belongs to none of the three networks and is not known as unused."""
+    extra = [name for name in state if not name.startswith((UNET, VAE, text)) and not UNUSED.match(name)]
+    if extra:
+        raise ValueError(f"weights: unexpected: {', '.join(extra)}")
+
+
+def count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers stand at the group of `pattern` in the names: blocks, layers, levels."""
+    return len({match[1] for name in state if (match := re.match(pattern, name))})
+
+
+# ---- UNet
+
+def unet_config(state: Mapping[str, Tensor], second: bool) -> UNetConfig:
+    """The shape of the UNet, from the shapes of its tensors."""
+    channels: list[int] = []
+    attention: list[bool] = []
+    blocks, index, new_level = 0, 1, True
+    while True:
+        here = f"{UNET}input_blocks.{index}.0"
+        if f"{here}.op.weight" in state:
+            new_level = True
+        elif f"{here}.out_layers.3.weight" in state:
+            if new_level:
+                channels.append(state[f"{here}.out_layers.3.weight"].shape[0])
+                attention.append(f"{UNET}input_blocks.{index}.1.norm.weight" in state)
+            blocks += len(channels) == 1
+            new_level = False
+        else:
+            break
+        index += 1
+    if not channels:
+        raise KeyError(f"{UNET}input_blocks.1.0.out_layers.3.weight")
+    middle = f"{UNET}middle_block.1."
+    projection = state[f"{middle}proj_in.weight"]
+    return UNetConfig(
+        in_channels=state[f"{UNET}input_blocks.0.0.weight"].shape[1],
+        out_channels=state[f"{UNET}out.2.weight"].shape[0],
+        channels=tuple(channels), blocks=blocks, attention=tuple(attention),
+        depth=count(state, re.escape(middle) + r"transformer_blocks\.(\d+)\."),
+        heads=None if second else 8, head_width=HEAD_WIDTH,
+        context_width=state[f"{middle}transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        linear_projection=projection.ndim == 2,
+    )
+
+
+def unet_table(config: UNetConfig) -> Renames:
+    """From our names to theirs, which count residual blocks and changes of resolution through all levels."""
+    table = [(r"^conv_in\.", "input_blocks.0.0."), (r"^time\.linear1\.", "time_embed.0."),
+             (r"^time\.linear2\.", "time_embed.2."), (r"^norm_out\.", "out.0."), (r"^conv_out\.", "out.2."),
+             (r"^mid\.resblocks\.0\.", "middle_block.0."), (r"^mid\.transformers\.0\.", "middle_block.1."),
+             (r"^mid\.resblocks\.1\.", "middle_block.2.")]
+    n = 1
+    for level in range(len(config.channels)):
+        for block in range(config.blocks):
+            table += [(rf"^down\.{level}\.resblocks\.{block}\.", f"input_blocks.{n}.0."),
+                      (rf"^down\.{level}\.transformers\.{block}\.", f"input_blocks.{n}.1.")]
+            n += 1
+        table.append((rf"^down\.{level}\.resample\.conv\.", f"input_blocks.{n}.0.op."))
+        n += 1
+    n = 0
+    for place, attends in enumerate(reversed(config.attention)):
+        for block in range(config.blocks + 1):
+            table += [(rf"^up\.{place}\.resblocks\.{block}\.", f"output_blocks.{n}.0."),
+                      (rf"^up\.{place}\.transformers\.{block}\.", f"output_blocks.{n}.1.")]
+            n += 1
+        table.append((rf"^up\.{place}\.resample\.", f"output_blocks.{n - 1}.{2 if attends else 1}."))
+    return (*table, *UNET_LAYERS, (r"^", UNET))
+
+
+BLOCK = r"((?:input|output)_blocks\.\d+\.0|middle_block\.[02])"
+UNET_LAYERS: Renames = (
+    (rf"^{BLOCK}\.norm1\.", r"\1.in_layers.0."),
+    (rf"^{BLOCK}\.conv1\.", r"\1.in_layers.2."),
+    (rf"^{BLOCK}\.time\.", r"\1.emb_layers.1."),
+    (rf"^{BLOCK}\.norm2\.", r"\1.out_layers.0."),
+    (rf"^{BLOCK}\.conv2\.", r"\1.out_layers.3."),
+    (rf"^{BLOCK}\.shortcut\.", r"\1.skip_connection."),
+    (r"\.blocks\.", ".transformer_blocks."),
+    (r"\.self_attention\.qkv\.", ".attn1.to_q|k|v."),
+    (r"\.self_attention\.out\.", ".attn1.to_out.0."),
+    (r"\.cross_attention\.q\.", ".attn2.to_q."),
+    (r"\.cross_attention\.kv\.", ".attn2.to_k|v."),
+    (r"\.cross_attention\.out\.", ".attn2.to_out.0."),
+    (r"\.feed_forward\.proj\.", ".ff.net.0.proj."),
+    (r"\.feed_forward\.out\.", ".ff.net.2."),
+)
+
+
+# ---- autoencoder
+
+def autoencoder_config(state: Mapping[str, Tensor]) -> AutoencoderConfig:
+    """The shape of the autoencoder, from the shapes of its tensors."""
+    encoder = f"{VAE}encoder."
+    levels = count(state, re.escape(encoder) + r"down\.(\d+)\.block\.")
+    return AutoencoderConfig(
+        image_channels=state[f"{encoder}conv_in.weight"].shape[1],
+        latent_channels=state[f"{VAE}post_quant_conv.weight"].shape[0],
+        channels=tuple(state[f"{encoder}down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)),
+        blocks=count(state, re.escape(encoder) + r"down\.0\.block\.(\d+)\."),
+        mid_attention=f"{encoder}mid.attn_1.norm.weight" in state,
+    )
+
+
+def autoencoder_table(config: AutoencoderConfig) -> Renames:
+    """From our names to theirs; their decoder counts levels from the finest, ours in the order in which they run."""
+    last = len(config.channels) - 1
+    up = tuple((rf"^decoder\.up\.{place}\.", f"decoder.up:{last - place}.") for place in range(last + 1))
+    return (
+        *up,
+        (r"\bup:", "up."),
+        (r"\.resblocks\.", ".block."),
+        (r"\.shortcut\.", ".nin_shortcut."),
+        (r"^(encoder\.down\.\d+)\.resample\.", r"\1.downsample."),
+        (r"^(decoder\.up\.\d+)\.resample\.", r"\1.upsample."),
+        (r"\.mid\.resblock(\d)\.", r".mid.block_\1."),
+        (r"\.mid\.attention\.norm\.", ".mid.attn_1.norm."),
+        (r"\.mid\.attention\.attention\.qkv\.", ".mid.attn_1.q|k|v."),
+        (r"\.mid\.attention\.attention\.out\.", ".mid.attn_1.proj_out."),
+        (r"^(post_)?quant\.", r"\1quant_conv."),
+        (r"^", VAE),
+    )
+
+
+def squeezed(state: Mapping[str, Tensor]) -> State:
+    """The 1x1 convolutions (C, C, 1, 1) of the attention as matrices (C, C)."""
+    return {name: tensor[:, :, 0, 0] if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) and tensor.ndim == 4
+            else tensor for name, tensor in state.items()}
+
+
+# ---- text encoders
+
+def read_clip(state: Mapping[str, Tensor]) -> TextEncoder:
+    """The text encoder of 1.x."""
+    mine = {rename(name, ((rf"^{re.escape(CLIP)}(text_model\.)?", ""),)): tensor
+            for name, tensor in part(state, CLIP).items()}
+    if "embeddings.token_embedding.weight" not in mine:
+        raise KeyError(f"{CLIP}text_model.embeddings.token_embedding.weight")
+    tokens = mine["embeddings.token_embedding.weight"]
+    config = TextEncoderConfig(
+        vocab_size=tokens.shape[0], length=mine["embeddings.position_embedding.weight"].shape[0],
+        width=tokens.shape[1], layers=count(mine, r"encoder\.layers\.(\d+)\."),
+        heads=max(1, tokens.shape[1] // HEAD_WIDTH), mlp_width=mine["encoder.layers.0.mlp.fc1.weight"].shape[0],
+        activation="quick_gelu",
+    )
+    return filled(TextEncoder, config, text_encoder_from_transformers(mine, config))
+
+
+OPENCLIP_TABLE: Renames = (
+    (r"^position_embedding\.weight", "positional_embedding"),
+    (r"^norm_out\.", "ln_final."),
+    (r"^layers\.", "transformer.resblocks."),
+    (r"\.norm(\d)\.", r".ln_\1."),
+    (r"\.attention\.qkv\.", ".attn.in_proj_"),  # in_proj_weight, in_proj_bias
+    (r"\.attention\.out\.", ".attn.out_proj."),
+    (r"\.linear1\.", ".mlp.c_fc."),
+    (r"\.linear2\.", ".mlp.c_proj."),
+    (r"^", OPENCLIP),
+)
+
+
+def read_openclip(state: Mapping[str, Tensor]) -> TextEncoder:
+    """The text encoder of 2.x, without its last layer: the UNet was trained on the states before it."""
+    mine = part(state, OPENCLIP)
+    layers = count(mine, re.escape(OPENCLIP) + r"transformer\.resblocks\.(\d+)\.") - 1
+    unused = (f"{OPENCLIP}transformer.resblocks.{layers}.", f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale",
+              f"{OPENCLIP}attn_mask")
+    tokens = mine[f"{OPENCLIP}token_embedding.weight"]
+    config = TextEncoderConfig(
+        vocab_size=tokens.shape[0], length=mine[f"{OPENCLIP}positional_embedding"].shape[0], width=tokens.shape[1],
+        layers=layers, heads=max(1, tokens.shape[1] // HEAD_WIDTH), activation="gelu",
+        mlp_width=mine[f"{OPENCLIP}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
+    )
+    used = {name: tensor for name, tensor in mine.items() if not name.startswith(unused)}
+    return filled(TextEncoder, config, from_theirs(used, TextEncoder, config, OPENCLIP_TABLE))

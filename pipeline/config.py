@@ -1,0 +1,67 @@
+"""What a system is made of: all that drawing needs to know, read from a run folder or from a published checkpoint."""
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.catalog import DataConfig
+from diffusion.prediction import PredictionType
+from diffusion.sampling import SamplingConfig
+from diffusion.schedule import ScheduleConfig
+from files.config import from_dict, read_yaml
+from model.autoencoder import AutoencoderConfig
+from model.text_encoder import TextEncoderConfig
+from model.unet import UNetConfig
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """The networks, the diffusion process and the usual way to sample; nothing of how they were trained.
+
+    ``latent_shape`` is (C, H, W) of the latent of one image of the size that is drawn by default.
+    """
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction_type: PredictionType = "v_prediction"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    latent_shape: tuple[int, int, int] = (4, 64, 64)
+
+
+def latent_shape_of(autoencoder: AutoencoderConfig, size: int) -> tuple[int, int, int]:
+    """(C, H, W) of the latent of a square image with sides of ``size`` pixels."""
+    side = size // autoencoder.factor
+    return autoencoder.latent_channels, side, side
+
+
+def read_system_config(path: str | Path) -> SystemConfig:
+    """The system that the config.yaml of a run describes; its other keys belong to training and are not read.
+
+    Raises ConfigError naming the key for a value that is not valid.
+    """
+    data = read_yaml(path)
+    stage = _section(data, "denoiser")
+    autoencoder = from_dict(AutoencoderConfig, _section(data, "autoencoder", "model"), "autoencoder.model")
+    parts: tuple[tuple[str, type], ...] = (
+        ("unet", UNetConfig), ("text_encoder", TextEncoderConfig), ("schedule", ScheduleConfig))
+    given: dict[str, Any] = {name: from_dict(cls, stage[name], f"denoiser.{name}") for name, cls in parts
+                             if name in stage}
+    if "prediction_type" in stage:
+        given["prediction_type"] = stage["prediction_type"]
+    if "sampling" in data:
+        given["sampling"] = from_dict(SamplingConfig, data["sampling"], "sampling")
+    return SystemConfig(autoencoder=autoencoder, latent_shape=latent_shape_of(autoencoder, read_data_config(path).size),
+                        **given)
+
+
+def read_data_config(path: str | Path) -> DataConfig:
+    """The data that the config.yaml of a run names. Raises ConfigError naming the key for a value that is not valid."""
+    return from_dict(DataConfig, _section(read_yaml(path), "data"), "data")
+
+
+def _section(data: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The mapping below these keys, empty where the file does not have it."""
+    for name in names:
+        data = data.get(name) or {}
+    return data

@@ -1,0 +1,111 @@
+"""Systems from where they lie: run folders, published checkpoints, and earlier or smaller networks as guides."""
+import pickle
+from pathlib import Path
+
+import torch
+
+from data.clip_tokenizer import ClipTokenizer
+from data.tokenizer import Tokenizer
+from diffusion.pretrained import process_of_scheduler
+from files.run_folder import RunFolder
+from files.weights import load_weights
+from files.whole import sha256_of
+from model.autoencoder import Autoencoder
+from model.device import frozen, placed
+from model.pretrained.folder import read_diffusers_folder
+from model.pretrained.single_file import read_single_file
+from model.pretrained.tensors import kind_of
+from model.text_encoder import TextEncoder
+from model.unet import UNet
+from pipeline.config import SystemConfig, read_system_config
+from pipeline.moderation import Moderation
+from pipeline.system import Networks, TextToImage
+from safety.policy import Mode
+
+
+def load_run(path: str | Path, device: torch.device | str = "cpu",
+             moderation: Mode | None = "block") -> TextToImage:
+    """The system of a run folder, which refuses harmful prompts, and pictures that its concepts forbid, unless
+    ``moderation`` says otherwise (None: the caller asks, or draws captions of a data set). Raises ConfigError
+    naming a stage that is not finished, and CheckpointError or ArtefactError naming a file that is damaged."""
+    run = RunFolder.open(path)
+    run.require("tokenizer", "autoencoder", "denoiser")
+    config = read_system_config(run.path / "config.yaml")
+    tokenizer = Tokenizer.load(run.path / "tokenizer.json")
+    text_encoder = TextEncoder(config.text_encoder)
+    unet = UNet(config.unet)
+    autoencoder = Autoencoder(config.autoencoder)
+    for name, module in (("text_encoder", text_encoder), ("denoiser", unet), ("autoencoder", autoencoder)):
+        load_weights(module, run.weights(name))
+        frozen(placed(module, device))
+    system = TextToImage(config, tokenizer, text_encoder, unet, autoencoder)
+    system.files = {"tokenizer": run.path / "tokenizer.json",
+                    **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
+    system.moderation = Moderation.of_run(run.path, moderation, device=device) if moderation else None
+    return system
+
+
+def load_pretrained(path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None,
+                    prediction_type: str | None = None, moderation: Mode | None = "block") -> TextToImage:
+    """A published Stable Diffusion 1.x or 2.x: a folder of diffusers, or a single file.
+
+    ``tokenizer`` names the folder of vocab.json and merges.txt; by default the one inside the folder, or named
+    "tokenizer" beside the file. ``prediction_type`` must be given for a single file of 2.x, which does not say it.
+    Raises FileNotFoundError or ValueError naming what is missing, damaged or not supported.
+    """
+    kind = kind_of(path)
+    if kind == "clip":
+        raise ValueError(f"{path} is a CLIP model, it draws no pictures; valid: a Stable Diffusion checkpoint")
+    if kind == "diffusers":
+        parts = read_diffusers_folder(path)
+    else:
+        parts = read_single_file(path, prediction_type)
+    schedule, prediction, sampling = process_of_scheduler(
+        {**parts.scheduler, **({"prediction_type": prediction_type} if prediction_type else {})})
+    words = ClipTokenizer.load(tokenizer or parts.tokenizer or Path(path).parent / "tokenizer",
+                               parts.text_encoder.config.length)
+    if words.vocab_size > parts.text_encoder.config.vocab_size:
+        raise ValueError(f"the tokenizer has {words.vocab_size} tokens; valid: up to "
+                         f"{parts.text_encoder.config.vocab_size}, the vocabulary of the text encoder")
+    config = SystemConfig(parts.unet.config, parts.text_encoder.config, parts.autoencoder.config, schedule, prediction,
+                          sampling, (parts.autoencoder.latent_channels, *parts.latent_size))
+    for module in (parts.text_encoder, parts.unet, parts.autoencoder):
+        frozen(placed(module, device))
+    system = TextToImage(config, words, parts.text_encoder, parts.unet, parts.autoencoder, masked=False)
+    system.files = {name if len(paths) == 1 else f"{name}/{path.name}": path
+                    for name, paths in parts.files.items() for path in paths}
+    system.moderation = Moderation.load(moderation) if moderation else None
+    return system
+
+
+def load_weaker(system: TextToImage, path: str | Path) -> TextToImage:
+    """A weaker version of a system, to be its ``guide``: a run folder with the same autoencoder, noise schedule and
+    prediction type, whose network is smaller or was trained for less time; or an earlier state of the system's own run,
+    ``state/denoiser/step_00000500.pt`` (its averaged weights).
+
+    Raises FileNotFoundError or ValueError naming what is missing, damaged or different.
+    """
+    if Path(path).is_dir():
+        guide = load_run(path, system.device, moderation=None)
+        for name in ("schedule", "prediction_type"):
+            ours, theirs = (getattr(one.config, name) for one in (system, guide))
+            if ours != theirs:
+                raise ValueError(f"{path}: denoiser.{name} is {theirs}; valid: {ours}, that of the stronger network")
+        if sha256_of(guide.files["autoencoder"]) != sha256_of(system.files["autoencoder"]):
+            raise ValueError(f"{path} has another autoencoder; valid: a run on the same latents (copy "
+                             "autoencoder.safetensors into its folder before training)")
+        guide.latent_shape = system.latent_shape
+        return guide
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no run folder or checkpoint {path}")
+    networks = Networks(UNet(system.config.unet), TextEncoder(system.config.text_encoder))
+    try:
+        networks.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
+    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged or no state of this run's denoiser: {reason}") from None
+    frozen(placed(networks, system.device))
+    guide = TextToImage(system.config, system.tokenizer, networks.text_encoder, networks.unet, system.autoencoder,
+                        system.masked)
+    guide.latent_shape, guide.files = system.latent_shape, {"checkpoint": Path(path)}
+    return guide

@@ -1,0 +1,202 @@
+"""Prompts to pictures: tokenizer, text encoder, denoiser and autoencoder of a run folder or of a published checkpoint.
+
+Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
+"""
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.clip_tokenizer import ClipTokenizer
+from data.tokenizer import Tokenizer
+from diffusion.denoise import Denoise
+from diffusion.noise import PerImageNoise
+from diffusion.pretrained import scheduler_of_process
+from diffusion.sampling import Edit, SamplingConfig, sample_latents
+from diffusion.schedule import Schedule
+from files.images import to_uint8, to_unit
+from model.autoencoder import Autoencoder
+from model.decode import decode_sliced, decode_tiled
+from model.pretrained.folder import write_diffusers_folder
+from model.text_encoder import TextEncoder
+from model.unet import UNet
+from pipeline.config import SystemConfig
+from pipeline.moderation import Moderation, Refused, shown, worst
+from pipeline.prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
+from safety.policy import Decision
+
+Progress = Callable[[list], Iterable]
+WHOLE = 256 * 256  # pixels of a picture up to which a batch is decoded at once; above, one at a time costs no speed
+
+
+class Networks(nn.Module):
+    """The two networks that are trained together, and saved together in the state of an unfinished stage."""
+
+    def __init__(self, unet: UNet, text_encoder: TextEncoder):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+
+class TextToImage:
+    """A trained system. ``images(prompts, seeds)`` is all that sampling needs.
+
+    ``masked`` says whether the denoiser was trained to see no padding; published ones see it. ``files`` are those that
+    it came from, by what they hold; ``tiled`` may be set to decode with less memory, approximately. ``guide`` may be
+    set to a weaker system of the same latents (``weaker``): guidance then pushes away from what that predicts for the
+    prompt, instead of from the negative prompt (autoguidance). ``images`` asks ``moderation`` where there is one, which
+    ``load`` and ``from_pretrained`` set; ``latents`` and ``decode`` are the parts and do not ask.
+    """
+
+    def __init__(self, config: SystemConfig, tokenizer: Tokenizer | ClipTokenizer,
+                 text_encoder: TextEncoder, unet: UNet, autoencoder: Autoencoder, masked: bool = True):
+        self.config = config
+        self.tokenizer, self.masked = tokenizer, masked
+        self.text_encoder, self.unet, self.autoencoder = text_encoder, unet, autoencoder
+        self.schedule = Schedule(config.schedule)
+        self.latent_shape = config.latent_shape
+        self.device = next(unet.parameters()).device
+        self.files: dict[str, Path] = {}
+        self.tiled = False
+        self.guide: TextToImage | None = None
+        self.moderation: Moderation | None = None
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write a folder that diffusers reads. Raises FileExistsError when there is one, ValueError for a system that
+        diffusers has no counterpart of: one trained here, with its own tokenizer and a mask."""
+        tokenizer = self.tokenizer
+        if self.masked or not isinstance(tokenizer, ClipTokenizer):
+            raise ValueError("the system has its own tokenizer and masks padding; valid for diffusers: one with CLIP's "
+                             "tokenizer, that sees padding")
+        scheduler = scheduler_of_process(self.config.schedule, self.config.prediction_type,
+                                         self.config.sampling)
+
+        def write_tokenizer(folder: Path) -> tuple[int, int, int]:
+            tokenizer.save(folder)
+            return tokenizer.start_id, tokenizer.end_id, tokenizer.pad_id
+
+        write_diffusers_folder(path, self.unet, self.autoencoder, self.text_encoder, scheduler, write_tokenizer,
+                               self.config.latent_shape[1:])
+
+    def set_size(self, height: int, width: int) -> None:
+        """Draw pictures of this size in pixels from now on; raises ValueError unless the networks can."""
+        f = self.autoencoder.factor
+        multiple = f * 2 ** (len(self.unet.config.channels) - 1)
+        if min(height, width) < 1 or height % multiple or width % multiple:
+            raise ValueError(f"size: {height}x{width}; valid: multiples of {multiple}")
+        self.latent_shape = (self.autoencoder.latent_channels, height // f, width // f)
+
+    @torch.inference_mode()
+    def latents(self, prompts: Sequence[str | Prompt], seeds: Sequence[int], config: SamplingConfig | None = None,
+                negative: str | Prompt = "", progress: Progress = iter, edit: Edit | None = None,
+                trace: list | None = None) -> torch.Tensor:
+        """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
+
+        A plain string is read as it stands and cut where the context ends; weights and chunks come with a ``Prompt``.
+        ``negative`` takes the place of the empty prompt in guidance. Raises ValueError for counts that differ.
+        """
+        if not prompts or len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
+        config = config or self.config.sampling
+        guided = config.guidance.scale != 1.0
+        opposite = [negative] * len(prompts) if guided and self.guide is None else []
+        context, mask = self.encode([*opposite, *prompts])  # (2B, L, D) or (B, L, D)
+        noise = PerImageNoise(seeds, self.latent_shape, self.device)
+        weak = None
+        if guided and self.guide is not None:
+            weak, _ = self.guide.denoisers(*self.guide.encode(prompts), len(prompts))
+        return self.sampled(context, mask, len(prompts), noise, config, progress, edit, trace, weak)
+
+    def sampled(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
+                noise: Callable[[], torch.Tensor], config: SamplingConfig, progress: Progress = iter,
+                edit: Edit | None = None, trace: list | None = None, weak: Denoise | None = None) -> torch.Tensor:
+        """As ``latents``, from the context (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without
+        guidance or with a ``weak`` network in place of them, and from any source of noise (B, C, H, W); B is
+        ``count``."""
+        conditional, doubled = self.denoisers(context, mask, count)
+        return sample_latents(conditional, doubled, noise, self.schedule, self.config.prediction_type,
+                              config, progress, edit, trace, weak)
+
+    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int) -> tuple[Denoise, Denoise]:
+        """The network bound to the prompts alone, and to all of the context."""
+        both = self.unet.context_cache(context, mask)
+        alone = self.unet.context_cache(context[-count:], None if mask is None else mask[-count:])
+
+        def conditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.unet(x_t, self.schedule.network_time(t), cache=alone)
+
+        def doubled(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return self.unet(x_t, self.schedule.network_time(t), cache=both)
+
+        return conditional, doubled
+
+    def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Context (B, L, D) of prompts, and their padding mask (B, L), None where padding is read like text.
+
+        L is the length of the text encoder, times the most chunks that a ``Prompt`` among them takes.
+        """
+        plain = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(plain) == len(prompts):
+            ids, mask = (tensor.to(self.device) for tensor in self.tokenizer.encode(plain))
+            seen = mask if self.masked else None
+            return self.text_encoder(ids, seen), seen
+        rows = [chunks_of(parse_prompt(prompt, literal=True) if isinstance(prompt, str) else prompt, self.tokenizer)
+                for prompt in prompts]
+        ids, mask, weights = (torch.cat([getattr(row, name) for row in rows]).to(self.device)
+                              for name in ("ids", "mask", "weights"))  # (sum of K, L) each
+        seen = mask if self.masked else None
+        context = weighted_context(self.text_encoder(ids, seen), weights, seen)  # (sum of K, L, D)
+        return joined(context, seen, [len(row.ids) for row in rows])
+
+    @torch.inference_mode()
+    def encoded_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit-scale latents (B, C, H, W) of pictures (B, 3, H, W) uint8, without noise; raises ValueError for another
+        size than is drawn."""
+        size = tuple(side * self.autoencoder.factor for side in self.latent_shape[1:])
+        if images.shape[2:] != size:
+            raise ValueError(f"{images.shape[2]}x{images.shape[3]} pixels (HxW); valid: {size[0]}x{size[1]}, the size "
+                             "that is drawn")
+        return self.autoencoder.encode(to_unit(images).to(self.device)).mean
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) of unit-scale latents: in tiles if ``tiled``, large ones one at a time."""
+        pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2
+        decode = self.autoencoder.decode if pixels <= WHOLE else partial(decode_sliced, self.autoencoder)
+        return decode_tiled(self.autoencoder, latents) if self.tiled else decode(latents)
+
+    @torch.inference_mode()
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
+               negative: str = "", progress: Progress = iter) -> torch.Tensor:
+        """Pictures (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
+
+        Raises Refused, with a decision for each, before anything is drawn when a prompt is refused, and before anything
+        is returned when a picture is.
+        """
+        asked = [Decision("allow")] * len(prompts)
+        if self.moderation is not None:
+            opposite = [parse_prompt(negative, literal=True)] if negative else []
+            asked = [self.moderation.of_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
+                     for prompt in prompts]
+            if any(decision.action == "block" for decision in asked):
+                raise Refused(asked)
+        images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
+        if self.moderation is None:
+            return images
+        return shown(images, [worst(pair) for pair in zip(asked, self.moderation.of_images(images, prompts))])
+
+    def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
+                          negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:
+        """As ``images``, ``batch`` at a time; ``progress`` wraps the list of batches."""
+        starts = list(range(0, len(prompts), batch))
+        return torch.cat([self.images(prompts[i:i + batch], seeds[i:i + batch], config, negative)
+                          for i in progress(starts)])
+
+
+def with_options(config: SamplingConfig, sampler: str | None = None, steps: int | None = None,
+                 scale: float | None = None) -> SamplingConfig:
+    """``config`` with the settings that are given in place of its own; raises ValueError for ones that cannot be."""
+    guidance = config.guidance if scale is None else replace(config.guidance, scale=scale)
+    return replace(config, sampler=sampler or config.sampler, steps=config.steps if steps is None else steps,
+                   guidance=guidance)

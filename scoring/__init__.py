@@ -1,0 +1,1 @@
+"""Measuring a run: held-out prompts, samples, scores and the page that shows them."""

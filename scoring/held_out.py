@@ -1,0 +1,64 @@
+"""The prompts a run is measured on, with what they promise and the real pictures that they describe."""
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from data.catalog import build_source
+from data.shapes.shapes import Shapes
+from data.source import Source
+from training.experiment import Experiment
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Captions, the numbers of their items in the split, which are also the seeds of their samples, and the real
+    pictures, uint8 (3, H, W); ``facts`` are what the captions promise and ``styles`` whose they are, where known."""
+
+    captions: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
+    drawn: list[torch.Tensor] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+    styles: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
+    """One phrasing of each of the first ``count`` items that have one outside ``trained``.
+
+    Raises ValueError when there are fewer.
+    """
+    found = Prompts()
+    for index in range(len(source)):
+        item = source[index]
+        number = len(item["captions"])
+        order = [(item["phrasing"] + shift) % number for shift in range(number)]
+        phrasing = next((i for i in order if item["captions"][i] not in trained), None)
+        if phrasing is not None:
+            found.captions.append(item["captions"][phrasing])
+            found.facts.append(item["facts"][phrasing])
+            found.drawn.append(item["image"])
+            found.seeds.append(index)
+        if len(found) == count:
+            return found
+    raise ValueError(f"only {len(found)} items of the split '{source.split}' have a caption that training never saw; "
+                     f"valid: fewer than --count {count}, or a larger data.shapes.{source.split}")
+
+
+def captions_of_training(experiment: Experiment) -> set[str]:
+    """Every caption the denoiser may have seen."""
+    source = build_source(experiment.data, "train")
+    count = min(experiment.denoiser.images or len(source), len(source))
+    return {caption for index in range(count) for caption in source.captions(index)}
+
+
+def held_out_prompts(source: Source, count: int) -> Prompts:
+    """The first caption of each of the first ``count`` items. Raises ValueError when there are fewer."""
+    if len(source) < count:
+        raise ValueError(f"the split has {len(source)} items; valid: --count up to that, not {count}")
+    items = [source[index] for index in range(count)]
+    styles = [item["style"] for item in items if item.get("style")]
+    return Prompts([item["captions"][0] for item in items], list(range(count)), [item["image"] for item in items],
+                   styles=styles if len(styles) == count else [])

@@ -1,0 +1,1 @@
+"""What an interrupted stage needs to continue, written so that it is whole or absent."""

@@ -1,0 +1,100 @@
+"""All that a run depends on besides its configuration, in one place: what a checkpoint holds.
+
+Weights, averages, optimizer, guard, and whatever a stage has beside them. The step number gives the rest: the learning
+rate, the position in the data, and every random number.
+"""
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+from training.checkpoints.checkpoint import Checkpoints
+from training.distributed import Processes
+from training.ema import PowerEma
+from training.guard import Guard
+
+
+class Stateful(Protocol):
+    """Something besides the model that the loss depends on and that changes from step to step."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
+
+
+class State:
+    """Saves and restores a stage. All processes call every method; whole files are written by the main one."""
+
+    def __init__(self, model: nn.Module, averages: list[PowerEma], optimizer: Optimizer, guard: Guard,
+                 beside: Mapping[str, Stateful], checkpoints: Checkpoints, workers: Processes,
+                 about: Callable[[], dict[str, Any]] = dict):
+        self.model, self.averages, self.optimizer, self.guard = model, averages, optimizer, guard
+        self.beside, self.checkpoints, self.workers, self.about = beside, checkpoints, workers, about
+        self.sharded = averages[0].sharded
+
+    def save(self, step: int, regular: bool) -> None:
+        """Write a checkpoint after ``step`` steps, at its regular time or not. Raises CheckpointError."""
+        if self.sharded:
+            from training.checkpoints.sharded import optimizer_tensors
+            tensors = {**self._tensors(), **optimizer_tensors(self.model, self.optimizer)}
+            values = {"guard": self.guard.state_dict()}
+            self.checkpoints.save(step, {"tensors": tensors, "values": values}, self.about(), regular)
+        elif self.workers.main:
+            self.checkpoints.save(step, {
+                "model": self.model.state_dict(), "average": self.averages[0].state_dict(),
+                "averages": {f"{ema.std:g}": ema.state_dict() for ema in self.averages[1:]},
+                "optimizer": self.optimizer.state_dict(), "guard": self.guard.state_dict(),
+                **{name: part.state_dict() for name, part in self.beside.items()}}, self.about(), regular)
+
+    def restore(self, regular: bool = False) -> int | None:
+        """Load the newest whole checkpoint, or the newest regular one; returns its steps, None if there is none."""
+        state = self._sharded_state(regular) if self.sharded else self._whole_state(regular)
+        if state is None:
+            return None
+        if self.workers.main:
+            print(f"continuing after step {state['step']} from {self.checkpoints.folder}")
+        return state["step"]
+
+    def _whole_state(self, regular: bool) -> dict[str, Any] | None:
+        state = self.checkpoints.latest(regular) if self.workers.main else None
+        step = self.workers.from_main(None if state is None else state["step"])
+        if step is None:
+            return None
+        if state is None:  # the others read what the main process has found to be whole
+            state = self.checkpoints.read(self.checkpoints.path(step))
+        self.model.load_state_dict(state["model"])
+        self.averages[0].load_state_dict(state["average"])
+        for ema in self.averages[1:]:
+            ema.load_state_dict(state["averages"][f"{ema.std:g}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.guard.load_state_dict(state.get("guard", {}))
+        for name, part in self.beside.items():
+            part.load_state_dict(state[name])
+        return state
+
+    def _sharded_state(self, regular: bool) -> dict[str, Any] | None:
+        from training.checkpoints.sharded import ShardedCheckpoints, load_optimizer_tensors
+
+        assert isinstance(self.checkpoints, ShardedCheckpoints)
+        state = self.checkpoints.latest(regular, self._tensors())
+        if state is None:
+            return None
+        tensors = state["tensors"]
+        self.model.load_state_dict(_of(tensors, "model"))
+        for ema in self.averages:
+            ema.load_state_dict(_of(tensors, f"average_{ema.std:g}"))
+        load_optimizer_tensors(self.model, self.optimizer, tensors)
+        self.guard.load_state_dict(state["values"]["guard"])
+        return state
+
+    def _tensors(self) -> dict[str, Any]:
+        """Weights and averages, flat."""
+        found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for ema in self.averages:
+            found |= {f"average_{ema.std:g}/{name}": tensor for name, tensor in ema.state_dict().items()}
+        return found
+
+
+def _of(tensors: dict[str, Any], kind: str) -> dict[str, Any]:
+    return {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.partition("/")[0] == kind}

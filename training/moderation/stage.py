@@ -1,0 +1,241 @@
+"""The moderator stage: labelled text -> one file with the prompt classifier, the hashed lexicon and the thresholds.
+
+    python -m training.moderator configs/moderation.yaml data.root=DIR [run=DIR] [key.path=value ...]
+
+Twins stand in one batch and are kept apart by a margin; labels that are not known are masked; thresholds are the lowest
+that keep what is blocked of harmless development text within a stated budget. Axis letters: B batch, K categories.
+"""
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from files.config import apply_overrides, from_dict, read_yaml
+from safety.normalize import normalize
+from safety.policy import HEADS
+from safety.prompt import HeadConfig, PromptHead, ngram_ids
+from training.moderation.artefact import assembled, write_artefact
+from training.moderation.config import ModeratorExperiment, ModeratorStage, TextData
+from training.moderation.corpus import Corpus, Row, read_corpus
+from training.moderation.variations import varied
+
+Bags = list[tuple[np.ndarray, np.ndarray]]  # n-gram ids of characters and of words, one pair a text
+
+
+class Network(nn.Module):
+    """The trained form of ``safety.prompt.PromptHead``."""
+
+    def __init__(self, config: HeadConfig, dropout: float):
+        super().__init__()
+        columns = config.width + len(HEADS)
+        self.config = config
+        self.char = nn.EmbeddingBag(2**config.char_bits, columns, mode="sum")
+        self.word = nn.EmbeddingBag(2**config.word_bits, columns, mode="sum")
+        for table in (self.char, self.word):
+            nn.init.normal_(table.weight, std=0.03)
+            table.weight.data[:, config.width:] = 0
+        self.hidden = nn.Linear(2 * config.width, config.hidden)
+        self.out = nn.Linear(config.hidden, len(HEADS))
+        nn.init.constant_(self.out.bias, -3.0)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, bags: Bags) -> torch.Tensor:
+        """Logits (B, K)."""
+        deep, wide = [], torch.zeros(())
+        for place, table in enumerate((self.char, self.word)):
+            counts = torch.tensor([len(bag[place]) for bag in bags])
+            ids = torch.from_numpy(np.concatenate([bag[place] for bag in bags]))
+            rows = table(ids, counts.cumsum(0) - counts) / counts.clamp(min=1)[:, None] ** 0.5  # (B, D + K)
+            deep.append(rows[:, : self.config.width])
+            wide = wide + rows[:, self.config.width:]
+        hidden = self.dropout(F.relu(self.hidden(self.dropout(torch.cat(deep, 1)))))
+        return self.out(hidden) + wide
+
+
+def bag(text: str, config: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of a raw text."""
+    return ngram_ids(normalize(text, longest=10**6).plain[:2000], config.bits)
+
+
+def thinned(grams: tuple[np.ndarray, np.ndarray], forget: float, random: np.random.Generator
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of a text without a random share of them."""
+    characters, words = (ids[random.random(len(ids)) >= forget] for ids in grams)
+    return characters, words
+
+
+def labels(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, known): float (B, K) each, 0 where a label is not known."""
+    values = torch.tensor([[row.labels.get(name, 0.0) for name in HEADS] for row in rows])
+    known = torch.tensor([[float(name in row.labels) for name in HEADS] for row in rows])
+    return values, known
+
+
+def twin_places(rows: Sequence[Row]) -> np.ndarray:
+    """Places (pairs, 2) of the harmful and the harmless of every pair of twins."""
+    found: dict[int, dict[bool, int]] = {}
+    for place, row in enumerate(rows):
+        if row.twin >= 0:
+            found.setdefault(row.twin, {})[row.harmful] = place
+    return np.array([[both[True], both[False]] for both in found.values() if len(both) == 2]).reshape(-1, 2)
+
+
+def batch_loss(logits: torch.Tensor, values: torch.Tensor, known: torch.Tensor, pairs: int,
+               config: ModeratorStage) -> torch.Tensor:
+    """Masked cross-entropy (B, K), and a hinge on the last ``2 pairs`` rows: harmful twins, then their counterparts."""
+    each = F.binary_cross_entropy_with_logits(logits, values, reduction="none") * known
+    loss = each.sum() / known.sum().clamp(min=1) * len(HEADS)
+    if pairs:
+        harmful, harmless = logits[-2 * pairs:].split(pairs)
+        hinge = F.relu(config.margin - (harmful - harmless)) * values[-2 * pairs:-pairs]
+        loss = loss + config.twin_weight * hinge.sum() / pairs
+    return loss
+
+
+def trained(rows: list[Row], config: ModeratorStage, seed: int, log: bool = True) -> Network:
+    """The network after ``epochs`` over the rows and their variations."""
+    torch.manual_seed(seed)
+    random = np.random.default_rng(seed)
+    rows = [row for row in rows if row.labels and random.random() < config.kept.get(row.source, 1.0)]
+    styles = [row.text for row in rows if row.source == "real_prompts"]
+    pairs = twin_places(rows)
+    bags = [bag(row.text, config.head) for row in rows]
+    all_rows = list(rows)
+    for _ in range(config.variations):
+        chosen = [row for row in rows if row.source != "captions"]
+        all_rows += chosen
+        bags += [bag(varied(row.text, styles, random), config.head) for row in chosen]
+    values, known = labels(all_rows)
+    network = Network(config.head, config.dropout)
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
+    steps = config.epochs * max(1, len(all_rows) // config.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    order = np.concatenate([random.permutation(len(all_rows)) for _ in range(config.epochs + 1)])
+    for step in range(steps):
+        picked = order[step * config.batch:(step + 1) * config.batch]
+        count = min(config.twins, len(pairs))
+        if count:
+            twins = pairs[random.integers(0, len(pairs), count)]
+            picked = np.concatenate([picked, twins[:, 0], twins[:, 1]])
+        logits = network([thinned(bags[i], config.forget, random) for i in picked])
+        loss = batch_loss(logits, values[picked], known[picked], count, config)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if log and step % 100 == 0:
+            print(f"moderator step {step} of {steps}: loss {loss.item():.4f}", flush=True)
+    return network.eval()
+
+
+def quantized(network: Network) -> dict[str, np.ndarray]:
+    """Weights for ``PromptHead``: tables in int8 with a scale for every column; calibration still the identity."""
+    weights: dict[str, np.ndarray] = {"slope": np.ones(len(HEADS), np.float32),
+                                      "shift": np.zeros(len(HEADS), np.float32)}
+    for name, table in (("char", network.char), ("word", network.word)):
+        values = table.weight.detach().numpy()
+        scale = np.maximum(np.abs(values).max(axis=0), 1e-8) / 127  # (D + K,)
+        weights[f"{name}.table"] = np.round(values / scale).astype(np.int8)
+        weights[f"{name}.scale"] = scale.astype(np.float32)
+    for name, layer in (("hidden", network.hidden), ("out", network.out)):
+        weights[f"{name}.weight"] = layer.weight.detach().numpy().copy()
+        weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
+    return weights
+
+
+def raw_logits(head: PromptHead, texts: list[str]) -> np.ndarray:
+    """Logits (B, K) before calibration, as the product computes them."""
+    found = [head.logits(normalize(text, longest=10**6).plain[:2000]) for text in texts]
+    return np.stack(found) if found else np.zeros((0, len(HEADS)), np.float32)
+
+
+def platt(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and shift (K,) for logits (B, K) in fp64, fitted to the known labels of development rows (Platt 1999)."""
+    values, known = labels(rows)
+    slope = torch.ones(len(HEADS), dtype=torch.float64, requires_grad=True)
+    shift = torch.zeros(len(HEADS), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([slope, shift], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        z = logits * slope + shift
+        loss = (F.binary_cross_entropy_with_logits(z, values.double(), reduction="none") * known).sum() / len(rows)
+        loss = loss + 1e-3 * ((slope - 1).square() + shift.square()).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return slope.detach().clamp(min=0.05), shift.detach()
+
+
+def calibrated(head: PromptHead, rows: list[Row]) -> PromptHead:
+    """The head with slope and shift for each category."""
+    logits = torch.from_numpy(raw_logits(head, [row.text for row in rows])).double()
+    slope, shift = platt(logits, rows)
+    return PromptHead(head.config, {**head.weights, "slope": slope.numpy().astype(np.float32),
+                                    "shift": shift.numpy().astype(np.float32)})
+
+
+def load_config(path: str, overrides: list[str]) -> ModeratorExperiment:
+    """The experiment of a YAML file with overrides; raises ConfigError naming what is wrong."""
+    return from_dict(ModeratorExperiment, apply_overrides(read_yaml(path), overrides))
+
+
+def corpus_hash(corpus: Corpus) -> str:
+    """What the weights depend on, for the card."""
+    digest = hashlib.sha256()
+    for row in corpus.rows:
+        digest.update(f"{row.text}|{sorted(row.labels.items())}|{row.group}\n".encode("utf-8", "surrogatepass"))
+    for term in corpus.terms:
+        digest.update(f"{term}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def train_moderator(config: ModeratorStage, data: TextData, out: Path, seed: int) -> dict[str, Any]:
+    """Train, calibrate, set the thresholds, write moderation.safetensors and moderation.json to ``out``; the card."""
+    if not data.root:
+        raise ValueError("data.root: ''; valid: data.root=DIR, the folder of text")
+    began = time.perf_counter()
+    corpus = read_corpus([data.root, *([data.extra] if data.extra else [])])
+    rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
+    parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
+    if not parts["train"] or not parts["dev"]:
+        raise ValueError(f"data.root: {len(rows)} texts; valid: enough for a training and a development split")
+    head = PromptHead(config.head, quantized(trained(parts["train"], config, seed)))
+    head = calibrated(head, parts["dev"])
+    tensors, settings = assembled(head, corpus, parts, config)
+    card = {"seed": seed, "data": corpus_hash(corpus), "left_out": list(data.left_out),
+            "config": asdict(config), "rows": {split: len(found) for split, found in parts.items()},
+            "seconds": round(time.perf_counter() - began), **settings}
+    write_artefact(out, tensors, settings, card)
+    return card
+
+
+def main(arguments: list[str]) -> None:
+    """Train what a config describes, as train.py calls it."""
+    if not arguments or arguments[0].startswith("-"):
+        raise ValueError("usage: python -m training.moderator configs/moderation.yaml data.root=DIR [run=DIR]")
+    config = arguments[0] if "=" not in arguments[0] else "configs/moderation.yaml"
+    overrides = [text for text in arguments if "=" in text and not text.startswith("run=")]
+    folders = [text.partition("=")[2] for text in arguments if text.startswith("run=")]
+    experiment = load_config(config, overrides)
+    out = Path(folders[-1] if folders else f"runs/{experiment.name}")
+    card = train_moderator(experiment.moderator, experiment.data, out, experiment.seed)
+    print(json.dumps({key: card[key] for key in ("rows", "limits", "minors", "terms", "seconds")}, indent=1))
+    print(f"moderator: written to {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None

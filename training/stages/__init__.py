@@ -1,0 +1,1 @@
+"""One file a stage of training, and what only that stage needs."""

@@ -1,0 +1,188 @@
+"""The autoencoder stage: pictures -> latents -> pictures (Rombach et al. 2022, section 3.1 and appendix G).
+
+The loss has terms of pixels, of perception and of a discriminator beside the KL. When the weights are trained, the mean
+and scale of the latents are measured on training pictures and kept with them, so that everything behind this stage sees
+latents of zero mean and unit variance. Axis letters: B batch, C latent channels, H W picture size.
+"""
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from data.loader import Batch, Loader
+from data.order import Order
+from data.source import Source, image_batch
+from eval.features.efficientnet import Features
+from eval.fidelity import psnr, ssim
+from eval.frechet import Moments, frechet_distance
+from files.images import to_unit
+from files.run_folder import RunFolder
+from files.sheets import save_grid
+from files.weights import save_weights
+from model.autoencoder import Autoencoder, AutoencoderConfig, Posterior
+from model.device import autocast_dtype, placed
+from training.distributed import ALONE, Processes
+from training.loop import Task, TrainConfig, fit
+from training.seed import Part, generator, whole
+from training.stages.adversarial_loss import AdversarialConfig, Adversary
+from training.stages.perceptual_loss import Distance, PerceptualConfig, perceptual_distance
+
+MEASURED = 2048  # training pictures from which the latent mean and scale are taken
+COLUMNS = 8  # pictures beside each other in a comparison
+
+
+@dataclass(frozen=True)
+class AutoencoderStage:
+    """``l1``, ``l2``, ``edge`` and ``kl`` weigh the terms of the loss; ``edge`` compares finite differences of the
+    pictures, which keeps outlines sharp where L2 alone blurs them. ``perceptual`` and ``adversarial`` have weights of
+    their own. ``validation`` pictures are measured; ``features`` are those of the reconstruction distance."""
+
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    l1: float = 1.0
+    l2: float = 1.0
+    edge: float = 0.0
+    kl: float = 1e-6
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    validation: int = 256
+    features: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
+
+    def __post_init__(self):
+        for name in ("l1", "l2", "edge", "kl"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: from 0 up")
+        if self.l1 + self.l2 == 0:
+            raise ValueError("l1: 0.0 together with l2: 0.0; valid: at least one above 0")
+        if self.validation < 1:
+            raise ValueError(f"validation: {self.validation}; valid: from 1 picture up")
+
+
+def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: AutoencoderStage) -> torch.Tensor:
+    """Weighted L1, L2 and edge terms of pictures (B, 3, H, W) in [-1, 1], each a mean over values; a scalar."""
+    difference = decoded.float() - images
+    loss = config.l1 * difference.abs().mean() + config.l2 * difference.square().mean()
+    if config.edge:
+        # the derivative of a difference is the difference of the derivatives
+        loss = loss + config.edge * (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean())
+    return loss
+
+
+def losses(model: Autoencoder, images: torch.Tensor, random: torch.Generator, step: int, config: AutoencoderStage,
+           perceptual: Distance | None, adversary: Adversary | None,
+           part: Part | None = None) -> dict[str, torch.Tensor]:
+    """``loss``, the weighted sum for pictures (B, 3, H, W), and its terms without their weights, scalars.
+
+    Only ``loss`` has a gradient. With an adversary this is also its training step. ``part`` says which part of a batch
+    the pictures are, None: all of it.
+    """
+    raw = model.moments(images)
+    posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
+    noise = (part or whole(len(images))).randn(posterior.mean.shape, random).to(images.device)
+    decoded = model.decode_raw(posterior.sample(noise)).float()  # (B, 3, H, W)
+    reconstruction = reconstruction_loss(decoded, images, config)
+    kl = posterior.kl().mean()
+    terms = {"reconstruction": reconstruction, "kl": kl}
+    if perceptual is not None:
+        terms["perceptual"] = perceptual(decoded, images).mean()
+        reconstruction = reconstruction + config.perceptual.weight * terms["perceptual"]
+    loss = reconstruction + config.kl * kl
+    if adversary is not None:
+        terms |= adversary.terms(images, decoded, reconstruction, model.decoder.conv_out.weight, step)
+        loss = loss + terms["adversarial"]
+    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+
+
+@torch.no_grad()
+def reconstructions(model: Autoencoder, images: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
+    """Pictures (B, 3, H, W) decoded from the means of their posteriors, same shape, on the CPU."""
+    return torch.cat([model.decode_raw(model.moments(part.to(device)).mean).float().cpu()
+                      for part in images.split(batch)])
+
+
+def quality(decoded: torch.Tensor, images: torch.Tensor) -> dict[str, float]:
+    """Mean PSNR in dB and SSIM of decoded pictures, both (B, 3, H, W) in [-1, 1]."""
+    return {"psnr": float(psnr(decoded, images).mean()), "ssim": float(ssim(decoded, images).mean())}
+
+
+def reconstruction_distance(decoded: torch.Tensor, images: torch.Tensor, features: Features, batch: int) -> float:
+    """Frechet distance of the features of decoded pictures and of their originals, both (B, 3, H, W) in [-1, 1]."""
+    one, two = Moments(features.width), Moments(features.width)
+    for moments, pictures in ((one, decoded), (two, images)):
+        for part in pictures.split(batch):
+            moments.update(features(part))
+    return frechet_distance(one, two)
+
+
+def save_comparison(images: torch.Tensor, decoded: torch.Tensor, path: Path,
+                    others: Literal["first", "middle"]) -> None:
+    """A grid of originals above reconstructions with their PSNR: the worst of all, then the first ones, which are the
+    same at every step, or the middle of the ranking."""
+    each = psnr(decoded, images)  # (B,)
+    ranking, columns = each.argsort(), min(COLUMNS, len(images))
+    start = (len(images) - columns) // 2
+    second = torch.arange(columns) if others == "first" else ranking[start:start + columns]
+    rows, labels = [], []
+    for picked in (ranking[:columns], second):
+        rows += [images[picked], decoded[picked]]
+        labels += [""] * columns + [f"{value:.1f} dB" for value in each[picked].tolist()]
+    save_grid(torch.cat(rows), path, labels, columns,
+              title=f"original above reconstruction; the worst of {len(images)}, then the {others}; mean "
+                    f"{float(each.mean()):.1f} dB")
+
+
+def train_autoencoder(config: AutoencoderStage, source: Source, validation: Source, run: RunFolder, seed: int,
+                      device: torch.device, workers: Processes = ALONE) -> None:
+    """Train, measure the latent scale, write autoencoder.safetensors and what held-out pictures say of it."""
+    torch.manual_seed(seed)  # initial weights
+    model = placed(Autoencoder(config.model), device)
+    adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
+    perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
+    features = Features(device) if config.features == "efficientnet_lite0" else None
+    if adversary and (workers.world > 1 or config.train.accumulate > 1):
+        raise ValueError(f"adversarial.weight: {config.adversarial.weight} with {workers.world} processes and "
+                         f"accumulate: {config.train.accumulate}; valid: one process and accumulate: 1, the "
+                         "discriminator learns from the whole batch at once")
+    order, batch = Order(len(source), seed, getattr(source, "buckets", None)), config.train.batch
+    held_out = image_batch(validation, np.arange(min(config.validation, len(validation))))
+    if features and len(held_out) < 2:
+        raise ValueError("validation: 1 picture has no covariance; valid: from 2 up, or features: none")
+
+    def loss_at(model: Autoencoder, read: Batch, position: int, part: Part) -> dict[str, torch.Tensor]:
+        images = to_unit(part.of_read(read.images)).to(device)  # (B, 3, H, W)
+        return losses(model, images, generator(seed, "autoencoder", position), position, config, perceptual, adversary,
+                      part)
+
+    def validate(model: Autoencoder) -> dict[str, float]:
+        return quality(reconstructions(model, held_out, batch, device), held_out)
+
+    def preview(model: Autoencoder, step: int) -> None:
+        save_comparison(held_out, reconstructions(model, held_out, batch, device),
+                        run.path / "samples" / f"autoencoder_{step:06d}.png", "first")
+
+    def item(model: Autoencoder) -> torch.Tensor:
+        return model.decode_raw(model.moments(held_out[:1].to(device)).mean)
+
+    beside = {"adversary": adversary} if adversary else {}
+    with Loader(source, order, batch, seed, config.train.workers, workers.rank, workers.world) as loader:
+        task = Task("autoencoder", loader.batch_at, loss_at, validate, preview, ("psnr", "max"), item, beside)
+        average = fit(task, model, config.train, run, seed, workers)
+    if not workers.main:
+        return
+    steps = max(1, min(MEASURED, len(source)) // batch)
+    average.measure(image_batch(source, order.indices(step, batch)).to(device) for step in range(steps))
+    decoded = reconstructions(average, held_out, batch, device)
+    measured = quality(decoded, held_out)
+    distance = reconstruction_distance(decoded, held_out, features, batch) if features else None
+    save_comparison(held_out, decoded, run.path / "samples" / "autoencoder_worst.png", "middle")
+    save_weights(average, run.weights("autoencoder"))
+    run.record(autoencoder={"psnr": round(measured["psnr"], 3), "ssim": round(measured["ssim"], 4),
+                            "frechet": None if distance is None else round(distance, 3),
+                            "features": features.stamp if features else "none", "pictures": len(held_out),
+                            "perceptual": perceptual_name,
+                            "adversarial": adversary.name if adversary else "off",
+                            "bf16": autocast_dtype(config.train.precision, device) is not None,
+                            "latent_mean": [round(v, 4) for v in average.latent_mean.tolist()],
+                            "latent_std": [round(v, 4) for v in average.latent_std.tolist()]})

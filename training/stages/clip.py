@@ -1,0 +1,146 @@
+"""The clip stage: an evaluator that the generator has never seen (Radford et al. 2021, section 2.3).
+
+A CLIP trained contrastively on the training split, with a tokenizer, a seed and an order of the data of its own, so
+that what the denoiser and its text encoder get wrong is not what the judge gets wrong, too. Nothing of it is used in
+training or sampling. Axis letters: B pairs, H W size of the pictures, L tokens, E width of the shared space.
+"""
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.loader import Batch, Loader
+from data.order import Order
+from data.source import Source, image_batch
+from data.tokenizer import Tokenizer, TokenizerConfig
+from eval.clip_score import caption_ranks
+from files.config import to_dict
+from files.images import to_unit
+from files.run_folder import RunFolder
+from files.sheets import save_grid
+from files.weights import save_weights
+from files.whole import write_text
+from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
+from model.device import autocast_dtype, placed
+from model.text_encoder import TextEncoderConfig, trimmed
+from pipeline.clip_vectors import ClipVectors
+from training.distributed import ALONE, Processes
+from training.loop import Task, TrainConfig, fit
+from training.seed import Part
+from training.stages.clip_texts import Substitutes, said, shortened
+
+CORPUS = 50_000  # items whose captions the tokenizer is fitted to
+SHOWN = 16  # pairs of a preview
+
+
+def small_clip() -> ClipConfig:
+    """1.7 M parameters: enough for pictures of 48 pixels and captions of a few hundred words."""
+    return ClipConfig(ImageEncoderConfig(size=48, patch=6, width=128, layers=4, heads=4, mlp_width=512),
+                      TextEncoderConfig(1024, 40, width=128, layers=3, heads=4, mlp_width=512, causal=False), width=128)
+
+
+@dataclass(frozen=True)
+class ClipStage:
+    """``seed`` is the evaluator's own, not that of the run: runs with different seeds are judged by the same one.
+    ``validation`` held-out pairs are measured, and are each other's wrong answers. ``parts`` is the share of captions
+    of which one part is learned instead of the whole, ``wrong_words`` adds each caption with one word exchanged as a
+    wrong answer (training/stages/clip_texts.py)."""
+
+    model: ClipConfig = field(default_factory=small_clip)
+    tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024, length=40))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=128))
+    validation: int = 256
+    parts: float = 0.0
+    wrong_words: bool = False
+    seed: int = 1
+
+    def __post_init__(self):
+        text = self.model.text
+        if text.vocab_size < self.tokenizer.vocab_size:
+            raise ValueError(f"model.text.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
+                             f"{self.tokenizer.vocab_size} up")
+        if text.length != self.tokenizer.length:
+            raise ValueError(f"model.text.length: {text.length}; valid: tokenizer.length = {self.tokenizer.length}")
+        if self.model.image.channels != 3:
+            raise ValueError(f"model.image.channels: {self.model.image.channels}; valid: 3")
+        if self.validation < 2 or self.train.batch < 2:
+            raise ValueError(f"validation: {self.validation}, train.batch: {self.train.batch}; valid: from 2 pairs up, "
+                             "a pair alone has no wrong answer")
+        if not 0 <= self.parts <= 1:
+            raise ValueError(f"parts: {self.parts}; valid: a share from 0 to 1")
+        if self.train.accumulate > 1:
+            raise ValueError(f"train.accumulate: {self.train.accumulate}; valid: 1, a batch is its own set of wrong "
+                             "answers and cannot be cut")
+
+
+def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFolder, device: torch.device,
+               workers: Processes = ALONE) -> None:
+    """Fit the tokenizer, train, write clip_tokenizer.json and clip.safetensors and what held-out pairs say of them.
+
+    Raises ValueError for several processes: each would have only its own part of the wrong answers.
+    """
+    if workers.world > 1:
+        raise ValueError(f"stage clip with {workers.world} processes; valid: one, a batch is its own set of wrong "
+                         "answers")
+    tokenizer = fitted_tokenizer(source, config.tokenizer)
+    torch.manual_seed(config.seed)  # initial weights
+    model = placed(Clip(config.model), device)
+    count = min(config.validation, len(validation))
+    if count < 2:
+        raise ValueError(f"the validation split has {count} pairs; valid: from 2 up")
+    held_out = image_batch(validation, np.arange(count))  # (V, 3, H, W)
+    captions = [validation.captions(i)[0] for i in range(count)]
+
+    def logits(model: Clip, images: Tensor, texts: list[str]) -> Tensor:
+        model.limit_scale()  # after each step is before the next
+        ids, mask = (tensor.to(device) for tensor in trimmed(*tokenizer.encode(texts)))  # (B, L)
+        return model(model.resized(images.to(device)), ids, mask)  # (B, B)
+
+    def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
+        rng = np.random.default_rng([config.seed, position])
+        told = part.of_read(read.captions)
+        texts = shortened(told, config.parts, rng)
+        wrong = [substitutes.wrong(text, rng) for text in texts] if substitutes else []
+        table = logits(model, to_unit(part.of_read(read.images)), texts + wrong)  # (B, B) or (B, 2B)
+        return {"loss": contrastive_loss(table.float(), said(told, texts + wrong))}
+
+    @torch.no_grad()
+    def validate(model: Clip) -> dict[str, float]:
+        vectors = ClipVectors(model, tokenizer, "")
+        x, y = vectors(held_out), vectors.texts(captions)
+        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, said(captions, captions))
+        return {"loss": float(loss), "recall_1": float((caption_ranks(x, y, captions) == 0).float().mean())}
+
+    def preview(model: Clip, step: int) -> None:
+        vectors = ClipVectors(model, tokenizer, "")
+        shown = min(SHOWN, count)
+        nearest = (vectors(held_out[:shown]) @ vectors.texts(captions).T).argmax(dim=1).tolist()
+        save_grid(held_out[:shown], run.path / "samples" / f"clip_{step:06d}.png", [captions[i] for i in nearest],
+                  title=f"step {step}: the caption of {count} held-out ones that each picture finds")
+
+    substitutes = substitutes_of(source) if config.wrong_words else None
+    order = Order(len(source), config.seed, getattr(source, "buckets", None))
+    with Loader(source, order, config.train.batch, config.seed, config.train.workers) as loader:
+        task = Task("clip", loader.batch_at, loss_at, validate, preview, ("loss", "min"),
+                    lambda model: logits(model, held_out[:1], captions[:1]))
+        average = fit(task, model, config.train, run, config.seed, workers)
+    average.limit_scale()
+    write_text(run.path / "clip_tokenizer.json", tokenizer.to_json())
+    # last: its presence says that the stage is finished; with its shape, so that other runs can be judged by it
+    save_weights(average, run.weights("clip"), {"model": json.dumps(to_dict(config.model))})
+    measured = validate(average)
+    run.record(clip={"validation_loss": round(measured["loss"], 5), "recall_1": round(measured["recall_1"], 4),
+                     "pairs": count, "seed": config.seed, "parameters": sum(p.numel() for p in model.parameters()),
+                     "bf16": autocast_dtype(config.train.precision, device) is not None})
+
+
+def substitutes_of(source: Source) -> Substitutes:
+    """Words that stand for each other in the captions of a source."""
+    return Substitutes(caption for i in range(min(len(source), CORPUS // 5)) for caption in source.captions(i))
+
+
+def fitted_tokenizer(source: Source, config: TokenizerConfig) -> Tokenizer:
+    """The evaluator's own byte-pair encoding of the captions of the training split."""
+    return Tokenizer.train((caption for i in range(min(len(source), CORPUS)) for caption in source.captions(i)), config)

@@ -1,0 +1,156 @@
+"""The denoiser stage: UNet and text encoder, trained together on latents and captions.
+
+Axis letters: B batch, C latent channels, H W latent size, L tokens.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from data.source import Source
+from data.tokenizer import Tokenizer
+from diffusion.loss import TimestepSampling, Weighting, diffusion_loss, sample_timesteps
+from diffusion.prediction import PredictionType
+from diffusion.schedule import Schedule, ScheduleConfig
+from files.run_folder import RunFolder
+from files.weights import save_weights
+from model.autoencoder import Autoencoder, Posterior
+from model.device import autocast_dtype, placed
+from model.text_encoder import TextEncoder, TextEncoderConfig, trimmed
+from model.unet import UNet, UNetConfig
+from pipeline.system import Networks
+from training.distributed import ALONE, Processes
+from training.loop import Task, TrainConfig, fit
+from training.seed import Part, generator, whole
+from training.stages.pairs import CachedPairs, Pairs, Read, ReadPairs, encoder_of
+
+BINS = 5  # of the noise level, in which the validation loss is given apart
+
+
+@dataclass(frozen=True)
+class DenoiserStage:
+    """Networks, diffusion process and training of the denoiser. ``caption_dropout`` is the share of captions replaced
+    by the empty one, for classifier-free guidance (Ho and Salimans 2022); ``images`` is how many pictures of the
+    source are used, null for all; ``cache`` encodes them once, before the first step, as they are without chance, and
+    false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes."""
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    prediction_type: PredictionType = "v_prediction"
+    weighting: Weighting = "none"
+    timesteps: TimestepSampling = "stratified"
+    caption_dropout: float = 0.1
+    images: int | None = None
+    cache: bool = True
+    validation: int = 256
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"caption_dropout: {self.caption_dropout}; valid: a share in [0, 1)")
+        if self.unet.context_width != self.text_encoder.width:
+            raise ValueError(f"unet.context_width: {self.unet.context_width} differs from text_encoder.width: "
+                             f"{self.text_encoder.width}; the UNet reads what the text encoder writes")
+        if self.images is not None and self.images < 1:
+            raise ValueError(f"images: {self.images}; valid: from 1 up, or null for all")
+        if self.validation < 1:
+            raise ValueError(f"validation: {self.validation}; valid: from 1 pair up")
+
+
+def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Networks:
+    """The networks with their initial weights."""
+    torch.manual_seed(seed)
+    return placed(Networks(UNet(config.unet), TextEncoder(config.text_encoder)), device)
+
+
+class Denoising:
+    """The objective of the stage: losses of pairs, and what is measured on held-out ones."""
+
+    def __init__(self, config: DenoiserStage, tokenizer: Tokenizer, seed: int, device: torch.device):
+        self.config, self.tokenizer, self.seed, self.device = config, tokenizer, seed, device
+        self.schedule, self.batch = Schedule(config.schedule), config.train.batch
+
+    def losses(self, networks: Networks, x_0: torch.Tensor, captions: list[str], t: torch.Tensor,
+               eps: torch.Tensor) -> torch.Tensor:
+        """(B,) of latents x_0 and noise eps (B, C, H, W), captions and times t (B,)."""
+        ids, mask = self.tokenizer.encode(captions)  # (B, L)
+        ids, mask = (tensor.to(self.device) for tensor in trimmed(ids, mask))
+        context = networks.text_encoder(ids, mask)  # (B, L, D)
+
+        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return networks.unet(x_t, self.schedule.network_time(t), context, mask)
+
+        return diffusion_loss(denoise, x_0.to(self.device), t.to(self.device), eps.to(self.device), self.schedule,
+                              self.config.prediction_type, self.config.weighting)  # (B,)
+
+    def loss_at(self, networks: Networks, read: Read, position: int, part: Part) -> dict[str, torch.Tensor]:
+        """The mean loss of a part of a batch; what is random is drawn for the whole batch, then cut."""
+        random = generator(self.seed, "denoiser", position)
+        mean = part.of_read(read.mean)
+        x_0 = Posterior(mean, part.of_read(read.logvar)).sample(part.randn(mean.shape, random))
+        t = part.of_batch(sample_timesteps(part.batch, self.config.timesteps, self.schedule, random))
+        eps = part.randn(mean.shape, random)
+        return {"loss": self.losses(networks, x_0, part.of_read(read.captions), t, eps).mean()}
+
+    @torch.no_grad()
+    def validate(self, networks: Networks, read: Read) -> dict[str, float]:
+        """The mean loss of held-out pairs, and those of the noise levels in fifths, least noise first. Noise and times
+        are the same every time, and the times a Sobol sequence, so that they cover all levels evenly."""
+        random = generator(self.seed, "validation", 0)
+        x_0 = Posterior(read.mean, read.logvar).sample(torch.randn(read.mean.shape, generator=random))
+        t = sample_timesteps(len(x_0), "sobol", self.schedule, random)
+        eps = torch.randn(x_0.shape, generator=random)
+        batch = self.batch
+        found = torch.cat([self.losses(networks, x_0[i:i + batch], read.captions[i:i + batch], t[i:i + batch],
+                                       eps[i:i + batch]).float().cpu() for i in range(0, len(x_0), batch)])
+        level = t.double() if self.schedule.is_flow else t.double() / self.schedule.steps  # in [0, 1]
+        bins = (level * BINS).long().clamp(max=BINS - 1)
+        return {"loss": float(found.mean()), **{f"loss_{number + 1}_of_{BINS}": float(found[bins == number].mean())
+                                                for number in bins.unique().tolist()}}
+
+
+def train_denoiser(config: DenoiserStage, source: Source, validation: Source, data_key: dict, tokenizer: Tokenizer,
+                   autoencoder: Autoencoder, run: RunFolder, seed: int, device: torch.device,
+                   preview: Callable[[Networks, int], None], workers: Processes = ALONE) -> None:
+    """Train UNet and text encoder, write text_encoder.safetensors and denoiser.safetensors (averaged weights).
+
+    ``preview(networks, step)`` draws the sample grid; networks.unet and networks.text_encoder are the averages.
+    """
+    networks = new_networks(config, seed, device)
+    train, count = config.train, min(config.images or len(source), len(source))
+    encode = encoder_of(autoencoder, device)
+    pairs: Pairs
+    if config.cache:
+        pairs = CachedPairs(source, count, encode, run, {**data_key, "split": "train"}, train.batch, seed,
+                            config.caption_dropout, workers)
+    else:
+        pairs = ReadPairs(source, count, encode, train.batch, seed, config.caption_dropout, train.workers, workers)
+    held_out = held_out_pairs(config, validation, data_key, autoencoder, run, seed, device, workers)
+    denoising = Denoising(config, tokenizer, seed, device)
+
+    def item(networks: Networks) -> torch.Tensor:
+        read = Read(held_out.mean[:1], held_out.logvar[:1], held_out.captions[:1])
+        return denoising.loss_at(networks, read, 0, whole(1))["loss"]
+
+    task = Task("denoiser", pairs.at, denoising.loss_at, lambda networks: denoising.validate(networks, held_out),
+                preview, ("loss", "min"), item)
+    try:
+        average = fit(task, networks, train, run, seed, workers)
+    finally:
+        pairs.close()
+    if workers.main:
+        save_weights(average.text_encoder, run.weights("text_encoder"))
+        save_weights(average.unet, run.weights("denoiser"))  # last: its presence says that the stage is finished
+        run.record(denoiser={"validation_loss": round(denoising.validate(average, held_out)["loss"], 5),
+                             "parameters": sum(p.numel() for p in networks.unet.parameters()),
+                             "text_parameters": sum(p.numel() for p in networks.text_encoder.parameters()),
+                             "pictures": count, "bf16": autocast_dtype(train.precision, device) is not None})
+
+
+def held_out_pairs(config: DenoiserStage, validation: Source, data_key: dict, autoencoder: Autoencoder, run: RunFolder,
+                   seed: int, device: torch.device, workers: Processes = ALONE) -> Read:
+    """The pairs on which the validation loss is measured: the first of the split, whole and without chance."""
+    count = min(config.validation, len(validation))
+    return CachedPairs(validation, count, encoder_of(autoencoder, device), run, {**data_key, "split": "validation"},
+                       config.train.batch, seed, workers=workers).first(count)

@@ -1,0 +1,104 @@
+"""What the denoiser stage reads for a step: posteriors of latents and captions, from a cache or from the pictures.
+
+Axis letters: B pictures of this process, C latent channels, H W latent size.
+"""
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from data.cache import LatentCache
+from data.loader import Loader
+from data.order import Order, Places
+from data.source import Source, caption_batch, image_batch
+from files.images import to_unit
+from files.run_folder import RunFolder
+from files.whole import sha256_of
+from model.autoencoder import Autoencoder
+from training.distributed import Processes
+
+
+class Read(NamedTuple):
+    """Mean and log-variance of latents, (B, C, H, W) each, on the CPU, and a caption each, "" where it is dropped."""
+
+    mean: torch.Tensor
+    logvar: torch.Tensor
+    captions: list[str]
+
+
+class Pairs(Protocol):
+    """Pictures with captions, as what a denoiser is trained on."""
+
+    def __len__(self) -> int: ...
+
+    def at(self, step: int) -> Read: ...  # what this process reads for a step
+
+    def close(self) -> None: ...
+
+
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # pictures (B, 3, .., ..) -> mean, logvar
+
+
+def encoder_of(autoencoder: Autoencoder, device: torch.device) -> Encode:
+    """Pictures in [-1, 1] to the posterior of their latents, on the CPU."""
+    @torch.no_grad()
+    def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        posterior = autoencoder.encode(images.to(device))
+        return posterior.mean.cpu(), posterior.logvar.cpu()
+    return encode
+
+
+class CachedPairs:
+    """Latents encoded once, before the first step; captions are drawn anew in every epoch."""
+
+    def __init__(self, source: Source, count: int, encode: Encode, run: RunFolder, data_key: dict, batch: int,
+                 seed: int, dropout: float = 0.0, workers: Processes = Processes()):
+        key = {**data_key, "autoencoder": sha256_of(run.weights("autoencoder")), "precision": "float32"}
+        with workers.main_first():
+            self.latents = LatentCache(run.path / "cache", key, count,
+                                       lambda indices: encode(image_batch(source, indices)), min(batch, 128))
+        self.source, self.batch, self.seed, self.dropout, self.workers = source, batch, seed, dropout, workers
+        self.order = Order(count, seed)
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def at(self, step: int) -> Read:
+        """The slice of this process of the batch of ``step``."""
+        return self.of(self.order.places(step, self.batch, self.workers.rank, self.workers.world))
+
+    def of(self, places: Places) -> Read:
+        """The pairs at these places."""
+        mean, logvar = self.latents.moments(places.indices)
+        return Read(mean, logvar, caption_batch(self.source, places, self.seed, self.dropout))
+
+    def first(self, count: int) -> Read:
+        """The first ``count`` pairs as in epoch 0."""
+        return self.of(Places(np.zeros(count, dtype=np.int64), np.arange(count)))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class ReadPairs:
+    """Pictures read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if any."""
+
+    def __init__(self, source: Source, count: int, encode: Encode, batch: int, seed: int, dropout: float, readers: int,
+                 workers: Processes):
+        buckets: Any = getattr(source, "buckets", None)
+        order = Order(count, seed, None if buckets is None else buckets[:count])
+        self.count, self.encode = count, encode
+        self.loader = Loader(source, order, batch, seed, readers, workers.rank, workers.world, dropout)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def at(self, step: int) -> Read:
+        """The slice of this process of the batch of ``step``."""
+        batch = self.loader.batch_at(step)
+        return Read(*self.encode(to_unit(batch.images)), batch.captions)
+
+    def close(self) -> None:
+        """End the readers."""
+        self.loader.close()

@@ -1,0 +1,94 @@
+"""The perceptual term of the autoencoder's loss: LPIPS where its weights are given, else a Laplacian pyramid.
+
+Axis letters: B batch, H W size of the pictures.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from files.whole import sha256_of
+from model.lpips import load_lpips
+
+LEVELS = 5  # of the pyramid at most
+COARSEST = 4  # no level has a side of fewer pixels
+
+Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # decoded, images (B, 3, H, W) -> (B,)
+
+
+@dataclass(frozen=True)
+class PerceptualConfig:
+    """``weight`` 0 is off. ``lpips`` reads ``files``: one with both VGG16 and the heads of LPIPS, or one for each.
+    ``pyramid`` needs none."""
+
+    weight: float = 0.0
+    kind: Literal["pyramid", "lpips"] = "pyramid"
+    files: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if self.weight < 0:
+            raise ValueError(f"weight: {self.weight}; valid: from 0 up")
+        if self.kind == "lpips" and len(self.files) not in (1, 2):
+            raise ValueError(f"files: {list(self.files)}; valid for lpips: one file with VGG16 and the heads, or two")
+        if self.kind == "pyramid" and self.files:
+            raise ValueError(f"files: {list(self.files)}; valid for pyramid: none, the weights are those of lpips")
+
+
+def perceptual_distance(config: PerceptualConfig, device: torch.device) -> tuple[Distance | None, str]:
+    """What measures the term, None where it is off, and a line for the manifest. Raises ValueError for bad files."""
+    if config.weight == 0:
+        return None, "off"
+    if config.kind == "pyramid":
+        return pyramid_distance, "pyramid: L1 over a Laplacian pyramid, no weights"
+    lpips = load_lpips(config.files).to(device)
+    names = ", ".join(f"{Path(path).name} sha256 {sha256_of(path)[:16]}" for path in config.files)
+    return lpips, f"lpips: VGG16 ({names})"
+
+
+def laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
+    """Pictures (B, 3, H, W) as detail at full size, at half, a quarter, ... and the rest (Burt and Adelson 1983).
+
+    Enlarging and adding from the last to the first gives the pictures back: `pyramid_sum`.
+    """
+    levels: list[torch.Tensor] = []
+    while len(levels) < LEVELS - 1 and min(images.shape[2:]) >= 2 * COARSEST:
+        coarse = halved(images)
+        levels.append(images - enlarged(coarse, images))
+        images = coarse
+    return [*levels, images]
+
+
+def pyramid_sum(levels: list[torch.Tensor]) -> torch.Tensor:
+    """The pictures whose `laplacian_pyramid` is given."""
+    images = levels[-1]
+    for level in reversed(levels[:-1]):
+        images = level + enlarged(images, level)
+    return images
+
+
+def halved(images: torch.Tensor) -> torch.Tensor:
+    """Blurred by the binomial filter (1 4 6 4 1) / 16 along both sides, then every second pixel."""
+    channels = images.shape[1]
+    taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=images.dtype, device=images.device) / 16
+    filters = torch.outer(taps, taps).expand(channels, 1, 5, 5)
+    return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), filters, stride=2, groups=channels)
+
+
+def enlarged(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Twice the size, bilinearly: the height and width of ``like``."""
+    return F.interpolate(images, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def pyramid_distance(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of each level of the Laplacian pyramids, summed over levels (B,); both (B, 3, H, W).
+
+    L1 counts pixels, so a lost shape costs what faint noise everywhere does. Noise is gone after the first level; a
+    shape differs at every scale up to its own, and is counted at each (the Lap_1 of Bojanowski et al. 2018: with means
+    over values its weights 4^j become 1).
+    """
+    with torch.autocast(images.device.type, enabled=False):  # bf16 would round small differences away
+        levels = laplacian_pyramid(decoded.float() - images)  # the pyramid is linear: that of the difference
+        return torch.stack([level.abs().mean(dim=(1, 2, 3)) for level in levels]).sum(dim=0)
