@@ -33,7 +33,7 @@ from scoring.emoji import emoji_sections
 from scoring.held_out import Prompts, captions_of_training, held_out_prompts, unseen_prompts
 from scoring.samples import Drawn, Sampler, at_scales, at_steps
 from scoring.shapes import SHOWN, Section, best_guidance, percent, reconstructions, scene_sections
-from training.distributed import Processes, ProcessLost, leave, processes
+from training.distributed import Processes, ProcessLost, leave, process_group
 from training.experiment import Experiment, load_experiment
 
 # (test prompts, validation prompts, guidance scales, numbers of steps) of each suite
@@ -223,24 +223,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def run_evaluation(options: argparse.Namespace, workers: Processes) -> None:
+def run_evaluation(options: argparse.Namespace, processes: Processes) -> None:
     """Sample in every process, measure and write report/index.html in the main one."""
     run = RunFolder.open(Path(options.run))
     for other in options.compare:
         read_figures(other)  # now, and not after an hour
-    system = load_run(run.path, workers.device(), moderation=None)  # captions of the data set
+    system = load_run(run.path, processes.device(), moderation=None)  # captions of the data set
     experiment = load_experiment(run.path / "config.yaml")
-    sampler = Sampler(system, run.path / "report" / "cache", options.precision, workers)
+    sampler = Sampler(system, run.path / "report" / "cache", options.precision, processes)
     test, validation = prompts_of(experiment, options)
     if not validation.facts and options.chosen and options.suite == "quick" and len(options.guidance) > 1:
         raise ValueError(f"--guidance with {len(options.guidance)} scales: nothing here chooses among them; valid: one "
                          "scale, or --suite full, which shows them all")
-    full = judged_by(experiment, system.device, run, options, test) if options.suite == "full" and workers.main else None
-    known = comparable(experiment, options, test, full) if workers.main else {}
-    for other in options.compare if workers.main else []:
+    full = judged_by(experiment, system.device, run, options, test) if options.suite == "full" and processes.main else None
+    known = comparable(experiment, options, test, full) if processes.main else {}
+    for other in options.compare if processes.main else []:
         check_protocols(known, read_figures(other)["protocol"], other)  # now, and not when half is written
     drawn, sweep = draw(system, options, sampler, test, validation)
-    if workers.main:
+    if processes.main:
         protocol = known | protocol_of(options, drawn, sampler)
         sections = [*measure(system, experiment, run, options, drawn, sweep, protocol, full), training_section(run)]
         write_text(run.path / "report" / "index.html", page(f"Run {run.path.name}", sections))
@@ -250,8 +250,8 @@ def run_evaluation(options: argparse.Namespace, workers: Processes) -> None:
 def main(arguments: list[str]) -> None:
     """Evaluate and write report/index.html."""
     options = parse(arguments)
-    with processes() as workers:
-        run_evaluation(options, workers)
+    with process_group() as processes:
+        run_evaluation(options, processes)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-WEIGHTS = {"tokenizer": ("tokenizer.json",), "autoencoder": ("autoencoder.safetensors",),
-           "clip": ("clip_tokenizer.json", "clip.safetensors"),
-           "denoiser": ("text_encoder.safetensors", "denoiser.safetensors")}
-
 
 class RunFolder:
     """Paths and records of one run. Use ``create`` to train and ``open`` to sample or evaluate."""
@@ -43,8 +39,11 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any],
-               complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True) -> "RunFolder":
+               complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True,
+               order: Sequence[str] = ()) -> "RunFolder":
         """The folder of ``config``, new or begun before with the same one; raises ConfigError if it differs.
+
+        ``order`` has the names of all stages in the order in which they run.
 
         ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key. Other ``stages``
         are no difference: they say what is trained now, and config.yaml lists all that ever were. Nor are the settings
@@ -53,7 +52,7 @@ class RunFolder:
         run = cls(path, main)
         before = run.path / "config.yaml"
         if before.exists():
-            known, both = _with_stages(complete(read_yaml(before)), config)
+            known, both = _with_stages(complete(read_yaml(before)), config, order)
             changed = _differences(known, both)
             if changed:
                 raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
@@ -109,15 +108,15 @@ class RunFolder:
         """``NAME.safetensors`` of the run."""
         return self.path / f"{name}.safetensors"
 
-    def finished(self, stage: str) -> bool:
-        """Whether the files that a stage leaves behind are all there."""
-        return all((self.path / name).is_file() for name in WEIGHTS[stage])
+    def has(self, *names: str) -> bool:
+        """Whether all of these files are there."""
+        return all((self.path / name).is_file() for name in names)
 
-    def require(self, *stages: str) -> None:
-        """Raise ConfigError naming the first stage that is not finished."""
-        for stage in stages:
-            if not self.finished(stage):
-                raise ConfigError(f"{self.path}: the stage '{stage}' is not finished; continue it with: "
+    def require(self, *names: str) -> None:
+        """Raise ConfigError naming the first of these files that is not there."""
+        for name in names:
+            if not self.has(name):
+                raise ConfigError(f"{self.path}: there is no {name} yet, its stage is not finished; continue it with: "
                                   f"python train.py {self.path / 'config.yaml'} run={self.path}")
 
     def record(self, **values: Any) -> None:
@@ -167,10 +166,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _with_stages(known: dict[str, Any], config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _with_stages(known: dict[str, Any], config: dict[str, Any], order: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both configurations with the stages of both; what is new of a stage that ``known`` did not have is taken over."""
     ours, new = known.get("stages", ()), config.get("stages", ())
-    stages = [stage for stage in WEIGHTS if stage in (*ours, *new)]
+    stages = [stage for stage in order or dict.fromkeys((*ours, *new)) if stage in (*ours, *new)]
     late = {stage: config[stage] for stage in new if stage not in ours and stage in config}
     return {**known, **late, "stages": stages}, {**config, "stages": stages}
 

@@ -22,6 +22,8 @@ from pipeline.moderation import Moderation
 from pipeline.system import Networks, TextToImage
 from safety.policy import Mode
 
+FILES = ("tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors", "denoiser.safetensors")  # of a run
+
 
 def load_run(path: str | Path, device: torch.device | str = "cpu",
              moderation: Mode | None = "block") -> TextToImage:
@@ -29,7 +31,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu",
     ``moderation`` says otherwise (None: the caller asks, or draws captions of a data set). Raises ConfigError
     naming a stage that is not finished, and CheckpointError or ArtefactError naming a file that is damaged."""
     run = RunFolder.open(path)
-    run.require("tokenizer", "autoencoder", "denoiser")
+    run.require(*FILES)
     config = read_system_config(run.path / "config.yaml")
     tokenizer = Tokenizer.load(run.path / "tokenizer.json")
     text_encoder = TextEncoder(config.text_encoder)

@@ -42,8 +42,8 @@ class Drawn:
 class Sampler:
     """sampler(prompts, config, name) -> samples uint8 (N, 3, H, W), drawn once and read back afterwards."""
 
-    def __init__(self, system: TextToImage, folder: str | Path, precision: str = "fp32", workers: Processes = ALONE):
-        self.system, self.folder, self.precision, self.workers = system, Path(folder), precision, workers
+    def __init__(self, system: TextToImage, folder: str | Path, precision: str = "fp32", processes: Processes = ALONE):
+        self.system, self.folder, self.precision, self.processes = system, Path(folder), precision, processes
         self.weights = {name: sha256_of(path)[:16] for name, path in sorted(system.files.items())}
         self.made: dict[str, None] = {}  # what drew the samples of this measurement, kept ones among them
 
@@ -55,16 +55,16 @@ class Sampler:
         starts = list(range(0, len(prompts), BATCH))
         gone = {start for start in starts
                 if batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) is None}
-        missing = [start for start in starts[self.workers.rank::self.workers.world] if start in gone]
-        for start in tqdm(missing, desc=name, unit="batch", disable=not (missing and self.workers.main),
+        missing = [start for start in starts[self.processes.rank::self.processes.world] if start in gone]
+        for start in tqdm(missing, desc=name, unit="batch", disable=not (missing and self.processes.main),
                           mininterval=0.5 if sys.stderr.isatty() else 30):
             part = slice(start, start + BATCH)
             images = self.drawn(prompts.captions[part], prompts.seeds[part], config)
             with whole_file(folder / f"{start:06d}.npy") as temporary, open(temporary, "wb") as file:
                 np.save(file, images.numpy())
-        if self.workers.main:
+        if self.processes.main:
             self.made |= dict.fromkeys(makers(folder, bool(gone)))
-        self.workers.wait()
+        self.processes.wait()
         found = [batch_of(folder / f"{start:06d}.npy", min(BATCH, len(prompts) - start)) for start in starts]
         return torch.cat([part for part in found if part is not None])
 

@@ -76,7 +76,7 @@ def small_model() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
-def small_fit(path: Path, steps: int = 12, at: dict | None = None, workers=loop.ALONE,
+def small_fit(path: Path, steps: int = 12, at: dict | None = None, processes=loop.ALONE,
               **settings) -> tuple[nn.Module, list]:
     """Fit a two-layer network to a fixed linear map; returns the average and the weights after every step. ``at`` says
     what is done at a position of the data."""
@@ -99,9 +99,9 @@ def small_fit(path: Path, steps: int = 12, at: dict | None = None, workers=loop.
     options = {"optim": OptimConfig(learning_rate=0.02, warmup=2), "checkpoint_every": 4, "log_every": 1, "batch": 32,
                "precision": "fp32", **settings}
     config = TrainConfig(steps=steps, **options)
-    run = RunFolder(path, workers.main)
+    run = RunFolder(path, processes.main)
     run.path.mkdir(exist_ok=True)
     task = Task("small", data_at, loss_at, lambda model: {"a": float(model[0].weight.detach().sum())},
                 lambda model, step: None, ("a", "min"), lambda model: model(torch.zeros(1, 4)))
-    average = fit(task, model, config, run, 0, workers)
+    average = fit(task, model, config, run, 0, processes)
     return average, [*history[1:], [p.detach().clone() for p in model.parameters()]]

@@ -12,9 +12,10 @@ from torch import nn
 import train
 from files.config import ConfigError
 from model.discriminator import DiscriminatorConfig, PatchDiscriminator
-from training import autoencoder, loop
+from training import loop
 from training.loop import Interrupted
 from training.optim import learning_rate
+from training.stages import autoencoder
 from training.stages.adversarial_loss import AdversarialConfig, Adversary, adaptive_weight, discriminator_loss
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ from scipy.fft import idctn
 from tokenizers import Tokenizer as AnyTokenizer
 from tokenizers import models, pre_tokenizers
 
+from data.report.__main__ import main
 from data.report.duplicates import distance, near_groups, near_pairs, perceptual_hash, small_version
-from data.report.report import main
 from data.tokenizer import Tokenizer, TokenizerConfig
 
 

@@ -2,24 +2,20 @@
 import io
 import json
 import tarfile
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from data.catalog import DataConfig, build_source, data_key
 from data.command import opened_splits
 from data.images.folder import FolderConfig
-from data.images.shard_stream import ShardOrder, ShardStream, shard_stream
-from data.images.shards import ShardsConfig, main, shard_index
+from data.images.shards import ShardsConfig, shard_index
 from data.loader import Loader
 from data.order import Order
 from data.shapes.shapes import ShapesConfig
-from data.source import drawn
-from data.write_shards import write_shards
+from data.write_shards import main, write_shards
 
 SPLITS = ("train", "validation", "test")
 
@@ -217,57 +213,6 @@ def test_a_shard_cut_short_after_its_index_was_made_loses_only_its_end(shards, t
         file.truncate(4000)
     names = [source[i]["id"] for i in range(len(source))]
     assert 0 < len(source) - len(set(names)) < 8
-
-
-# ---- the stream
-
-@pytest.mark.parametrize("world, workers, buffer", [(1, 1, 1), (1, 2, 5), (2, 2, 16), (3, 1, 1000), (4, 3, 4)])
-def test_ranks_and_workers_together_read_every_item_once(world, workers, buffer):
-    shard_of = np.sort(np.random.default_rng(3).integers(0, 9, 100))
-    parts = world * workers
-    streams = [list(shard_stream(shard_of, 1, 2, part, parts, buffer)) for part in range(parts)]
-    assert Counter(index for stream in streams for index in stream) == Counter(range(100))
-    assert streams == [list(shard_stream(shard_of, 1, 2, part, parts, buffer)) for part in range(parts)]
-    if buffer > 1:
-        assert streams != [list(shard_stream(shard_of, 1, 3, part, parts, buffer)) for part in range(parts)]
-        assert streams != [list(shard_stream(shard_of, 2, 2, part, parts, buffer)) for part in range(parts)]
-    for part in range(parts):  # no shard is read by two parts
-        mine = set(shard_of[streams[part]])
-        assert all(not mine & set(shard_of[streams[other]]) for other in range(parts) if other != part)
-
-
-def test_the_buffer_shuffles_across_shards():
-    shard_of = np.repeat(np.arange(20), 50)
-    found = list(shard_stream(shard_of, 0, 0, buffer=200))
-    starts = np.array([len(set(shard_of[found[k:k + 32]])) for k in range(0, 900, 32)])
-    assert starts.min() >= 3  # a batch sees several shards
-    assert len(list(shard_stream(shard_of, 0, 0, buffer=1))) == 1000
-    with pytest.raises(ValueError, match="part: 2 of 2"):
-        next(shard_stream(shard_of, 0, 0, 2, 2))
-
-
-@pytest.mark.parametrize("world, workers", [(1, 0), (2, 0), (2, 2)])
-def test_the_stream_of_a_data_loader_reads_every_picture_once(shards, world, workers):
-    source = build_source(config_of(shards, crop="random"), "train")
-    items = [item for rank in range(world) for item in DataLoader(
-        ShardStream(source, 1, 2, rank, world, buffer=8), batch_size=None, num_workers=workers, collate_fn=lambda x: x)]
-    assert sorted(item["id"] for item in items) == sorted(source[i]["id"] for i in range(len(source)))
-    for item in items[:6]:  # the crop is that of (seed, epoch, index), whoever reads it
-        assert torch.equal(item["image"], drawn(source, item["index"], 2, 1)["image"])
-
-
-def test_an_order_by_shards_is_exact_and_reads_few_shards_at_a_time():
-    shard_of = np.repeat(np.arange(40), 25)
-    order, fresh = ShardOrder(shard_of, 3, buffer=50), ShardOrder(shard_of, 3, buffer=50)
-    batches = [order.indices(step, 50) for step in range(40)]
-    for epoch in range(2):
-        assert (np.sort(np.concatenate(batches[20 * epoch:20 * epoch + 20])) == np.arange(1000)).all()
-    assert all((fresh.indices(step, 50) == batches[step]).all() for step in (33, 2, 19, 20))
-    assert all((np.concatenate([order.indices(step, 50, rank, 2) for rank in (0, 1)]) == batches[step]).all()
-               for step in (0, 25))
-    assert (batches[0] != batches[20]).any()
-    opened = [len(set(shard_of[batch])) for batch in batches]
-    assert np.mean(opened) < 10 < np.mean([len(set(shard_of[Order(1000, 3).indices(step, 50)])) for step in range(20)])
 
 
 def test_workers_read_shards_like_this_process(shards):

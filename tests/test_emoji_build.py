@@ -10,8 +10,9 @@ import pytest
 from emoji_packages import SIZE, THINGS, TINTS, TONES, icon_sets, items_of, write_packages
 
 from data.emoji import build as emoji_build
+from data.emoji.__main__ import main
 from data.emoji.build import PACKAGES, build, check, fetch, integrity, render
-from data.emoji.emoji import STYLES, Emoji, EmojiConfig, main, names_in_all_styles
+from data.emoji.emoji import STYLES, Emoji, EmojiConfig, names_in_all_styles
 
 pytest.importorskip("resvg_py")
 

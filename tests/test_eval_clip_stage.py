@@ -17,6 +17,7 @@ from training.loop import TrainConfig
 from training.optim import OptimConfig
 from training.stages.clip import ClipStage, train_clip
 from training.stages.clip_texts import said
+from training.stages.context import StageContext
 
 CPU = torch.device("cpu")
 
@@ -64,7 +65,7 @@ def sources() -> tuple[Halves, Halves]:
 def run(tmp_path_factory, sources) -> RunFolder:
     run = RunFolder(tmp_path_factory.mktemp("runs") / "clip")
     run.path.mkdir()
-    train_clip(config(), *sources, run, CPU)
+    train_clip(config(), StageContext(run, *sources))
     return run
 
 
@@ -101,9 +102,9 @@ def test_a_stopped_run_goes_on_to_the_same_weights(run, sources, tmp_path):
             return super().__getitem__(index)
 
     with pytest.raises((Crash, ValueError)):
-        train_clip(config(), Failing(False), sources[1], again, CPU)
+        train_clip(config(), StageContext(again, Failing(False), sources[1]))
     assert not again.weights("clip").exists()
-    train_clip(config(), *sources, again, CPU)
+    train_clip(config(), StageContext(again, *sources))
     assert again.weights("clip").read_bytes() == run.weights("clip").read_bytes()
 
 
@@ -175,5 +176,5 @@ def test_what_cannot_be_trained_is_refused(sources, run):
         with pytest.raises(ValueError, match=line):
             dataclasses.replace(stage, **change)
     with pytest.raises(ValueError, match="stage clip with 2 processes; valid: one"):
-        train_clip(stage, *sources, run, CPU, Processes(world=2))
+        train_clip(stage, StageContext(run, *sources, processes=Processes(world=2)))
     ClipStage()  # the defaults fit each other

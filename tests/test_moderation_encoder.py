@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from files.weights import CheckpointError
 from moderate import main as safety
 from pipeline.moderation import Moderation
+from pipeline.text_head import FILE, read_head, untrained_head
 from safety.policy import HEADS, noisy_or
 from safety.prompt import load_artefact
+from training.moderation.config import ModeratorStage
 from training.moderation.corpus import read_corpus
-from training.moderation.encoder_head import FILE, EncoderHead, calibrated, fitted, plain, train_encoder_head
-from training.moderation.stage import ModeratorStage
+from training.moderation.encoder_head import calibrated, fitted, plain, train_encoder_head
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModeratorStage(twins=8, kept={"captions": 1.0}, budget={"captions": 0.02})
@@ -42,7 +43,7 @@ def test_it_learns_words_that_its_encoder_was_never_taught(tiny_run, text):
     """Scores of texts with a bad word are above those without, on groups that were not trained on."""
     rows = [row for row in read_corpus([text]).rows if row.labels]
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "test")}
-    head = fitted(EncoderHead.untrained(tiny_run), parts["train"], CONFIG, epochs=100)
+    head = fitted(untrained_head(tiny_run), parts["train"], CONFIG, epochs=100)
     with torch.no_grad():
         found = torch.sigmoid(head.net(head.states(plain(parts["test"])))).amax(dim=1)
     bad = torch.tensor([row.harmful for row in parts["test"]])
@@ -50,7 +51,7 @@ def test_it_learns_words_that_its_encoder_was_never_taught(tiny_run, text):
 
 
 def test_it_is_read_back_and_says_what_the_trained_one_says(run, text):
-    one, two = EncoderHead.of_run(run), EncoderHead.of_run(run)
+    one, two = read_head(run), read_head(run)
     found = one(f"a {CALM[0]} {BAD['violence'][0]}")
     assert found == two(f"a {CALM[0]} {BAD['violence'][0]}") and set(found) == set(HEADS)
     assert all(0 <= value <= 1 for value in found.values())
@@ -58,7 +59,7 @@ def test_it_is_read_back_and_says_what_the_trained_one_says(run, text):
 
 def test_nothing_of_a_long_text_is_cut_off(run):
     """A word behind hundreds of others still changes the state."""
-    head = EncoderHead.of_run(run)
+    head = read_head(run)
     long = " ".join(CALM * 30)
     states = head.states([long, f"{long} {BAD['violence'][0]}", ""])
     assert states.shape == (3, 16) and torch.isfinite(states).all()
@@ -66,7 +67,7 @@ def test_nothing_of_a_long_text_is_cut_off(run):
 
 
 def test_states_do_not_depend_on_the_batch(run):
-    head = EncoderHead.of_run(run)
+    head = read_head(run)
     texts = [f"a {word} and a {other}" for word in CALM for other in CALM]
     together, apart = head.states(texts), torch.cat([head.states([text]) for text in texts])
     torch.testing.assert_close(together, apart, atol=1e-6, rtol=1e-5)
@@ -75,7 +76,7 @@ def test_states_do_not_depend_on_the_batch(run):
 def test_by_itself_it_flags_no_more_harmless_text_than_its_budget(tiny_run, text, tmp_path):
     artefact = load_artefact(written(tmp_path / "moderation.safetensors"))
     rows = [row for row in read_corpus([text]).rows if row.labels]
-    head = calibrated(fitted(EncoderHead.untrained(tiny_run), rows, CONFIG), rows, artefact, budget=0.05)
+    head = calibrated(fitted(untrained_head(tiny_run), rows, CONFIG), rows, artefact, budget=0.05)
     harmless = [row for row in rows if row.harmless and row.source == "captions"]
     limits = torch.tensor([artefact.policy.limits[name].flag for name in HEADS])
     with torch.no_grad():
@@ -88,7 +89,7 @@ def test_the_gate_asks_both_heads_and_joins_them_by_noisy_or(run):
     assert moderation.gate is not None
     text = f"a {CALM[0]} {BAD['violence'][0]}"
     heads = moderation.gate.explain(text).heads
-    assert len(heads) == 2 and heads[1] == EncoderHead.of_run(run)(text)
+    assert len(heads) == 2 and heads[1] == read_head(run)(text)
     assert moderation.gate.check(text).scores["violence"] == pytest.approx(
         noisy_or([head["violence"] for head in heads]))
     without = Moderation.load("block", run / "moderation.safetensors")
@@ -99,7 +100,7 @@ def test_the_command_line_asks_as_the_programs_that_draw_do(run, capsys):
     text = f"a {CALM[0]} {BAD['violence'][0]}"
     assert safety(["explain", text, "--run", str(run), "--json"]) == 0
     heads = json.loads(capsys.readouterr().out)["heads"]
-    assert len(heads) == 2 and heads[1] == EncoderHead.of_run(run)(text)
+    assert len(heads) == 2 and heads[1] == read_head(run)(text)
     assert safety(["check", "a zorbic star", "--run", str(run)]) == 5  # by the weights in the run folder
     with pytest.raises(ValueError, match="none"):
         safety(["check", "a star", "--run", str(run / "none")])

@@ -13,6 +13,7 @@ from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.device import frozen
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
+from pipeline.config import SystemConfig
 from pipeline.prompts import (
     Prompt,
     alternatives,

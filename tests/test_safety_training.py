@@ -15,15 +15,15 @@ from benchmarks.moderation.obfuscation import KINDS, obfuscated
 from safety.gate import PromptGate
 from safety.policy import HEADS
 from safety.prompt import DEFAULT, HeadConfig, PromptHead, load_artefact
+from train import main
 from training.moderation.artefact import NEVER, blocked, level_of, limits_within
+from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Row, TextFilesError, read_corpus, regrouped
 from training.moderation.stage import (
-    ModeratorStage,
     Network,
     bag,
     batch_loss,
     labels,
-    main,
     quantized,
     trained,
     twin_places,
@@ -44,11 +44,11 @@ def folder(tmp_path_factory) -> Path:
 def run(folder, tmp_path_factory) -> Path:
     """What the command leaves behind."""
     config = tmp_path_factory.mktemp("config") / "moderation.yaml"
-    config.write_text("name: tiny\n"
+    config.write_text("name: tiny\nstages: [moderator]\n"
                       "moderator: {head: {char_bits: 10, word_bits: 10, width: 4, hidden: 8}, epochs: 6, batch: 64,\n"
                       "  twins: 8, learning_rate: 0.02, budget: {captions: 0.02}, kept: {captions: 1.0}}\n")
     out = config.parent / "run"
-    main([str(config), f"data.root={folder}", f"run={out}"])
+    main([str(config), f"moderator.data.root={folder}", f"run={out}"])
     return out
 
 

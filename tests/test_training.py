@@ -25,6 +25,7 @@ from model.autoencoder import Autoencoder
 from training.experiment import USUAL, Experiment
 from training.loop import Interrupted
 from training.stages.autoencoder import AutoencoderStage, psnr, reconstruction_loss
+from training.stages.context import StageContext
 from training.stages.denoiser import train_denoiser
 
 ROOT = Path(__file__).parents[1]
@@ -243,8 +244,9 @@ def test_eight_pairs_are_learnt_by_heart(tmp_path, tiny):
     autoencoder.measure([image_batch(source, np.arange(8))])
     save_weights(autoencoder, run.weights("autoencoder"))
     tokenizer = Tokenizer.train([source.captions(i)[0] for i in range(8)], experiment.tokenizer)
-    train_denoiser(experiment.denoiser, source, source, {"source": "colours"}, tokenizer, autoencoder, run, 0,
-                   torch.device("cpu"), lambda networks, step: None)
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    train_denoiser(experiment.denoiser, StageContext(run, source, source, data_key={"source": "colours"},
+                                                     system=experiment.system))
     found = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
     assert found[0] == pytest.approx(1.0, abs=0.2)
     assert sum(found[-10:]) / 10 < 0.2

@@ -103,7 +103,7 @@ ALONE = Processes()
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Processes]:
+def process_group() -> Iterator[Processes]:
     """This process among those that torchrun started, or alone. Raises ProcessLost in place of what a broken
     connection raises: another process has ended."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -121,9 +121,9 @@ def processes() -> Iterator[Processes]:
         # after a restart the store still has the addresses of the processes before
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-        workers = Processes(rank, world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
-        yield workers
-        workers.wait()  # the store may end with the main process
+        processes = Processes(rank, world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
+        yield processes
+        processes.wait()  # the store may end with the main process
     except (RuntimeError, OSError) as error:
         if not any(word in str(error) for word in LOST):
             raise
@@ -157,14 +157,14 @@ class Loss(nn.Module):
         return self.loss_at(self.model, *arguments)
 
 
-def spread(loss: Loss, parallel: Parallel, shards: int, workers: Processes, device: torch.device) -> nn.Module:
+def spread(loss: Loss, parallel: Parallel, shards: int, processes: Processes, device: torch.device) -> nn.Module:
     """``loss`` as it is called in every process; its model is changed in place by ``fsdp`` and ``hybrid``.
 
     ``shards`` processes hold one copy under ``hybrid``, 0 for those of one machine. Raises ValueError where they do not
     divide the processes.
     """
     if parallel == "ddp":
-        if workers.world == 1:
+        if processes.world == 1:
             return loss
         return DistributedDataParallel(loss, gradient_as_bucket_view=True)
     from torch.distributed.device_mesh import init_device_mesh  # these take 0.7 s, for those who shard
@@ -173,12 +173,12 @@ def spread(loss: Loss, parallel: Parallel, shards: int, workers: Processes, devi
     if not dist.is_initialized():  # sharding over one process: the same code, the same files
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                                 world_size=1)
-    shape: tuple[int, ...] = (workers.world,)
+    shape: tuple[int, ...] = (processes.world,)
     if parallel == "hybrid":
-        shards = shards or workers.local_world
-        if workers.world % shards:
-            raise ValueError(f"shards: {shards} for {workers.world} processes; valid: a divisor of {workers.world}")
-        shape = (workers.world // shards, shards)
+        shards = shards or processes.local_world
+        if processes.world % shards:
+            raise ValueError(f"shards: {shards} for {processes.world} processes; valid: a divisor of {processes.world}")
+        shape = (processes.world // shards, shards)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
     for parameter in loss.parameters():  # a slice of rows is only one piece of memory in this order
         parameter.data = parameter.data.contiguous()

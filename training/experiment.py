@@ -1,7 +1,9 @@
-"""What one YAML file in configs/ describes: data, stages, and how to sample."""
+"""What one YAML file in configs/ describes: data, stages, and how to sample; and the table of stages."""
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.catalog import DataConfig
 from data.tokenizer import TokenizerConfig
@@ -10,11 +12,37 @@ from diffusion.sampling import SamplingConfig, check_sampling
 from diffusion.schedule import Schedule
 from files.config import apply_overrides, from_dict, read_yaml
 from pipeline.config import SystemConfig, latent_shape_of
-from training.stages.autoencoder import AutoencoderStage
-from training.stages.clip import ClipStage
-from training.stages.denoiser import DenoiserStage
+from training.moderation.config import ModeratorStage
+from training.moderation.stage import train_moderator
+from training.stages.autoencoder import AutoencoderStage, train_autoencoder
+from training.stages.clip import ClipStage, train_clip
+from training.stages.context import StageContext
+from training.stages.denoiser import DenoiserStage, train_denoiser
+from training.stages.tokenizer import train_tokenizer
 
-STAGES = ("tokenizer", "autoencoder", "clip", "denoiser")
+
+@dataclass(frozen=True)
+class Stage:
+    """A row of the table of stages. ``needs`` names stages whose files must lie in the run folder, ``leaves`` are its
+    own files there: when all of them exist the stage is finished. ``train`` gets the part of the experiment that bears
+    the name of the stage."""
+
+    name: str
+    needs: tuple[str, ...]
+    leaves: tuple[str, ...]
+    train: Callable[[Any, StageContext], None]
+    reads_images: bool = True
+
+
+# in the order in which they run; adding a stage is a row here, its part of Experiment below, and a file of its own
+STAGES = {stage.name: stage for stage in (
+    Stage("tokenizer", (), ("tokenizer.json",), train_tokenizer),
+    Stage("autoencoder", (), ("autoencoder.safetensors",), train_autoencoder),
+    Stage("clip", (), ("clip_tokenizer.json", "clip.safetensors"), train_clip),
+    Stage("denoiser", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"),
+          train_denoiser),
+    Stage("moderator", (), ("moderation.json", "moderation.safetensors"), train_moderator, reads_images=False),
+)}
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
 
 
@@ -31,6 +59,7 @@ class Experiment:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     clip: ClipStage = field(default_factory=ClipStage)
     denoiser: DenoiserStage = field(default_factory=DenoiserStage)
+    moderator: ModeratorStage = field(default_factory=ModeratorStage)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):

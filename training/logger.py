@@ -22,15 +22,15 @@ class Logger:
     """Progress bar of one stage and metrics.jsonl of the run; use as a context manager. Only the main process speaks
     and writes."""
 
-    def __init__(self, path: Path, stage: str, first: int, steps: int, batch: int, workers: Processes = ALONE):
-        self.path, self.stage, self.batch, self.steps, self.workers = path, stage, batch, steps, workers
+    def __init__(self, path: Path, stage: str, first: int, steps: int, batch: int, processes: Processes = ALONE):
+        self.path, self.stage, self.batch, self.steps, self.processes = path, stage, batch, steps, processes
         # a log file gets a line every 30 seconds, a terminal a live bar
         self.bar = tqdm(total=steps, initial=first, desc=stage, unit="step", dynamic_ncols=True,
-                        mininterval=0.5 if sys.stderr.isatty() else 30.0, disable=not workers.main)
+                        mininterval=0.5 if sys.stderr.isatty() else 30.0, disable=not processes.main)
         self.began, self.first, self.count = time.perf_counter(), first, 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.board = board_of(path.parent / "tensorboard" / stage, first) if workers.main else None
-        if workers.main:
+        self.board = board_of(path.parent / "tensorboard" / stage, first) if processes.main else None
+        if processes.main:
             cut_half_line(path)
 
     def __enter__(self) -> "Logger":
@@ -56,7 +56,7 @@ class Logger:
         """
         means = {}
         if self.count:
-            total = self.workers.sum(torch.stack(list(self.sums.values())).cpu()) / self.count
+            total = self.processes.sum(torch.stack(list(self.sums.values())).cpu()) / self.count
             means = dict(zip(self.sums, total.tolist()))
         seconds = time.perf_counter() - self.began
         pace = seconds / max(1, step - self.first)
@@ -74,7 +74,7 @@ class Logger:
 
     def write(self, values: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl. Raises CheckpointError when that is not possible."""
-        if not self.workers.main:
+        if not self.processes.main:
             return
         line = {"stage": self.stage, **{k: rounded(v) for k, v in values.items()}}
         try:
@@ -89,7 +89,7 @@ class Logger:
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
-        if self.workers.main:
+        if self.processes.main:
             tqdm.write(text)
 
 

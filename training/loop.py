@@ -18,7 +18,7 @@ from training.checkpoints.checkpoint import Best, Checkpoints
 from training.checkpoints.state import State, Stateful
 from training.distributed import ALONE, Loss, Parallel, Processes, full, gradients_kept_here, spread
 from training.ema import M, PowerEma, gamma_from_std
-from training.guard import Guard, GuardConfig
+from training.guard import Guard, GuardConfig, Verdict
 from training.logger import Logger
 from training.optim import OptimConfig, build_optimizer, learning_rate
 from training.seed import Part, parts_of, step_seed
@@ -89,7 +89,7 @@ class Task(Generic[M]):
     beside: Mapping[str, Stateful] = field(default_factory=dict)  # ``loss_at`` alone changes it, checkpoints keep it
 
 
-def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int, workers: Processes = ALONE) -> M:
+def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int, processes: Processes = ALONE) -> M:
     """Train ``model`` for ``config.steps`` steps, from the newest checkpoint if there is one; returns the average.
 
     Raises Interrupted after SIGTERM or Ctrl-C, once the state is saved, TrainingError when skipping bad steps and going
@@ -99,94 +99,136 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
     device = next(model.parameters()).device
     dtype = autocast_dtype(config.precision, device)
     autocast = partial(torch.autocast, device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
-    parts = parts_of(config.batch, workers.rank, workers.world, config.accumulate)
+    parts = parts_of(config.batch, processes.rank, processes.world, config.accumulate)
     averages = averages_of(model, config)
-    # three times the operations of a forward pass: the backward pass has two matrix products for each (Kaplan 2020)
-    flops = 3 * config.batch * forward_flops(averages[0].average, partial(task.item, averages[0].average))
-    peak = workers.world * peak_flops(device, dtype or torch.float32)
-    trainer = prepared(task, model, averages, config, workers, device)
+    cost = cost_of(task, averages[0].average, config, processes, device)
+    trainer = prepared(task, model, averages, config, processes)
     optimizer = build_optimizer(model, config.optim)
     guard, clock = Guard(config.guard), Clock(device)
+    state = State(model, averages, optimizer, guard, task.beside, checkpoints_of(task.name, run, config, processes),
+                  processes, run.about)
     best = Best(run.state(task.name) / "best.safetensors", *task.best)
-    state = State(model, averages, optimizer, guard, task.beside, checkpoints_of(task.name, run, config, workers),
-                  workers, run.about)
     step = state.restore() or 0
     model.train()
-    with Logger(run.metrics, task.name, step, config.steps, config.batch, workers) as log, StopSignal() as stop:
+    with Logger(run.metrics, task.name, step, config.steps, config.batch, processes) as log, StopSignal() as stop:
         while step < config.steps:
-            rate = learning_rate(step, config.steps, config.optim)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            position, done = step + guard.moved, step + 1
-            last, logging = done == config.steps, done % config.log_every == 0 or done == config.steps
+            position, done = step + guard.moved, step + 1  # the place in the data, the steps when this one is done
+            set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim))
+            clock.start(exact=done % config.log_every == 0 or done == config.steps)
 
-            clock.start(exact=logging)
             data = task.data_at(position)
             clock.mark("data")
-            totals: dict[str, torch.Tensor] = {}
+            losses: dict[str, torch.Tensor] = {}
             for part in parts:
-                torch.manual_seed(step_seed(seed, task.name + (f"/{part.start}" if part.start else ""), position))
-                with gradients_kept_here(trainer, part is not parts[-1]):  # dropout draws from the global generator
+                seed_globally(seed, task.name, position, part)  # dropout draws from the global generator
+                with gradients_kept_here(trainer, part is not parts[-1]):
                     with autocast():
-                        losses = trainer(data, position, part)
+                        found = trainer(data, position, part)  # forward and loss
                     clock.mark("forward")
-                    (losses["loss"] * (part.share * workers.world)).backward()  # processes are averaged, parts added
+                    (found["loss"] * (part.share * processes.world)).backward()  # processes are averaged, parts added
                     clock.mark("backward")
-                for name, loss in losses.items():
-                    totals[name] = totals.get(name, 0.0) + loss.detach() * part.share
+                for name, loss in found.items():
+                    losses[name] = losses.get(name, 0.0) + loss.detach() * part.share
             norm = float(full(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
             verdict = guard.judge(norm)
             if verdict == "good":
                 optimizer.step()
-                log.add(totals)
+                log.add(losses)
             else:
                 log.event(done, f"{guard.reason(norm)} at step {step}", verdict)
             optimizer.zero_grad(set_to_none=True)
             clock.mark("optimizer")
-
             if verdict in ("roll back", "stop"):
-                rollbacks = guard.rollbacks
-                back = state.restore(regular=True) if verdict == "roll back" else None
-                if back is None:
-                    raise TrainingError(f"{task.name}: {guard.reason(norm)} at step {step}, after {guard.bad - 1} that "
-                                        f"were skipped and {rollbacks} times back; the newest checkpoint in "
-                                        f"{run.state(task.name)} is from before")
-                guard.moved_on(position + 1, back, rollbacks + 1)
-                step = back
+                step = gone_back(state, task.name, run, step, norm, verdict)
                 continue
-            for ema in averages:
-                ema.update(model, done)
+            for average in averages:
+                average.update(model, done)
             clock.mark("average")
 
-            if logging:
-                split = clock.means()
-                used = flops / (peak * max(sum(split.values()), 1e-9))
-                log.flush(done, learning_rate=rate, gradient_norm=norm, split=split, share_of_peak=used,
-                          memory=peak_memory(device))
-                clock.clear()
-            validating = done % config.validate_every == 0 or last
-            previewing = done % config.preview_every == 0 or last
-            if validating or previewing:
-                average = averages[0].whole()
-                if validating and workers.main:
-                    with autocast():
-                        measured = task.validate(average)
-                    log.write({"step": done, **{f"validation_{k}": v for k, v in measured.items()}})
-                    best.offer(average, done, measured)
-                if previewing and workers.main:
-                    task.preview(average, done)
-            if config.snapshots.every and (done % config.snapshots.every == 0 or last):
-                save_snapshots(run.snapshots(task.name), averages, config.snapshots, done, workers.main)
-            regular = done % config.checkpoint_every == 0 and guard.bad == 0  # it may have to be gone back to
-            stopping = workers.any(stop.requested)  # once: a signal during the next lines waits for the next step
-            if regular:
-                guard.rollbacks = 0  # counts those to the same checkpoint
-            if regular or last or stopping:
-                state.save(done, regular)
-            if stopping:
-                raise Interrupted(f"{task.name} stopped after step {done}; the same command continues it")
+            if done % config.log_every == 0 or done == config.steps:
+                log.flush(done, learning_rate=optimizer.param_groups[0]["lr"], gradient_norm=norm,
+                          **spent(clock, cost, device))
+            look_at_average(task, averages[0], done, config, log, best, processes, autocast)
+            if config.snapshots.every and (done % config.snapshots.every == 0 or done == config.steps):
+                save_snapshots(run.snapshots(task.name), averages, config.snapshots, done, processes.main)
+            keep_state(state, task.name, done, config, processes.any(stop.requested))
             step = done
     return averages[0].whole()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The same rate for every group of parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def seed_globally(seed: int, name: str, position: int, part: Part) -> None:
+    """Seed torch's global generator as a function of (seed, stage, place in the data, part of the batch)."""
+    torch.manual_seed(step_seed(seed, name + (f"/{part.start}" if part.start else ""), position))
+
+
+def cost_of(task: Task[M], model: M, config: TrainConfig, processes: Processes, device: torch.device) -> float:
+    """The least seconds that a step can take: its operations over what the machine does in a large matrix product.
+
+    A step has three times the operations of a forward pass: the backward pass has two matrix products for each (Kaplan
+    et al. 2020, section 2.1).
+    """
+    operations = 3 * config.batch * forward_flops(model, partial(task.item, model))
+    peak = peak_flops(device, autocast_dtype(config.precision, device) or torch.float32)
+    return operations / (processes.world * peak)
+
+
+def spent(clock: Clock, cost: float, device: torch.device) -> dict[str, Any]:
+    """What the steps since the last call took: seconds of each part, share of the peak, memory."""
+    split = clock.means()
+    clock.clear()
+    return {"split": split, "share_of_peak": cost / max(sum(split.values()), 1e-9), "memory": peak_memory(device)}
+
+
+def gone_back(state: State, name: str, run: RunFolder, step: int, norm: float, verdict: Verdict) -> int:
+    """Go back to the newest regular checkpoint and on with the data behind the bad steps; returns its number of steps.
+
+    Raises TrainingError when the guard says stop, or when there is no such checkpoint.
+    """
+    guard, rollbacks = state.guard, state.guard.rollbacks
+    position, reason, bad = step + guard.moved, guard.reason(norm), guard.bad
+    back = state.restore(regular=True) if verdict == "roll back" else None
+    if back is None:
+        raise TrainingError(f"{name}: {reason} at step {step}, after {bad - 1} that were skipped and {rollbacks} times "
+                            f"back; the newest checkpoint in {run.state(name)} is from before")
+    guard.moved_on(position + 1, back, rollbacks + 1)
+    return back
+
+
+def look_at_average(task: Task[M], ema: PowerEma[M], done: int, config: TrainConfig, log: Logger, best: Best,
+                    processes: Processes, autocast: Callable) -> None:
+    """Validate the averaged model, keep it if it is the best so far, and draw a preview, each at its interval."""
+    last = done == config.steps
+    validating, previewing = (done % every == 0 or last for every in (config.validate_every, config.preview_every))
+    if not (validating or previewing):
+        return
+    average = ema.whole()
+    if validating and processes.main:
+        with autocast():
+            measured = task.validate(average)
+        log.write({"step": done, **{f"validation_{name}": value for name, value in measured.items()}})
+        best.offer(average, done, measured)
+    if previewing and processes.main:
+        task.preview(average, done)
+
+
+def keep_state(state: State, name: str, done: int, config: TrainConfig, stopping: bool) -> None:
+    """Save a checkpoint at its interval, after the last step, and when the run is asked to stop.
+
+    Raises Interrupted in the last case, once it is saved.
+    """
+    regular = done % config.checkpoint_every == 0 and state.guard.bad == 0  # it may have to be gone back to
+    if regular:
+        state.guard.rollbacks = 0  # counts those to the same checkpoint
+    if regular or done == config.steps or stopping:
+        state.save(done, regular)
+    if stopping:
+        raise Interrupted(f"{name} stopped after step {done}; the same command continues it")
 
 
 def averages_of(model: M, config: TrainConfig) -> list[PowerEma[M]]:
@@ -195,13 +237,14 @@ def averages_of(model: M, config: TrainConfig) -> list[PowerEma[M]]:
     return [PowerEma(model, std) for std in dict.fromkeys(stds)]
 
 
-def prepared(task: Task[M], model: M, averages: list[PowerEma[M]], config: TrainConfig, workers: Processes,
-             device: torch.device) -> nn.Module:
+def prepared(task: Task[M], model: M, averages: list[PowerEma[M]], config: TrainConfig,
+             processes: Processes) -> nn.Module:
     """What is called for the loss: the model, compiled and spread over processes as configured, its averages too."""
     if config.compile:
         for part in model.children():
             part.compile()
-    trainer = spread(Loss(model, task.loss_at), config.parallel, config.shards, workers, device)
+    trainer = spread(Loss(model, task.loss_at), config.parallel, config.shards, processes,
+                     next(model.parameters()).device)
     if config.parallel != "ddp":
         if task.beside:
             raise ValueError(f"parallel: {config.parallel}; valid for this stage: ddp, {', '.join(task.beside)} beside "
@@ -211,12 +254,12 @@ def prepared(task: Task[M], model: M, averages: list[PowerEma[M]], config: Train
     return trainer
 
 
-def checkpoints_of(name: str, run: RunFolder, config: TrainConfig, workers: Processes) -> Checkpoints:
+def checkpoints_of(name: str, run: RunFolder, config: TrainConfig, processes: Processes) -> Checkpoints:
     """Whole files, or folders that every process writes its slice into where the model is spread."""
     if config.parallel == "ddp":
         return Checkpoints(run.state(name), config.keep)
     from training.checkpoints.sharded import ShardedCheckpoints
-    return ShardedCheckpoints(run.state(name), config.keep, workers)
+    return ShardedCheckpoints(run.state(name), config.keep, processes)
 
 
 class StopSignal:

@@ -25,7 +25,9 @@ from model.device import default_device, frozen, placed
 from training.ema import gamma_from_std
 from training.experiment import load_experiment
 from training.snapshots import Snapshot, snapshots_in
+from training.stages.context import StageContext
 from training.stages.denoiser import Denoising, Networks, held_out_pairs, new_networks
+from training.stages.pairs import encoder_of
 
 PLOTTED = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25)
 COPIED = ("config.yaml", "manifest.json", "tokenizer.json", "autoencoder.safetensors")
@@ -125,13 +127,14 @@ def main(arguments: list[str]) -> None:
     for std in options.std:
         gamma_from_std(std)
     run = RunFolder.open(options.run)
-    run.require("tokenizer", "autoencoder", "denoiser")
+    run.require("tokenizer.json", "autoencoder.safetensors", "denoiser.safetensors")
     experiment, device = load_experiment(run.path / "config.yaml"), default_device()
     stage = experiment.denoiser
     autoencoder = Autoencoder(experiment.autoencoder.model)
     load_weights(autoencoder, run.weights("autoencoder"))
-    read = held_out_pairs(stage, build_source(experiment.data.squares, "validation"), data_key(experiment.data),
-                          frozen(placed(autoencoder, device)), run, experiment.seed, device)
+    context = StageContext(run, validation=build_source(experiment.data.squares, "validation"), seed=experiment.seed,
+                           device=device, data_key=data_key(experiment.data))
+    read = held_out_pairs(stage, context, encoder_of(frozen(placed(autoencoder, device)), device))
     denoising = Denoising(stage, Tokenizer.load(run.path / "tokenizer.json"), experiment.seed, device)
     networks = frozen(new_networks(stage, experiment.seed, device))
     losses = {}

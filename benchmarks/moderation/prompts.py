@@ -21,12 +21,12 @@ from benchmarks.moderation.peers import flagged
 from benchmarks.moderation.rules import obfuscation_table, trap_table
 from benchmarks.moderation.time import time_tables
 from files.whole import write_text
+from pipeline.text_head import EncoderHead
 from safety.gate import PromptGate
 from safety.normalize import LONGEST, normalize
 from safety.policy import HEADS, noisy_or
 from safety.prompt import DEFAULT
 from training.moderation.corpus import ALIASES, Corpus, Row, read_corpus
-from training.moderation.encoder_head import EncoderHead
 
 TOPICS = {"sexual": "sexual", "violence": "violence", "disturbing": "shocking", "illegal": "illegal activity",
           "hate": "hate", "self-harm": "self-harm", "harassment": "harassment"}

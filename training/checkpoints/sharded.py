@@ -32,17 +32,17 @@ class ShardedCheckpoints(Checkpoints):
 
     suffix = ".dcp"
 
-    def __init__(self, folder: str | Path, keep: int, workers: Processes):
+    def __init__(self, folder: str | Path, keep: int, processes: Processes):
         super().__init__(folder, keep)
-        self.workers = workers
+        self.processes = processes
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any] | None = None, regular: bool = True) -> Path:
         """As `Checkpoints.save`; ``state`` has ``tensors``, flat, and ``values``, plain data."""
         path, temporary = self.path(step), self.folder / f".step_{step:08d}.part"
-        if self.workers.main:
+        if self.processes.main:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self.workers.wait()
+        self.processes.wait()
         try:
             dcp.save(state["tensors"], checkpoint_id=temporary)
             self._complete(temporary, path, {"step": step, "regular": regular, "values": state["values"],
@@ -50,21 +50,21 @@ class ShardedCheckpoints(Checkpoints):
         except (CheckpointException, OSError, RuntimeError) as error:
             reason = _first(error)
             space = free_space(path)
-            if self.workers.main:
+            if self.processes.main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"could not write {path}: {reason} ({space}); earlier checkpoints are "
                                   "untouched") from None
-        self.workers.wait()
+        self.processes.wait()
         return path
 
     def _complete(self, temporary: Path, path: Path, about: dict[str, Any]) -> None:
         """Hash what was written, every process its own files, and give the folder its name."""
-        own = {file.name: sha256_of(file) for file in temporary.glob(f"__{self.workers.rank}_*")}
+        own = {file.name: sha256_of(file) for file in temporary.glob(f"__{self.processes.rank}_*")}
         hashes: list[Any] = [own]
-        if self.workers.world > 1:
-            hashes = [None] * self.workers.world
+        if self.processes.world > 1:
+            hashes = [None] * self.processes.world
             dist.all_gather_object(hashes, own)
-        if not self.workers.main:
+        if not self.processes.main:
             return
         files = {name: digest for part in hashes for name, digest in part.items()}
         files[".metadata"] = sha256_of(temporary / ".metadata")
@@ -82,8 +82,8 @@ class ShardedCheckpoints(Checkpoints):
     def latest(self, regular: bool = False, like: dict[str, Tensor] | None = None) -> dict[str, Any] | None:
         """As `Checkpoints.latest`; ``like`` holds tensors of the shapes, and spread as, those to be read; what the
         optimizer keeps is spread as its parameters."""
-        found = self._newest(regular) if self.workers.main else None
-        found = self.workers.from_main(found)
+        found = self._newest(regular) if self.processes.main else None
+        found = self.processes.from_main(found)
         if found is None:
             return None
         path = self.folder / found

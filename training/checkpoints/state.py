@@ -27,10 +27,10 @@ class State:
     """Saves and restores a stage. All processes call every method; whole files are written by the main one."""
 
     def __init__(self, model: nn.Module, averages: list[PowerEma], optimizer: Optimizer, guard: Guard,
-                 beside: Mapping[str, Stateful], checkpoints: Checkpoints, workers: Processes,
+                 beside: Mapping[str, Stateful], checkpoints: Checkpoints, processes: Processes,
                  about: Callable[[], dict[str, Any]] = dict):
         self.model, self.averages, self.optimizer, self.guard = model, averages, optimizer, guard
-        self.beside, self.checkpoints, self.workers, self.about = beside, checkpoints, workers, about
+        self.beside, self.checkpoints, self.processes, self.about = beside, checkpoints, processes, about
         self.sharded = averages[0].sharded
 
     def save(self, step: int, regular: bool) -> None:
@@ -40,7 +40,7 @@ class State:
             tensors = {**self._tensors(), **optimizer_tensors(self.model, self.optimizer)}
             values = {"guard": self.guard.state_dict()}
             self.checkpoints.save(step, {"tensors": tensors, "values": values}, self.about(), regular)
-        elif self.workers.main:
+        elif self.processes.main:
             self.checkpoints.save(step, {
                 "model": self.model.state_dict(), "average": self.averages[0].state_dict(),
                 "averages": {f"{ema.std:g}": ema.state_dict() for ema in self.averages[1:]},
@@ -52,13 +52,13 @@ class State:
         state = self._sharded_state(regular) if self.sharded else self._whole_state(regular)
         if state is None:
             return None
-        if self.workers.main:
+        if self.processes.main:
             print(f"continuing after step {state['step']} from {self.checkpoints.folder}")
         return state["step"]
 
     def _whole_state(self, regular: bool) -> dict[str, Any] | None:
-        state = self.checkpoints.latest(regular) if self.workers.main else None
-        step = self.workers.from_main(None if state is None else state["step"])
+        state = self.checkpoints.latest(regular) if self.processes.main else None
+        step = self.processes.from_main(None if state is None else state["step"])
         if step is None:
             return None
         if state is None:  # the others read what the main process has found to be whole

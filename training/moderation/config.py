@@ -16,7 +16,7 @@ class TextData:
 
 @dataclass(frozen=True)
 class ModeratorStage:
-    """``variations`` of each text beside itself; ``twins`` pairs in each batch, ``margin`` between their logits.
+    """``data`` is the labelled text. ``variations`` of each text beside itself; ``twins`` pairs in each batch, ``margin`` between their logits.
 
     ``kept`` is the share of a file that is trained on, where there is more of one kind than is of use; ``forget`` the
     share of n-grams left out of every text in every step, so that no single one decides.
@@ -24,6 +24,7 @@ class ModeratorStage:
     share that may be flagged; ``minors_budget`` that of harmless text with a minor that the rule may refuse.
     """
 
+    data: TextData = field(default_factory=TextData)
     head: HeadConfig = field(default_factory=HeadConfig)
     epochs: int = 4
     batch: int = 256
@@ -54,18 +55,3 @@ class ModeratorStage:
         if self.flag_budget < 1 or not 0 < self.minors_budget < 1:
             raise ValueError(f"flag_budget {self.flag_budget}, minors_budget {self.minors_budget}; valid: from 1 up, "
                              "between 0 and 1")
-
-
-@dataclass(frozen=True)
-class ModeratorExperiment:
-    """A file of configs/ with the stage `moderator` alone."""
-
-    name: str
-    seed: int = 0
-    stages: tuple[str, ...] = ("moderator",)
-    data: TextData = field(default_factory=TextData)
-    moderator: ModeratorStage = field(default_factory=ModeratorStage)
-
-    def __post_init__(self):
-        if self.stages != ("moderator",):
-            raise ValueError(f"stages: {list(self.stages)}; valid: moderator")

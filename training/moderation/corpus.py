@@ -94,17 +94,17 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
     lists: dict[str, set[str]] = {"words.txt": set(), "names.txt": set()}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise TextFilesError(f"data.root: no folder {folder}; valid: one with CSV files of text")
+            raise TextFilesError(f"moderator.data.root: no folder {folder}; valid: one with CSV files of text")
         paths = sorted(folder.glob("*.csv"))
         if not paths:
-            raise TextFilesError(f"data.root: no CSV file in {folder}; valid headers: see training/moderation/corpus.py")
+            raise TextFilesError(f"moderator.data.root: no CSV file in {folder}; valid headers: see training/moderation/corpus.py")
         for path in paths:
             read_file(path, rows, terms)
         for name, words in lists.items():
             if (folder / name).is_file():
                 words.update((folder / name).read_text(encoding="utf-8").split("\n"))
     if not any(row.harmful for row in rows) or not any(row.harmless for row in rows):
-        raise TextFilesError("data.root: valid: at least one harmful and one harmless text")
+        raise TextFilesError("moderator.data.root: valid: at least one harmful and one harmless text")
     return Corpus(regrouped(rows), terms, lists["words.txt"] - {""}, lists["names.txt"] - {""})
 
 

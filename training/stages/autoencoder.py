@@ -13,20 +13,19 @@ import torch
 
 from data.loader import Batch, Loader
 from data.order import Order
-from data.source import Source, image_batch
+from data.source import image_batch
 from eval.features.efficientnet import Features
 from eval.fidelity import psnr, ssim
 from eval.frechet import Moments, frechet_distance
 from files.images import to_unit
-from files.run_folder import RunFolder
 from files.sheets import save_grid
 from files.weights import save_weights
 from model.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from model.device import autocast_dtype, placed
-from training.distributed import ALONE, Processes
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole
 from training.stages.adversarial_loss import AdversarialConfig, Adversary
+from training.stages.context import StageContext
 from training.stages.perceptual_loss import Distance, PerceptualConfig, perceptual_distance
 
 MEASURED = 2048  # training pictures from which the latent mean and scale are taken
@@ -133,16 +132,17 @@ def save_comparison(images: torch.Tensor, decoded: torch.Tensor, path: Path,
                     f"{float(each.mean()):.1f} dB")
 
 
-def train_autoencoder(config: AutoencoderStage, source: Source, validation: Source, run: RunFolder, seed: int,
-                      device: torch.device, workers: Processes = ALONE) -> None:
-    """Train, measure the latent scale, write autoencoder.safetensors and what held-out pictures say of it."""
+def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
+    """Train, measure the latent scale, write autoencoder.safetensors and what held-out images say of it."""
+    source, validation, run, seed = context.source, context.validation, context.run, context.seed
+    device, processes = context.device, context.processes
     torch.manual_seed(seed)  # initial weights
     model = placed(Autoencoder(config.model), device)
     adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
     features = Features(device) if config.features == "efficientnet_lite0" else None
-    if adversary and (workers.world > 1 or config.train.accumulate > 1):
-        raise ValueError(f"adversarial.weight: {config.adversarial.weight} with {workers.world} processes and "
+    if adversary and (processes.world > 1 or config.train.accumulate > 1):
+        raise ValueError(f"adversarial.weight: {config.adversarial.weight} with {processes.world} processes and "
                          f"accumulate: {config.train.accumulate}; valid: one process and accumulate: 1, the "
                          "discriminator learns from the whole batch at once")
     order, batch = Order(len(source), seed, getattr(source, "buckets", None)), config.train.batch
@@ -166,10 +166,10 @@ def train_autoencoder(config: AutoencoderStage, source: Source, validation: Sour
         return model.decode_raw(model.moments(held_out[:1].to(device)).mean)
 
     beside = {"adversary": adversary} if adversary else {}
-    with Loader(source, order, batch, seed, config.train.workers, workers.rank, workers.world) as loader:
+    with Loader(source, order, batch, seed, config.train.workers, processes.rank, processes.world) as loader:
         task = Task("autoencoder", loader.batch_at, loss_at, validate, preview, ("psnr", "max"), item, beside)
-        average = fit(task, model, config.train, run, seed, workers)
-    if not workers.main:
+        average = fit(task, model, config.train, run, seed, processes)
+    if not processes.main:
         return
     steps = max(1, min(MEASURED, len(source)) // batch)
     average.measure(image_batch(source, order.indices(step, batch)).to(device) for step in range(steps))

@@ -14,11 +14,10 @@ from torch import Tensor
 from data.loader import Batch, Loader
 from data.order import Order
 from data.source import Source, image_batch
-from data.tokenizer import Tokenizer, TokenizerConfig
+from data.tokenizer import TokenizerConfig
 from eval.clip_score import caption_ranks
 from files.config import to_dict
 from files.images import to_unit
-from files.run_folder import RunFolder
 from files.sheets import save_grid
 from files.weights import save_weights
 from files.whole import write_text
@@ -26,13 +25,14 @@ from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
 from model.device import autocast_dtype, placed
 from model.text_encoder import TextEncoderConfig, trimmed
 from pipeline.clip_vectors import ClipVectors
-from training.distributed import ALONE, Processes
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part
 from training.stages.clip_texts import Substitutes, said, shortened
+from training.stages.context import StageContext
+from training.stages.tokenizer import fit_tokenizer
 
-CORPUS = 50_000  # items whose captions the tokenizer is fitted to
 SHOWN = 16  # pairs of a preview
+WORDS = 10_000  # items from whose captions wrong words are taken
 
 
 def small_clip() -> ClipConfig:
@@ -75,16 +75,17 @@ class ClipStage:
                              "answers and cannot be cut")
 
 
-def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFolder, device: torch.device,
-               workers: Processes = ALONE) -> None:
+def train_clip(config: ClipStage, context: StageContext) -> None:
     """Fit the tokenizer, train, write clip_tokenizer.json and clip.safetensors and what held-out pairs say of them.
 
     Raises ValueError for several processes: each would have only its own part of the wrong answers.
     """
-    if workers.world > 1:
-        raise ValueError(f"stage clip with {workers.world} processes; valid: one, a batch is its own set of wrong "
+    source, validation, run = context.source, context.validation, context.run
+    device, processes = context.device, context.processes
+    if processes.world > 1:
+        raise ValueError(f"stage clip with {processes.world} processes; valid: one, a batch is its own set of wrong "
                          "answers")
-    tokenizer = fitted_tokenizer(source, config.tokenizer)
+    tokenizer = fit_tokenizer(source, config.tokenizer)
     torch.manual_seed(config.seed)  # initial weights
     model = placed(Clip(config.model), device)
     count = min(config.validation, len(validation))
@@ -125,7 +126,7 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
     with Loader(source, order, config.train.batch, config.seed, config.train.workers) as loader:
         task = Task("clip", loader.batch_at, loss_at, validate, preview, ("loss", "min"),
                     lambda model: logits(model, held_out[:1], captions[:1]))
-        average = fit(task, model, config.train, run, config.seed, workers)
+        average = fit(task, model, config.train, run, config.seed, processes)
     average.limit_scale()
     write_text(run.path / "clip_tokenizer.json", tokenizer.to_json())
     # last: its presence says that the stage is finished; with its shape, so that other runs can be judged by it
@@ -138,9 +139,4 @@ def train_clip(config: ClipStage, source: Source, validation: Source, run: RunFo
 
 def substitutes_of(source: Source) -> Substitutes:
     """Words that stand for each other in the captions of a source."""
-    return Substitutes(caption for i in range(min(len(source), CORPUS // 5)) for caption in source.captions(i))
-
-
-def fitted_tokenizer(source: Source, config: TokenizerConfig) -> Tokenizer:
-    """The evaluator's own byte-pair encoding of the captions of the training split."""
-    return Tokenizer.train((caption for i in range(min(len(source), CORPUS)) for caption in source.captions(i)), config)
+    return Substitutes(caption for i in range(min(len(source), WORDS)) for caption in source.captions(i))

@@ -2,29 +2,29 @@
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens.
 """
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
-from data.source import Source
 from data.tokenizer import Tokenizer
 from diffusion.loss import TimestepSampling, Weighting, diffusion_loss, sample_timesteps
 from diffusion.prediction import PredictionType
 from diffusion.schedule import Schedule, ScheduleConfig
-from files.run_folder import RunFolder
-from files.weights import save_weights
+from files.sheets import save_grid
+from files.weights import load_weights, save_weights
 from model.autoencoder import Autoencoder, Posterior
-from model.device import autocast_dtype, placed
+from model.device import autocast_dtype, frozen, placed
 from model.text_encoder import TextEncoder, TextEncoderConfig, trimmed
 from model.unet import UNet, UNetConfig
-from pipeline.system import Networks
-from training.distributed import ALONE, Processes
+from pipeline.system import Networks, TextToImage
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole
-from training.stages.pairs import CachedPairs, Pairs, Read, ReadPairs, encoder_of
+from training.stages.context import StageContext
+from training.stages.pairs import CachedPairs, Encode, Pairs, Read, ReadPairs, encoder_of
 
 BINS = 5  # of the noise level, in which the validation loss is given apart
+SHOWN = 16  # samples of a preview
 
 
 @dataclass(frozen=True)
@@ -110,24 +110,24 @@ class Denoising:
                                                 for number in bins.unique().tolist()}}
 
 
-def train_denoiser(config: DenoiserStage, source: Source, validation: Source, data_key: dict, tokenizer: Tokenizer,
-                   autoencoder: Autoencoder, run: RunFolder, seed: int, device: torch.device,
-                   preview: Callable[[Networks, int], None], workers: Processes = ALONE) -> None:
-    """Train UNet and text encoder, write text_encoder.safetensors and denoiser.safetensors (averaged weights).
-
-    ``preview(networks, step)`` draws the sample grid; networks.unet and networks.text_encoder are the averages.
-    """
+def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
+    """Train UNet and text encoder on the latents of the run's autoencoder; write text_encoder.safetensors and
+    denoiser.safetensors (averaged weights)."""
+    run, seed, device, processes = context.run, context.seed, context.device, context.processes
+    tokenizer = Tokenizer.load(run.path / "tokenizer.json")
+    autoencoder = Autoencoder(context.system.autoencoder)
+    load_weights(autoencoder, run.weights("autoencoder"))
+    encode = encoder_of(frozen(placed(autoencoder, device)), device)
     networks = new_networks(config, seed, device)
-    train, count = config.train, min(config.images or len(source), len(source))
-    encode = encoder_of(autoencoder, device)
-    pairs: Pairs
-    if config.cache:
-        pairs = CachedPairs(source, count, encode, run, {**data_key, "split": "train"}, train.batch, seed,
-                            config.caption_dropout, workers)
-    else:
-        pairs = ReadPairs(source, count, encode, train.batch, seed, config.caption_dropout, train.workers, workers)
-    held_out = held_out_pairs(config, validation, data_key, autoencoder, run, seed, device, workers)
+    pairs = training_pairs(config, context, encode)
+    held_out = held_out_pairs(config, context, encode)
     denoising = Denoising(config, tokenizer, seed, device)
+
+    def preview(networks: Networks, step: int) -> None:
+        system = TextToImage(context.system, tokenizer, networks.text_encoder, networks.unet, autoencoder)
+        items = range(min(SHOWN, len(context.validation)))
+        prompts = list(context.preview_prompts) or [context.validation.captions(i)[0] for i in items]
+        save_preview(system, prompts, run.path / "samples" / f"denoiser_{step:06d}.png", step)
 
     def item(networks: Networks) -> torch.Tensor:
         read = Read(held_out.mean[:1], held_out.logvar[:1], held_out.captions[:1])
@@ -136,21 +136,39 @@ def train_denoiser(config: DenoiserStage, source: Source, validation: Source, da
     task = Task("denoiser", pairs.at, denoising.loss_at, lambda networks: denoising.validate(networks, held_out),
                 preview, ("loss", "min"), item)
     try:
-        average = fit(task, networks, train, run, seed, workers)
+        average = fit(task, networks, config.train, run, seed, processes)
     finally:
         pairs.close()
-    if workers.main:
+    if processes.main:
         save_weights(average.text_encoder, run.weights("text_encoder"))
         save_weights(average.unet, run.weights("denoiser"))  # last: its presence says that the stage is finished
         run.record(denoiser={"validation_loss": round(denoising.validate(average, held_out)["loss"], 5),
                              "parameters": sum(p.numel() for p in networks.unet.parameters()),
                              "text_parameters": sum(p.numel() for p in networks.text_encoder.parameters()),
-                             "pictures": count, "bf16": autocast_dtype(train.precision, device) is not None})
+                             "images": len(pairs), "bf16": autocast_dtype(config.train.precision, device) is not None})
 
 
-def held_out_pairs(config: DenoiserStage, validation: Source, data_key: dict, autoencoder: Autoencoder, run: RunFolder,
-                   seed: int, device: torch.device, workers: Processes = ALONE) -> Read:
+def save_preview(system: TextToImage, prompts: list[str], path: Path, step: int) -> None:
+    """A labelled grid of what the averaged weights draw after ``step`` steps."""
+    sampling = system.config.sampling
+    save_grid(system.images(prompts, range(len(prompts))), path, prompts,
+              title=f"step {step}, guidance {sampling.guidance.scale:g}, {sampling.steps} {sampling.sampler} steps, "
+                    "averaged weights")
+
+
+def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> Pairs:
+    """The pairs that are trained on: from a cache of latents, or read and encoded in every step."""
+    source, train = context.source, config.train
+    count = min(config.images or len(source), len(source))
+    if config.cache:
+        return CachedPairs(source, count, encode, context.run, {**context.data_key, "split": "train"}, train.batch,
+                           context.seed, config.caption_dropout, context.processes)
+    return ReadPairs(source, count, encode, train.batch, context.seed, config.caption_dropout, train.workers,
+                     context.processes)
+
+
+def held_out_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> Read:
     """The pairs on which the validation loss is measured: the first of the split, whole and without chance."""
-    count = min(config.validation, len(validation))
-    return CachedPairs(validation, count, encoder_of(autoencoder, device), run, {**data_key, "split": "validation"},
-                       config.train.batch, seed, workers=workers).first(count)
+    count = min(config.validation, len(context.validation))
+    return CachedPairs(context.validation, count, encode, context.run, {**context.data_key, "split": "validation"},
+                       config.train.batch, context.seed, processes=context.processes).first(count)

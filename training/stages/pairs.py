@@ -16,7 +16,7 @@ from files.images import to_unit
 from files.run_folder import RunFolder
 from files.whole import sha256_of
 from model.autoencoder import Autoencoder
-from training.distributed import Processes
+from training.distributed import ALONE, Processes
 
 
 class Read(NamedTuple):
@@ -53,12 +53,12 @@ class CachedPairs:
     """Latents encoded once, before the first step; captions are drawn anew in every epoch."""
 
     def __init__(self, source: Source, count: int, encode: Encode, run: RunFolder, data_key: dict, batch: int,
-                 seed: int, dropout: float = 0.0, workers: Processes = Processes()):
+                 seed: int, dropout: float = 0.0, processes: Processes = ALONE):
         key = {**data_key, "autoencoder": sha256_of(run.weights("autoencoder")), "precision": "float32"}
-        with workers.main_first():
+        with processes.main_first():
             self.latents = LatentCache(run.path / "cache", key, count,
                                        lambda indices: encode(image_batch(source, indices)), min(batch, 128))
-        self.source, self.batch, self.seed, self.dropout, self.workers = source, batch, seed, dropout, workers
+        self.source, self.batch, self.seed, self.dropout, self.processes = source, batch, seed, dropout, processes
         self.order = Order(count, seed)
 
     def __len__(self) -> int:
@@ -66,7 +66,7 @@ class CachedPairs:
 
     def at(self, step: int) -> Read:
         """The slice of this process of the batch of ``step``."""
-        return self.of(self.order.places(step, self.batch, self.workers.rank, self.workers.world))
+        return self.of(self.order.places(step, self.batch, self.processes.rank, self.processes.world))
 
     def of(self, places: Places) -> Read:
         """The pairs at these places."""
@@ -85,11 +85,11 @@ class ReadPairs:
     """Pictures read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if any."""
 
     def __init__(self, source: Source, count: int, encode: Encode, batch: int, seed: int, dropout: float, readers: int,
-                 workers: Processes):
+                 processes: Processes):
         buckets: Any = getattr(source, "buckets", None)
         order = Order(count, seed, None if buckets is None else buckets[:count])
         self.count, self.encode = count, encode
-        self.loader = Loader(source, order, batch, seed, readers, workers.rank, workers.world, dropout)
+        self.loader = Loader(source, order, batch, seed, readers, processes.rank, processes.world, dropout)
 
     def __len__(self) -> int:
         return self.count

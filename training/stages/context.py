@@ -1,0 +1,41 @@
+"""What every stage of training is given beside its own part of the configuration."""
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from data.source import Source
+from files.run_folder import RunFolder
+from pipeline.config import SystemConfig
+from training.distributed import ALONE, Processes
+
+
+class NoImages:
+    """The source of a stage that reads no images."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise IndexError(f"image {index} of none")
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """There are none."""
+        raise IndexError(f"captions of image {index} of none")
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """``source`` is the training split as a run sees it, ``validation`` the held-out split with images of one size;
+    ``data_key`` says what the images depend on, for the names of caches. ``system`` is what the run becomes, and
+    ``preview_prompts`` are what its sample grids show, held-out captions where there are none."""
+
+    run: RunFolder
+    source: Source = field(default_factory=NoImages)
+    validation: Source = field(default_factory=NoImages)
+    seed: int = 0
+    device: torch.device = torch.device("cpu")
+    processes: Processes = ALONE
+    data_key: dict[str, Any] = field(default_factory=dict)
+    system: SystemConfig = field(default_factory=SystemConfig)
+    preview_prompts: tuple[str, ...] = ()
