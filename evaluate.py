@@ -68,7 +68,8 @@ def draw(system: TextToImage, options: argparse.Namespace, sampler: Sampler, tes
                  at_steps(sampler, validation, options.sweep_steps, config)), sweep
 
 
-def judged_by(experiment: Experiment, device: torch.device, run: RunFolder, options: argparse.Namespace, test: Prompts) -> tuple[Judges, Real]:
+def judged_by(experiment: Experiment, device: torch.device, run: RunFolder, options: argparse.Namespace,
+              test: Prompts) -> tuple[Judges, Real]:
     """What the full suite compares with, before anything is sampled: what is wrong with it is said at once."""
     source = build_source(experiment.data.squares, "test")
     about = f"{hash_of_data(experiment)} {hash_of_pictures(test)}"  # settings, and what came of them
@@ -235,7 +236,9 @@ def run_evaluation(options: argparse.Namespace, processes: Processes) -> None:
     if not validation.facts and options.chosen and options.suite == "quick" and len(options.guidance) > 1:
         raise ValueError(f"--guidance with {len(options.guidance)} scales: nothing here chooses among them; valid: one "
                          "scale, or --suite full, which shows them all")
-    full = judged_by(experiment, system.device, run, options, test) if options.suite == "full" and processes.main else None
+    full = None
+    if options.suite == "full" and processes.main:
+        full = judged_by(experiment, system.device, run, options, test)
     known = comparable(experiment, options, test, full) if processes.main else {}
     for other in options.compare if processes.main else []:
         check_protocols(known, read_figures(other)["protocol"], other)  # now, and not when half is written

@@ -9,7 +9,7 @@ Axis letters: N entries, C latent channels, H W latent size, B of a batch, L tok
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,35 +81,3 @@ class LatentCache:
         """Mean and logvar of the pictures ``indices``, unit scale, (B, C, H, W) float32 each."""
         both = torch.from_numpy(self.array[indices]).float()  # (B, 2, C, H, W)
         return both[:, 0], both[:, 1]
-
-
-class TextCache:
-    """``states(texts)`` gives what a frozen text encoder makes of captions: hidden states (B, L, D) float32 and mask
-    (B, L) bool, from a memory-mapped fp16 array."""
-
-    def __init__(self, folder: Path, key: dict, texts: Sequence[str], encode: EncodeText, chunk: int = 128):
-        """``encode(texts)`` gives (B, L, D) and (B, L), the same L for every call; ``texts`` are all that will be asked
-        for, "" among them where captions are dropped. Their content is part of the cache's name."""
-        unique = sorted(set(texts))
-        if not unique:
-            raise ValueError("a text cache of no captions; valid: at least one")
-        self._row = {text: row for row, text in enumerate(unique)}
-        digest = hashlib.sha256(json.dumps(unique).encode()).hexdigest()
-
-        def rows(indices: np.ndarray) -> torch.Tensor:
-            hidden, mask = encode([unique[index] for index in indices])  # (B, L, D), (B, L)
-            return torch.cat([hidden.cpu().float(), mask.cpu().float()[..., None]], dim=2)  # (B, L, D + 1)
-
-        self.array = cached_rows(folder, cache_name(key, texts=digest), len(unique), rows, chunk, "text state",
-                                 "caption")
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def states(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states (B, L, D) float32 and mask (B, L) bool; raises ValueError for a text that is not there."""
-        missing = next((text for text in texts if text not in self._row), None)
-        if missing is not None:
-            raise ValueError(f"the caption '{missing}' is not in the text cache; valid: one of its {len(self)} texts")
-        both = torch.from_numpy(self.array[[self._row[text] for text in texts]]).float()  # (B, L, D + 1)
-        return both[..., :-1], both[..., -1] > 0.5

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.command import opened_splits
+from data.command import splits_of
 from data.images.base import Pictures, Readable
 from data.images.caption_list import Captions
 from data.images.shards import shard_index
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard (default: 1000)")
     options = parser.parse_args(arguments)
     try:
-        index = write_shards(opened_splits(options.source), Path(options.out), options.shard_size)
+        index = write_shards(splits_of(options.source), Path(options.out), options.shard_size)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

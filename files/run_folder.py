@@ -166,7 +166,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _with_stages(known: dict[str, Any], config: dict[str, Any], order: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _with_stages(known: dict[str, Any], config: dict[str, Any],
+                 order: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both configurations with the stages of both; what is new of a stage that ``known`` did not have is taken over."""
     ours, new = known.get("stages", ()), config.get("stages", ())
     stages = [stage for stage in order or dict.fromkeys((*ours, *new)) if stage in (*ours, *new)]

@@ -13,15 +13,15 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from files.config import from_dict, read_yaml
 from model.attention import CrossAttention, SelfAttention
 from model.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
 from model.blocks import ResBlock, SpatialTransformer
@@ -160,20 +160,6 @@ def table(rows: list[Stage]) -> str:
 
 # ---- configurations of experiments; only the networks are read, `train.py` checks the rest
 
-def config_of(cls: type[T], data: Any, where: str) -> T:
-    """A dataclass of plain YAML data; raises ValueError naming the key that it does not have."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: {data!r}; valid: a mapping of keys")
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-    for key in data:
-        if key not in names:
-            raise ValueError(f"unknown key '{where}.{key}'; valid: {', '.join(names)}")
-    try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}.{error}") from None
-
-
 def networks_of(path: str, size: int | None) -> Networks:
     """The networks of an experiment or of a preset, and the side of their pictures."""
     if path in PRESETS:
@@ -181,13 +167,10 @@ def networks_of(path: str, size: int | None) -> Networks:
         return autoencoder, text_encoder, unet, size or trained
     if not Path(path).is_file():
         raise ValueError(f"no config file {path}; valid: a file in configs/, or {', '.join(PRESETS)}")
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
 
     def at(*keys: str) -> Any:
-        value = data
+        value: Any = data
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return {} if value is None else value
@@ -195,9 +178,9 @@ def networks_of(path: str, size: int | None) -> Networks:
     size = size or at("data", str(at("data", "source")), "size") or None
     if not isinstance(size, int):
         raise ValueError(f"{path} names no size of the pictures; valid: --size N")
-    return (config_of(AutoencoderConfig, at("autoencoder", "model"), "autoencoder.model"),
-            config_of(TextEncoderConfig, at("denoiser", "text_encoder"), "denoiser.text_encoder"),
-            config_of(UNetConfig, at("denoiser", "unet"), "denoiser.unet"), size)
+    return (from_dict(AutoencoderConfig, at("autoencoder", "model"), "autoencoder.model"),
+            from_dict(TextEncoderConfig, at("denoiser", "text_encoder"), "denoiser.text_encoder"),
+            from_dict(UNetConfig, at("denoiser", "unet"), "denoiser.unet"), size)
 
 
 def main(arguments: list[str]) -> None:

@@ -28,7 +28,7 @@ from pipeline.text_head import EncoderHead, read_head
 from safety.audit import AuditError, AuditLog
 from safety.gate import PromptGate
 from safety.image import Concept, ImageModerator, blurred, read_concepts
-from safety.policy import ACTIONS, MODES, Decision, Mode, refusal
+from safety.policy import MODES, Decision, Mode, most_severe, refusal
 from safety.prompt import DEFAULT
 
 CONCEPTS = "concepts.yaml"  # of a run folder
@@ -115,8 +115,8 @@ class Moderation:
         except Exception as error:  # whatever breaks must not let a prompt through
             _log.error("moderation failed: %s", type(error).__name__)
             return refusal(f"moderation failed ({type(error).__name__})")
-        found = worst([self.gate.check_all(texts),
-                       *([self.gate.check_all(opposite, negative=True)] if opposite else [])])
+        found = most_severe([self.gate.check_all(texts),
+                             *([self.gate.check_all(opposite, negative=True)] if opposite else [])])
         if self.audit is None and found.reason in ("rule", "score"):  # a log has a line each time, a failure may pass
             if len(self._known) >= KNOWN:
                 self._known.clear()
@@ -179,11 +179,6 @@ def conditioned_texts(parts: Sequence[Prompt | str], tokenizer: Any = None,
         if told != text:
             texts.append(told)
     return list(dict.fromkeys(texts))
-
-
-def worst(decisions: Sequence[Decision]) -> Decision:
-    """The most severe of some decisions, the first of equals."""
-    return max(decisions, key=lambda decision: ACTIONS.index(decision.action))
 
 
 def shown(images: torch.Tensor, decisions: Sequence[Decision]) -> torch.Tensor:

@@ -24,9 +24,9 @@ from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from pipeline.config import SystemConfig
-from pipeline.moderation import Moderation, Refused, shown, worst
+from pipeline.moderation import Moderation, Refused, shown
 from pipeline.prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
-from safety.policy import Decision
+from safety.policy import Decision, most_severe
 
 Progress = Callable[[list], Iterable]
 WHOLE = 256 * 256  # pixels of a picture up to which a batch is decoded at once; above, one at a time costs no speed
@@ -184,7 +184,7 @@ class TextToImage:
         images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
         if self.moderation is None:
             return images
-        return shown(images, [worst(pair) for pair in zip(asked, self.moderation.of_images(images, prompts))])
+        return shown(images, [most_severe(pair) for pair in zip(asked, self.moderation.of_images(images, prompts))])
 
     def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                           negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:

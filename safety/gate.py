@@ -14,7 +14,7 @@ from pathlib import Path
 from safety.audit import AuditError, AuditLog
 from safety.keywords import BLOCK, FLAG, Match
 from safety.normalize import LONGEST, Normalized, TextError, apart, foreign, latin, normalize
-from safety.policy import CATEGORIES, HEADS, MODES, Decision, Mode, in_mode, refusal
+from safety.policy import CATEGORIES, HEADS, MODES, Decision, Mode, in_mode, most_severe, refusal
 from safety.prompt import DEFAULT, Artefact, load_artefact
 
 Encoder = Callable[[str], Mapping[str, float]]  # text -> probability by category
@@ -91,8 +91,7 @@ class PromptGate:
         if not texts and not negative:
             return replace(refusal("prompt: empty"), model_hash=self.artefact.hash)
         decisions = [self.check(text, negative) for text in texts] or [Decision("allow")]
-        order = ("allow", "flag", "blur", "block")
-        return max(decisions, key=lambda decision: order.index(decision.action))
+        return most_severe(decisions)
 
     def explain(self, text: str) -> Explanation:
         """How a text is read; raises TextError for one that is not."""

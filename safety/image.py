@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from files.config import ConfigError, read_yaml
 from safety.policy import ACTIONS, CATEGORIES, Action, Decision, Mode, in_mode, refusal
 
 EmbedImages = Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D)
@@ -49,10 +50,9 @@ class Concept:
 def read_concepts(path: str | Path) -> list[Concept]:
     """The concepts of a YAML file; raises ValueError naming the file, the concept, and what is valid."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"concepts {path}: {' '.join(str(error).split())}") from None
-    items = data.get("concepts") if isinstance(data, dict) else None
+        items = read_yaml(path).get("concepts")
+    except ConfigError as error:
+        raise ValueError(f"concepts {path}: {error}") from None
     if not isinstance(items, list) or not items or not all(isinstance(item, dict) for item in items):
         raise ValueError(f"concepts {path}: valid: a list 'concepts' of mappings")
     try:

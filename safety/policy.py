@@ -78,6 +78,11 @@ def refusal(reason: str, category: str = "", score: float = 1.0, threshold: floa
     return Decision("block", category, score, threshold, reason, scores=scores or {})
 
 
+def most_severe(decisions: Sequence[Decision]) -> Decision:
+    """The most severe of some decisions, the first of equals."""
+    return max(decisions, key=lambda decision: ACTIONS.index(decision.action))
+
+
 class Policy:
     """Thresholds of every category. ``minors`` is the sexual score from which a text with a minor is refused."""
 

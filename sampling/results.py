@@ -7,9 +7,9 @@ from typing import IO, Any
 
 import torch
 
-from pipeline.moderation import OFF, Moderation, hidden, reason_of, row_of, worst
+from pipeline.moderation import OFF, Moderation, hidden, reason_of, row_of
 from pipeline.system import TextToImage
-from safety.policy import Decision, refusal
+from safety.policy import Decision, most_severe, refusal
 from sampling.draw import Sources
 from sampling.request import Request
 
@@ -31,7 +31,7 @@ class Gate:
         if sources.image is not None:
             self.given = given = moderation.of_images(sources.image[None])[0]
         silent = sources.refinements is not None  # an inversion may do without a prompt
-        self.asked = [worst([asked(moderation, request, system, silent), given]) for request in requests]
+        self.asked = [most_severe([asked(moderation, request, system, silent), given]) for request in requests]
         for number, (request, decision) in enumerate(zip(requests, self.asked)):
             if decision.action == "block":
                 self.refuse(number, request, decision, "image given" if decision is given else "prompt")
@@ -45,7 +45,7 @@ class Gate:
         for number, decision, latent in zip(part, seen, latents, strict=True):
             if not torch.isfinite(latent).all():
                 decision = refusal("the picture failed: it is not finite")
-            most = worst([self.asked[number], decision])
+            most = most_severe([self.asked[number], decision])
             found.append((most, "prompt" if most is self.asked[number] else "image"))
         return found
 
@@ -57,7 +57,7 @@ class Gate:
 
     def may_show(self, frames: torch.Tensor, number: int, request: Request) -> bool:
         """Whether pictures on the way to one, uint8 (B, 3, H, W), may be written as they are; says so when not."""
-        found = worst(self.moderation.of_images(frames, [request.prompt] * len(frames)))
+        found = most_severe(self.moderation.of_images(frames, [request.prompt] * len(frames)))
         if found.action in ("blur", "block"):
             print(f"frames of picture {number}: {found.message}{reason_of(found)}", file=sys.stderr)
         return found.action not in ("blur", "block")

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from data.emoji import build as emoji_build
 from data.emoji.build import PACKAGES, build, render
-from data.emoji.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign, grid_prompts, keep_tones
+from data.emoji.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign, keep_tones
 from data.emoji.scenes import COLOURS, MOODS, canvas, contrasting, lit, over, resized, scene_image
 
 resvg_py = pytest.importorskip("resvg_py")
@@ -286,21 +286,6 @@ def test_resizing_brings_in_no_colour_of_what_is_transparent():
         assert small.shape == (4, side, side)
         assert (small[0] == small[3]).all() and (small[1:3] == 0).all()  # still pure red, times alpha
         assert small[3].mean() / disc[3].mean() == pytest.approx(1, abs=0.01)  # and as much of the square
-
-
-def test_grid_prompts_mix_held_out_and_trained_pairs(config, sources):
-    prompts = grid_prompts(config, subjects=3)
-    assert prompts == grid_prompts(config, subjects=3) and len(prompts) == 15
-    assert [prompt["style"] for prompt in prompts] == [style for style in STYLES for _ in range(3)]
-    names = {prompt["name"] for prompt in prompts}
-    assert len(names) == 3 and len({prompt["prompt"] for prompt in prompts}) == 15
-    held = [prompt for prompt in prompts if prompt["held_out"] == "pair"]
-    assert {(prompt["name"]) for prompt in held} == names and len(held) == 3  # each thing is held out in one style
-    placed = {split: {source.items[row]["id"] for row in source.rows} for split, source in sources.items()}
-    for prompt in prompts:
-        assert f"{prompt['style']}/{prompt['name']}" in placed["test" if prompt["held_out"] else "train"]
-    with pytest.raises(ValueError, match="needs the whole data set"):
-        grid_prompts(config, subjects=60)
 
 
 def test_module_lists_agree():

@@ -149,8 +149,8 @@ def test_there_is_no_circle_of_modules():
 
 
 def test_a_circle_is_caught_even_if_an_import_is_late():
-    sources = {"data.a": "from data import b", "data.b": "import data.c", "data.c": "def f():\n    from data.a import x",
-               "data.d": "from data.a import x"}
+    sources = {"data.a": "from data import b", "data.b": "import data.c",
+               "data.c": "def f():\n    from data.a import x", "data.d": "from data.a import x"}
     assert circles(edges_of(sources)) == [["data.a", "data.b", "data.c"]]
     assert circles(edges_of(sources | {"data.c": "x = 1"})) == []
 

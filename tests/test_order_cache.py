@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.cache import LatentCache, TextCache
+from data.cache import LatentCache
 from data.order import Order
 
 
@@ -148,33 +148,7 @@ def test_bucketed_order_depends_on_seed_and_step_alone():
         Order(60, 0, buckets[:3])
 
 
-# ---- text, and processes that meet
-
-def test_states_of_captions_are_kept_by_their_content(tmp_path):
-    calls = []
-
-    def encode(texts):
-        calls.extend(texts)
-        length = torch.tensor([len(text) for text in texts])
-        mask = torch.arange(6) < length[:, None]
-        return length[:, None, None] * torch.ones(len(texts), 6, 2) + 0.25, mask
-
-    texts = ["abc", "", "zwölf", "abc"]
-    cache = TextCache(tmp_path, {"encoder": 1}, texts, encode, chunk=2)
-    hidden, mask = cache.states(["zwölf", "abc", "zwölf"])
-    assert len(cache) == 3 and hidden.shape == (3, 6, 2) and hidden.dtype == torch.float32
-    assert hidden[:, 0, 0].tolist() == [5.25, 3.25, 5.25] and mask.sum(dim=1).tolist() == [5, 3, 5]
-    assert mask.dtype == torch.bool and not cache.states([""])[1].any()
-    done = len(calls)
-    TextCache(tmp_path, {"encoder": 1}, texts[::-1], encode)
-    assert len(calls) == done  # the same texts in another order
-    TextCache(tmp_path, {"encoder": 1}, [*texts, "new"], encode)
-    assert len(calls) > done
-    other = TextCache(tmp_path, {"encoder": 1}, ["", "q", "xy"], encode)  # as many, but others
-    assert other.states(["xy"])[0][0, 0, 0] == 2.25
-    with pytest.raises(ValueError, match="'gone' is not in the text cache; valid: one of its 3"):
-        cache.states(["gone"])
-
+# ---- processes that meet
 
 BUILDER = """
 import sys, time, pathlib, torch

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data.emoji.build import FORMAT
-from data.emoji.phrasings import STYLE_WORDS, article, noun, plural, scene_captions, single_captions
+from data.emoji.phrasings import STYLE_WORDS, noun, plural, scene_captions, single_captions
 from data.emoji.scenes import PLAIN, canvas, contrasting, make_scene, over, scene_image
 from files.whole import unit_hash
 
@@ -263,34 +263,3 @@ def names_in_all_styles(items: Sequence[dict], styles: Sequence[str] = STYLES) -
     for item in items:
         found.setdefault(item["name"], set()).add(item["style"])
     return sorted(name for name, there in found.items() if there.issuperset(styles))
-
-
-def grid_prompts(config: EmojiConfig, subjects: int = 8) -> list[dict]:
-    """Prompts of a grid, `subjects` things in every style: [{"prompt", "style", "name", "held_out"}], style by style.
-
-    Each thing is held out in one style and trained on in the others, the held-out style going round, so the grid
-    shows what is remembered beside what is put together. Deterministic. Raises ValueError when the folder is too
-    small for it.
-    """
-    items, _ = load(config)
-    rows = [row for row, item in enumerate(items) if item["style"] in config.styles and not item["tone"]]
-    splits = {items[row]["id"]: place for row, place in zip(rows, assign([items[row] for row in rows]))}
-    chosen: list[str] = []
-    groups: list[str] = []
-    by_name = {item["name"]: item for item in items}
-    candidates = [name for name in names_in_all_styles(items, config.styles)
-                  if by_name[name]["group"] in SCENE_GROUPS and plural(by_name[name])]
-    candidates.sort(key=lambda name: unit_hash("grid", name))
-    for k in range(subjects):
-        turn = config.styles[k % len(config.styles)]
-        fits = [name for name in candidates if name not in chosen and all(
-            splits[f"{style}/{name}"] == (("test", "pair") if style == turn else ("train", ""))
-            for style in config.styles)]
-        fits.sort(key=lambda name: groups.count(by_name[name]["group"]))  # stable: hash order within a group
-        if not fits:
-            raise ValueError(f"root: {config.root} has no name that is held out in {turn} alone; "
-                             f"a grid of {subjects} needs the whole data set and several styles")
-        chosen.append(fits[0])
-        groups.append(by_name[fits[0]]["group"])
-    return [{"prompt": f"{article(noun(by_name[name]['label']))}, {style} style", "style": style, "name": name,
-             "held_out": splits[f"{style}/{name}"][1]} for style in config.styles for name in chosen]

@@ -1,8 +1,8 @@
 """Source `folder`: pictures in a folder and its subfolders, with captions in a .txt beside each or in one table.
 
 Captions come from captions.jsonl, metadata.jsonl or captions.csv in the root, else from the .txt of the same name
-(data/images/caption_list.py). What the pictures hold (hash, size) is kept in ROOT/.index.jsonl and read again only for files
-whose length or time has changed; a folder that cannot be written is read anew every time.
+(data/images/caption_list.py). What the pictures hold (hash, size) is kept in ROOT/.index.jsonl and read again only for
+files whose length or time has changed; a folder that cannot be written is read anew every time.
 """
 import hashlib
 import json

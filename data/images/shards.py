@@ -5,7 +5,6 @@
 SOURCE is a folder of pictures, a folder of shards, or a config (its `data` section). Members of a tar that share a name
 up to its first dot are one sample: 000012.jpg, 000012.json, 000012.txt. What a tar holds and where is kept beside it
 (shard-000000.tar.index), so every sample is read on its own: order, resume and slices by rank are those of any source.
-For disks that seek slowly, data/images/shard_stream.py reads shuffled shards one after the other through a seeded buffer.
 """
 import hashlib
 import json

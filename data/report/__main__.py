@@ -3,7 +3,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.command import opened_config
+from data.command import data_config_of
 from data.report.report import data_report
 from files.whole import whole_file
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = Path(options.tokenizer) if options.tokenizer else None
         if tokenizer is not None and not tokenizer.is_file():
             raise ValueError(f"--tokenizer: no file {tokenizer}")
-        text = data_report(opened_config(options.source), options.source, tokenizer, options.limit, options.distance)
+        text = data_report(data_config_of(options.source), options.source, tokenizer, options.limit, options.distance)
         with whole_file(Path(options.out)) as temporary:
             temporary.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:

@@ -1,8 +1,8 @@
 """Source `shapes`: captioned scenes of coloured shapes, drawn on the fly; nothing to download.
 
 Item `index` of a split depends on (seed, split, index) alone: it can be made in any order, in any process, and does
-not change when the split grows. Splits share no scene graph (data/shapes/scene_graph.py), and some pairs of colour and shape
-occur in the test split only.
+not change when the split grows. Splits share no scene graph (data/shapes/scene_graph.py), and some pairs of colour and
+shape occur in the test split only.
 """
 
 from dataclasses import dataclass

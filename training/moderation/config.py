@@ -16,7 +16,8 @@ class TextData:
 
 @dataclass(frozen=True)
 class ModeratorStage:
-    """``data`` is the labelled text. ``variations`` of each text beside itself; ``twins`` pairs in each batch, ``margin`` between their logits.
+    """``data`` is the labelled text. ``variations`` of each text beside itself; ``twins`` pairs in each batch,
+    ``margin`` between their logits.
 
     ``kept`` is the share of a file that is trained on, where there is more of one kind than is of use; ``forget`` the
     share of n-grams left out of every text in every step, so that no single one decides.

@@ -97,7 +97,7 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
             raise TextFilesError(f"moderator.data.root: no folder {folder}; valid: one with CSV files of text")
         paths = sorted(folder.glob("*.csv"))
         if not paths:
-            raise TextFilesError(f"moderator.data.root: no CSV file in {folder}; valid headers: see training/moderation/corpus.py")
+            raise TextFilesError(f"moderator.data.root: no CSV file in {folder}; valid headers: see docs/moderation.md")
         for path in paths:
             read_file(path, rows, terms)
         for name, words in lists.items():
@@ -135,7 +135,7 @@ def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
         elif "prompt" in header:
             rows.append(Row(line["prompt"], _harmless(), source, group, topic=line.get("category") or ""))
         else:
-            raise TextFilesError(f"{path}: header {', '.join(sorted(header))}; valid: see training/moderation/corpus.py")
+            raise TextFilesError(f"{path}: header {', '.join(sorted(header))}; valid: see docs/moderation.md")
 
 
 def categories_of(text: str, where: str) -> list[str]:

@@ -86,8 +86,9 @@ def train_encoder_head(folder: str | Path, roots: Sequence[str], weights: str | 
     random = np.random.default_rng(0)
     kept = [row for row in parts["train"] if random.random() < config.kept.get(row.source, 1.0)]
     head = calibrated(fitted(untrained_head(folder), kept, config), parts["dev"], load_artefact(weights))
-    save_weights(TrainedPart(head), run.path / FILE, {"text_encoder": sha256_of(run.weights("text_encoder")),
-                                                      "rows": json.dumps({key: len(part) for key, part in parts.items()})})
+    save_weights(TrainedPart(head), run.path / FILE, {
+        "text_encoder": sha256_of(run.weights("text_encoder")),
+        "rows": json.dumps({key: len(part) for key, part in parts.items()})})
     return head
 
 

@@ -211,7 +211,7 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
-        raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for a training and a development split")
+        raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for training and development")
     head = PromptHead(config.head, quantized(trained(parts["train"], config, seed)))
     head = calibrated(head, parts["dev"])
     tensors, settings = assembled(head, corpus, parts, config)
