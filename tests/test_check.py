@@ -49,5 +49,5 @@ def test_verdicts(losses, good, verdict, capsys):
 def test_it_stops_as_soon_as_the_proof_is_there():
     model = torch.nn.Linear(1, 1)
     seconds, losses = check.steps_of(model, lambda step: (model(torch.ones(1, 1)) * 0).sum() + 0.9**step, TrainConfig(),
-                                     torch.device("cpu"), 300, 0.5)
+                                     300, 0.5)
     assert 15 <= len(losses) == len(seconds) < 20

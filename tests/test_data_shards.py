@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from data.catalog import DataConfig, build_source, data_key
-from data.command import opened_splits
+from data.command import splits_of
 from data.images.folder import FolderConfig
 from data.images.shards import ShardsConfig, shard_index
 from data.loader import Loader
@@ -61,7 +61,7 @@ def test_shards_hold_what_the_folder_holds(folder, shards):
 
 
 def test_the_same_source_gives_the_same_bytes_and_an_interrupted_writer_goes_on(folder, shards, tmp_path, monkeypatch):
-    splits = opened_splits(str(folder))
+    splits = splits_of(str(folder))
     calls = []
 
     def stopped(path):

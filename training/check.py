@@ -4,6 +4,8 @@ Sizes, captions that are cut, a few steps of each stage by the clock, what they 
 scale of the latents, and the oldest proof that everything works together: eight pairs are learnt by heart. Nothing is
 written into the run folder.
 """
+import contextlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,9 +24,9 @@ from files.weights import load_weights
 from model.autoencoder import Autoencoder, Posterior
 from model.device import autocast_dtype, placed
 from training.experiment import Experiment
-from training.loop import TrainConfig
-from training.optim import build_optimizer
-from training.seed import generator, whole
+from training.loop import Task, TrainConfig, TrainingError, fit
+from training.seed import Part, generator, whole
+from training.snapshots import SnapshotConfig
 from training.speed import duration, forward_flops, peak_flops, peak_memory
 from training.stages.autoencoder import losses
 from training.stages.denoiser import Denoising, new_networks
@@ -82,30 +84,37 @@ def tokens(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
     return tokenizer
 
 
-def steps_of(model: nn.Module, loss_at: Step, config: TrainConfig, device: torch.device,
-             most: int, until: float = 0.0) -> tuple[list[float], list[float]]:
-    """Seconds and losses of up to ``most`` steps at the configured rate, fewer when `PATIENCE` is over or the mean of
-    the last five losses is below ``until`` times that of the first five."""
-    optimizer = build_optimizer(model, config.optim)
-    dtype = autocast_dtype(config.precision, device)
-    seconds: list[float] = []
+class Enough(Exception):
+    """The measurement is over."""
+
+
+def steps_of(model: nn.Module, loss_at: Step, config: TrainConfig, most: int,
+             until: float = 0.0) -> tuple[list[float], list[float]]:
+    """Seconds and losses of up to ``most`` steps of the training loop itself at the configured rate, fewer when
+    `PATIENCE` is over or the mean of the last five losses is below ``until`` times that of the first five. What the
+    loop writes goes into a folder that is removed."""
+    marks: list[float] = []
     found: list[float] = []
-    model.train()
-    while len(found) < most and (sum(seconds) < PATIENCE or not found):
-        began = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = config.optim.learning_rate * min(1.0, (len(found) + 1) / 20)
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
-            loss = loss_at(len(found))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+    def data_at(position: int) -> None:
+        marks.append(time.perf_counter())
+        learnt = len(found) >= 15 and np.mean(found[-5:]) < until * np.mean(found[:5])
+        if len(found) >= most or learnt or (found and marks[-1] - marks[0] > PATIENCE):
+            raise Enough
+
+    def loss_of(model: nn.Module, data: None, position: int, part: Part) -> dict[str, torch.Tensor]:
+        loss = loss_at(position)
         found.append(float(loss.detach()))
-        seconds.append(time.perf_counter() - began)
-        if len(found) >= 15 and np.mean(found[-5:]) < until * np.mean(found[:5]):
-            break
-    return seconds, found
+        return {"loss": loss}
+
+    task = Task("check", data_at, loss_of, lambda model: {}, lambda model, step: None, ("loss", "min"),
+                lambda model: None)
+    settings = replace(config, steps=most + 1, accumulate=1, log_every=10**9, validate_every=10**9, preview_every=10**9,
+                       checkpoint_every=10**9, parallel="ddp", shards=0, snapshots=SnapshotConfig(),
+                       optim=replace(config.optim, warmup=20, schedule="constant"))
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough, TrainingError):
+        fit(task, model, settings, RunFolder(folder), seed=0)
+    return np.diff(marks).tolist(), found
 
 
 def costs(name: str, model: nn.Module, config: TrainConfig, seconds: list[float], flops: int,
@@ -146,10 +155,10 @@ def autoencoder_stage(experiment: Experiment, model: Autoencoder, source: Source
 
     images = image_batch(source, np.arange(stage.train.batch) % len(source)).to(device)
     flops = forward_flops(model, lambda: model.decode_raw(model.moments(images[:1]).mean))
-    seconds, _ = steps_of(model, loss_of(images), stage.train, device, 4)
+    seconds, _ = steps_of(model, loss_of(images), stage.train, 4)
     cost = costs("autoencoder", model, stage.train, seconds, flops, device)
     few = image_batch(source, np.arange(PAIRS) % len(source)).to(device)
-    _, found = steps_of(model, loss_of(few), stage.train, device, 300, FALL["autoencoder"])
+    _, found = steps_of(model, loss_of(few), stage.train, 300, FALL["autoencoder"])
     return proof("autoencoder", found), cost
 
 
@@ -197,12 +206,12 @@ def denoiser_stage(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Au
     read = pairs(piece)
     one = Read(read.mean[:1], read.logvar[:1], read.captions[:1])
     flops = forward_flops(networks, lambda: loss_of(one, 1)(0))
-    seconds, _ = steps_of(networks, loss_of(read, piece), stage.train, device, 4)
+    seconds, _ = steps_of(networks, loss_of(read, piece), stage.train, 4)
     cost = costs("denoiser", networks, stage.train, [s * stage.train.accumulate for s in seconds], flops, device)
     count = min(len(source), stage.images or len(source))
     if stage.cache:
         before = float(np.median(encoded)) * count
         print(f"denoiser: encoding {count:,} pictures before the first step takes about {duration(before)}")
         cost += before
-    _, found = steps_of(networks, loss_of(pairs(PAIRS), PAIRS), stage.train, device, 300, FALL["denoiser"])
+    _, found = steps_of(networks, loss_of(pairs(PAIRS), PAIRS), stage.train, 300, FALL["denoiser"])
     return proof("denoiser", found), cost

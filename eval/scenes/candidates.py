@@ -1,8 +1,8 @@
 """What does a picture show? Whichever of several rendered candidates it is nearest to.
 
 Scenes of emoji cannot be measured with a ruler as shapes are (`eval/scenes/reader.py`), but what they promise can be
-drawn: the promised scene, and the same with one promise broken. A question is such a set of candidates; a promise is kept when
-the candidate that keeps it is the nearest. Chance is one in the number of candidates, and is measured beside.
+drawn: the promised scene, and the same with one promise broken. A question is such a set of candidates; a promise is
+kept when the candidate that keeps it is the nearest. Chance is one in the number of candidates, and is measured beside.
 
 Distance: mean squared difference in CIELAB of pictures halved in size, the smallest over small shifts and over the
 layouts that a promise leaves free. N candidate pictures, S side, V shifts.
