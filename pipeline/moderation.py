@@ -72,7 +72,7 @@ class Moderation:
     @classmethod
     def load(cls, mode: Mode = "block", weights: str | Path = DEFAULT, concepts: str | Path | None = None,
              clip: str | Path | None = None, audit: AuditLog | None = None, device: torch.device | str = "cpu",
-             learned: Mapping[str, str] | None = None, run: str | Path | None = None) -> "Moderation":
+             run: str | Path | None = None) -> "Moderation":
         """The moderation of files; ``concepts`` are judged by the CLIP in the run folder ``clip``. A ``run`` folder may
         hold a second head for prompts, on its own text encoder (training/moderation/encoder_head.py).
 
@@ -88,7 +88,7 @@ class Moderation:
                 raise ValueError(f"concepts {concepts}: no CLIP to judge by; valid: a run folder with the stage clip")
             pictures = image_moderator(concepts, clip, mode, device)
         gate = PromptGate.load(weights, mode=mode, audit=audit, encoder=encoder_of(run) if run is not None else None)
-        return cls(gate, pictures, mode, audit, learned)
+        return cls(gate, pictures, mode, audit)
 
     @classmethod
     def of_run(cls, run: str | Path, mode: Mode = "block", concepts: str | Path | None = None,

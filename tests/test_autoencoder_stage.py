@@ -21,7 +21,7 @@ from model.lpips import Lpips
 from training.experiment import load_experiment
 from training.seed import generator
 from training.stages import autoencoder
-from training.stages.autoencoder import AutoencoderStage, losses, reconstruction_loss, save_comparison
+from training.stages.autoencoder import AutoencoderLoss, AutoencoderStage, reconstruction_loss, save_comparison
 from training.stages.perceptual_loss import PerceptualConfig
 
 SETTINGS = ["stages=[autoencoder]", "autoencoder.train.steps=4", "autoencoder.train.validate_every=4"]
@@ -151,7 +151,7 @@ def test_the_loss_is_the_sum_of_its_terms(tiny):
     def distance(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return (decoded - images).abs().amax(dim=(1, 2, 3))
 
-    found = losses(model, images, generator(0, "a", 0), 0, config, distance, None)
+    found = AutoencoderLoss(config, distance)(model, images, generator(0, "a", 0), 0)
     posterior = model.moments(images)
     noise = torch.randn(posterior.mean.shape, generator=generator(0, "a", 0))
     decoded = model.decode_raw(posterior.sample(noise))
@@ -162,4 +162,4 @@ def test_the_loss_is_the_sum_of_its_terms(tiny):
     for one, two in zip(*gradients):
         torch.testing.assert_close(one, two)
     assert not any(term.requires_grad for name, term in found.items() if name != "loss")
-    assert losses(model, images, generator(0, "a", 0), 0, config, None, None).keys() == {"loss", "reconstruction", "kl"}
+    assert AutoencoderLoss(config)(model, images, generator(0, "a", 0), 0).keys() == {"loss", "reconstruction", "kl"}

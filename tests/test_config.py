@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from files.config import ConfigError, apply_overrides, from_dict, read_yaml, to_dict
+from pipeline.config import read_data_config, read_system_config
 from training.experiment import Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -164,8 +165,8 @@ def test_overrides_that_are_refused(override, message):
     ("tokenizer.length=30", "denoiser.text_encoder.length: 24; valid: tokenizer.length = 30"),
     ("tokenizer.vocab_size=400", "denoiser.text_encoder.vocab_size: 300; valid: from tokenizer.vocab_size = 400 up"),
     ("tokenizer.vocab_size=10", "tokenizer.vocab_size: 10; valid: 260"),
-    ("data.shapes.shapes.size=36", "data.shapes.shapes.size: 36; valid: a multiple of 8"),
-    ("data.shapes.shapes.size=34", "data.shapes.shapes.size: 34; valid: a multiple of 4"),
+    ("data.shapes.size=36", "data.shapes.size: 36; valid: a multiple of 8"),
+    ("data.shapes.size=34", "data.shapes.size: 34; valid: a multiple of 4"),
     ("data.source=photos", "data.source: got 'photos'; valid: one of shapes"),
     ("denoiser.unet.norm_groups=5", "norm_groups"),
     ("denoiser.text_encoder.heads=3", "heads"),
@@ -228,7 +229,37 @@ def test_every_configuration_class_is_frozen_and_holds_plain_types():
         elif isinstance(value, tuple):
             for number, item in enumerate(value):
                 check(item, f"{path}[{number}]")
+        elif isinstance(value, dict):  # shares by the name of a file
+            for key, item in value.items():
+                check(key, path)
+                check(item, f"{path}.{key}")
         else:
             assert isinstance(value, plain), path
 
     check(load_experiment(ROOT / "configs" / "shapes.yaml"), "shapes")
+
+
+# ---- what sampling reads of a run, without knowing training
+
+@pytest.mark.parametrize("overrides", [
+    [], ["denoiser.prediction_type=epsilon", "denoiser.schedule.zero_terminal_snr=false"],
+    ["data.shapes.size=48", "sampling.steps=7", "sampling.guidance.scale=2"]])
+def test_the_system_of_a_run_is_that_of_its_experiment(tiny_config, tmp_path, overrides):
+    experiment = load_experiment(tiny_config, overrides)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(experiment)), encoding="utf-8")
+    assert read_system_config(tmp_path / "config.yaml") == experiment.system
+    assert read_data_config(tmp_path / "config.yaml") == experiment.data
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_defaults_are_the_same_for_training_and_for_sampling(path):
+    """A shipped file leaves most keys out; both readers fill them in alike."""
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "name" in data:
+        assert read_system_config(path) == load_experiment(path).system
+
+
+def test_a_system_that_cannot_be_names_its_key(tmp_path):
+    (tmp_path / "config.yaml").write_text("denoiser: {unet: {channels: [3]}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"denoiser\.unet\.attention"):
+        read_system_config(tmp_path / "config.yaml")

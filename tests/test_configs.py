@@ -26,9 +26,9 @@ TEXT = ["denoiser.text_encoder.width=64", "denoiser.text_encoder.heads=2", "deno
         "denoiser.text_encoder.mlp_width=128", "denoiser.unet.context_width=64"]
 SMALLER: dict[str, list[str]] = {  # the same shape with fewer channels, on smaller pictures
     "coco_256": [*TEXT, "autoencoder.model.channels=[32, 32, 64]", "denoiser.unet.channels=[64, 64, 128]",
-                 "data.images.folder.size=64"],
+                 "data.folder.size=64"],
     "sd15_512": [*TEXT, "autoencoder.model.channels=[32, 32, 64, 64]", "denoiser.unet.channels=[32, 64, 64, 64]",
-                 "data.images.shards.size=64"],
+                 "data.shards.size=64"],
 }
 PHOTOGRAPHS = {"flowers102": "folder", "coco_captions": "folder", "shards": "shards"}  # what stands in for a source
 ONCE = [*(f"{stage}.train.{setting}" for stage in ("autoencoder", "denoiser")
@@ -114,15 +114,15 @@ def test_it_is_stepped_once_and_sampled(path, tmp_path):
     assert size < LARGEST or path.stem in SMALLER, f"{size / 1e6:.0f} million parameters: shrink it in SMALLER"
     overrides = [*ONCE, *SMALLER.get(path.stem, [])]
     if experiment.data.source == "emoji":
-        overrides += [f"data.emoji.emoji.root={emoji_folder(tmp_path / 'emoji', experiment.data.size)}",
-                      "data.emoji.emoji.held_out_scenes=4"]
+        overrides += [f"data.emoji.root={emoji_folder(tmp_path / 'emoji', experiment.data.size)}",
+                      "data.emoji.held_out_scenes=4"]
     elif experiment.data.source in PHOTOGRAPHS:
         kind = PHOTOGRAPHS[experiment.data.source]
         overrides += photographs(tmp_path / "photographs", kind)
         if not any(text.startswith(f"data.{kind}.size=") for text in overrides):
             overrides.append(f"data.{kind}.size={experiment.data.size}")
     else:
-        overrides += ["data.shapes.shapes.train=40", "data.shapes.shapes.validation=4", "data.shapes.shapes.test=4"]
+        overrides += ["data.shapes.train=40", "data.shapes.validation=4", "data.shapes.test=4"]
     run = tmp_path / "run"
     train.main([str(path), f"run={run}", *overrides])
     for stage in set(experiment.stages) & {"autoencoder", "denoiser"}:

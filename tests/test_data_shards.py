@@ -111,7 +111,7 @@ def test_a_config_with_a_data_section_is_a_source_of_the_command(tmp_path, capsy
     assert "4 pictures in 1 shards" in capsys.readouterr().out
     for text, message in (("data: {sauce: shapes}", "unknown key 'data.sauce'"), ("name: x", "no data section"),
                           ("data: {source: photos}", "data.source: got 'photos'; valid: one of shapes"),
-                          ("data: {shapes: {size: 3}}", "data.shapes.shapes.size"), ("data: [", "not valid YAML")):
+                          ("data: {shapes: {size: 3}}", "data.shapes.size"), ("data: [", "not valid YAML")):
         path.write_text(text)
         with pytest.raises(SystemExit, match=message):
             main([str(path), str(tmp_path / "other")])

@@ -114,8 +114,8 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_run, tiny_config, tmp_path,
     (["configs/nothing.yaml"], "no config file configs/nothing.yaml"),
     (["CONFIG", "run="], "run= is empty"),
     (["CONFIG", "denoiser.train.stepz=3"], "unknown key 'denoiser.train.stepz'; valid keys here"),
-    (["CONFIG", "data.shapes.shapes.validation=0", "run=RUN"], "its validation split is empty"),
-    (["CONFIG", "data.shapes.shapes.train=0", "run=RUN"], "its train split is empty"),
+    (["CONFIG", "data.shapes.validation=0", "run=RUN"], "its validation split is empty"),
+    (["CONFIG", "data.shapes.train=0", "run=RUN"], "its train split is empty"),
     (["CONFIG", "stages=[denoiser]", "run=RUN"], "the stage 'tokenizer' is not finished"),
 ])
 def test_mistakes_end_in_one_line(tiny_config, tmp_path, monkeypatch, arguments, message):

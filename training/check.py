@@ -28,7 +28,7 @@ from training.loop import Task, TrainConfig, TrainingError, fit
 from training.seed import Part, generator, whole
 from training.snapshots import SnapshotConfig
 from training.speed import duration, forward_flops, peak_flops, peak_memory
-from training.stages.autoencoder import losses
+from training.stages.autoencoder import AutoencoderLoss
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import Read
 from training.stages.perceptual_loss import perceptual_distance
@@ -149,9 +149,10 @@ def autoencoder_stage(experiment: Experiment, model: Autoencoder, source: Source
     """A few steps of the stage, then eight pictures by heart, which ``model`` knows afterwards."""
     stage, seed = experiment.autoencoder, experiment.seed
     perceptual, _ = perceptual_distance(stage.perceptual, device)
+    objective = AutoencoderLoss(stage, perceptual)
 
     def loss_of(images: torch.Tensor) -> Step:
-        return lambda step: losses(model, images, generator(seed, "check", step), 0, stage, perceptual, None)["loss"]
+        return lambda step: objective(model, images, generator(seed, "check", step), 0)["loss"]
 
     images = image_batch(source, np.arange(stage.train.batch) % len(source)).to(device)
     flops = forward_flops(model, lambda: model.decode_raw(model.moments(images[:1]).mean))

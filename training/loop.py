@@ -111,6 +111,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
     step = state.restore() or 0
     model.train()
     with Logger(run.metrics, task.name, step, config.steps, config.batch, processes) as log, StopSignal() as stop:
+        observer = Observer(task, config, log, best, processes.main, autocast)
         while step < config.steps:
             position, done = step + guard.moved, step + 1  # the place in the data, the steps when this one is done
             set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim))
@@ -148,7 +149,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
             if done % config.log_every == 0 or done == config.steps:
                 log.flush(done, learning_rate=optimizer.param_groups[0]["lr"], gradient_norm=norm,
                           **spent(clock, cost, device))
-            look_at_average(task, averages[0], done, config, log, best, processes, autocast)
+            observer.look(averages[0], done)
             if config.snapshots.every and (done % config.snapshots.every == 0 or done == config.steps):
                 save_snapshots(run.snapshots(task.name), averages, config.snapshots, done, processes.main)
             keep_state(state, task.name, done, config, processes.any(stop.requested))
@@ -200,21 +201,32 @@ def gone_back(state: State, name: str, run: RunFolder, step: int, norm: float, v
     return back
 
 
-def look_at_average(task: Task[M], ema: PowerEma[M], done: int, config: TrainConfig, log: Logger, best: Best,
-                    processes: Processes, autocast: Callable) -> None:
-    """Validate the averaged model, keep it if it is the best so far, and draw a preview, each at its interval."""
-    last = done == config.steps
-    validating, previewing = (done % every == 0 or last for every in (config.validate_every, config.preview_every))
-    if not (validating or previewing):
-        return
-    average = ema.whole()
-    if validating and processes.main:
-        with autocast():
-            measured = task.validate(average)
-        log.write({"step": done, **{f"validation_{name}": value for name, value in measured.items()}})
-        best.offer(average, done, measured)
-    if previewing and processes.main:
-        task.preview(average, done)
+@dataclass(frozen=True)
+class Observer(Generic[M]):
+    """What looks at the averaged model now and then; it changes nothing that training depends on."""
+
+    task: Task[M]
+    config: TrainConfig
+    log: Logger
+    best: Best
+    main: bool
+    autocast: Callable
+
+    def look(self, ema: PowerEma[M], done: int) -> None:
+        """Validate the average, keep it if it is the best so far, and draw a preview, each at its interval."""
+        last = done == self.config.steps
+        validating = done % self.config.validate_every == 0 or last
+        previewing = done % self.config.preview_every == 0 or last
+        if not (validating or previewing):
+            return
+        average = ema.whole()
+        if validating and self.main:
+            with self.autocast():
+                measured = self.task.validate(average)
+            self.log.write({"step": done, **{f"validation_{name}": value for name, value in measured.items()}})
+            self.best.offer(average, done, measured)
+        if previewing and self.main:
+            self.task.preview(average, done)
 
 
 def keep_state(state: State, name: str, done: int, config: TrainConfig, stopping: bool) -> None:

@@ -1,7 +1,7 @@
 """Scores of pictures against the facts their prompts promised, with intervals, a chance row and the reader's own error.
 
 Facts are a plain dict: "count", "objects" [{"colour", "shape", "size"}], "relations" [[subject, relation, object]],
-"background", "mood", "tags"; None is what the prompt left free (`data.shapes.phrasings` writes them).
+"background", "mood", "tags"; None is what the prompt left free (data/shapes/phrasings.py writes them).
 
 A score is {attribute: [right or wrong, one for each promise]}:
 

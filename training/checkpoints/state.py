@@ -4,6 +4,7 @@ Weights, averages, optimizer, guard, and whatever a stage has beside them. The s
 rate, the position in the data, and every random number.
 """
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
@@ -23,15 +24,23 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
 
+@dataclass
 class State:
     """Saves and restores a stage. All processes call every method; whole files are written by the main one."""
 
-    def __init__(self, model: nn.Module, averages: list[PowerEma], optimizer: Optimizer, guard: Guard,
-                 beside: Mapping[str, Stateful], checkpoints: Checkpoints, processes: Processes,
-                 about: Callable[[], dict[str, Any]] = dict):
-        self.model, self.averages, self.optimizer, self.guard = model, averages, optimizer, guard
-        self.beside, self.checkpoints, self.processes, self.about = beside, checkpoints, processes, about
-        self.sharded = averages[0].sharded
+    model: nn.Module
+    averages: list[PowerEma]
+    optimizer: Optimizer
+    guard: Guard
+    beside: Mapping[str, Stateful]
+    checkpoints: Checkpoints
+    processes: Processes
+    about: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over processes."""
+        return self.averages[0].sharded
 
     def save(self, step: int, regular: bool) -> None:
         """Write a checkpoint after ``step`` steps, at its regular time or not. Raises CheckpointError."""

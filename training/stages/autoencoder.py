@@ -69,29 +69,35 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: Aut
     return loss
 
 
-def losses(model: Autoencoder, images: torch.Tensor, random: torch.Generator, step: int, config: AutoencoderStage,
-           perceptual: Distance | None, adversary: Adversary | None,
-           part: Part | None = None) -> dict[str, torch.Tensor]:
-    """``loss``, the weighted sum for pictures (B, 3, H, W), and its terms without their weights, scalars.
+@dataclass(frozen=True)
+class AutoencoderLoss:
+    """The objective of the stage. With an adversary, calling it is also the training step of that."""
 
-    Only ``loss`` has a gradient. With an adversary this is also its training step. ``part`` says which part of a batch
-    the pictures are, None: all of it.
-    """
-    raw = model.moments(images)
-    posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
-    noise = (part or whole(len(images))).randn(posterior.mean.shape, random).to(images.device)
-    decoded = model.decode_raw(posterior.sample(noise)).float()  # (B, 3, H, W)
-    reconstruction = reconstruction_loss(decoded, images, config)
-    kl = posterior.kl().mean()
-    terms = {"reconstruction": reconstruction, "kl": kl}
-    if perceptual is not None:
-        terms["perceptual"] = perceptual(decoded, images).mean()
-        reconstruction = reconstruction + config.perceptual.weight * terms["perceptual"]
-    loss = reconstruction + config.kl * kl
-    if adversary is not None:
-        terms |= adversary.terms(images, decoded, reconstruction, model.decoder.conv_out.weight, step)
-        loss = loss + terms["adversarial"]
-    return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+    config: AutoencoderStage
+    perceptual: Distance | None = None
+    adversary: Adversary | None = None
+
+    def __call__(self, model: Autoencoder, images: torch.Tensor, random: torch.Generator, step: int,
+                 part: Part | None = None) -> dict[str, torch.Tensor]:
+        """``loss``, the weighted sum for images (B, 3, H, W), and its terms without their weights, scalars.
+
+        Only ``loss`` has a gradient. ``part`` says which part of a batch the images are, None: all of it.
+        """
+        raw = model.moments(images)
+        posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
+        noise = (part or whole(len(images))).randn(posterior.mean.shape, random).to(images.device)
+        decoded = model.decode_raw(posterior.sample(noise)).float()  # (B, 3, H, W)
+        reconstruction = reconstruction_loss(decoded, images, self.config)
+        kl = posterior.kl().mean()
+        terms = {"reconstruction": reconstruction, "kl": kl}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images).mean()
+            reconstruction = reconstruction + self.config.perceptual.weight * terms["perceptual"]
+        loss = reconstruction + self.config.kl * kl
+        if self.adversary is not None:
+            terms |= self.adversary.terms(images, decoded, reconstruction, model.decoder.conv_out.weight, step)
+            loss = loss + terms["adversarial"]
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
 
 @torch.no_grad()
@@ -140,6 +146,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     model = placed(Autoencoder(config.model), device)
     adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
+    objective = AutoencoderLoss(config, perceptual, adversary)
     features = Features(device) if config.features == "efficientnet_lite0" else None
     if adversary and (processes.world > 1 or config.train.accumulate > 1):
         raise ValueError(f"adversarial.weight: {config.adversarial.weight} with {processes.world} processes and "
@@ -152,8 +159,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
 
     def loss_at(model: Autoencoder, read: Batch, position: int, part: Part) -> dict[str, torch.Tensor]:
         images = to_unit(part.of_read(read.images)).to(device)  # (B, 3, H, W)
-        return losses(model, images, generator(seed, "autoencoder", position), position, config, perceptual, adversary,
-                      part)
+        return objective(model, images, generator(seed, "autoencoder", position), position, part)
 
     def validate(model: Autoencoder) -> dict[str, float]:
         return quality(reconstructions(model, held_out, batch, device), held_out)

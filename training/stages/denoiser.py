@@ -161,14 +161,11 @@ def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode)
     source, train = context.source, config.train
     count = min(config.images or len(source), len(source))
     if config.cache:
-        return CachedPairs(source, count, encode, context.run, {**context.data_key, "split": "train"}, train.batch,
-                           context.seed, config.caption_dropout, context.processes)
-    return ReadPairs(source, count, encode, train.batch, context.seed, config.caption_dropout, train.workers,
-                     context.processes)
+        return CachedPairs(context, "train", count, encode, train.batch, config.caption_dropout)
+    return ReadPairs(context, count, encode, train.batch, config.caption_dropout, train.workers)
 
 
 def held_out_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> Read:
     """The pairs on which the validation loss is measured: the first of the split, whole and without chance."""
     count = min(config.validation, len(context.validation))
-    return CachedPairs(context.validation, count, encode, context.run, {**context.data_key, "split": "validation"},
-                       config.train.batch, context.seed, processes=context.processes).first(count)
+    return CachedPairs(context, "validation", count, encode, config.train.batch).first(count)

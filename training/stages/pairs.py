@@ -3,7 +3,7 @@
 Axis letters: B pictures of this process, C latent channels, H W latent size.
 """
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -11,12 +11,11 @@ import torch
 from data.cache import LatentCache
 from data.loader import Loader
 from data.order import Order, Places
-from data.source import Source, caption_batch, image_batch
+from data.source import caption_batch, image_batch
 from files.images import to_unit
-from files.run_folder import RunFolder
 from files.whole import sha256_of
 from model.autoencoder import Autoencoder
-from training.distributed import ALONE, Processes
+from training.stages.context import StageContext
 
 
 class Read(NamedTuple):
@@ -50,16 +49,20 @@ def encoder_of(autoencoder: Autoencoder, device: torch.device) -> Encode:
 
 
 class CachedPairs:
-    """Latents encoded once, before the first step; captions are drawn anew in every epoch."""
+    """Latents of the first ``count`` images of a split, encoded once, before the first step; captions are drawn anew in
+    every epoch."""
 
-    def __init__(self, source: Source, count: int, encode: Encode, run: RunFolder, data_key: dict, batch: int,
-                 seed: int, dropout: float = 0.0, processes: Processes = ALONE):
-        key = {**data_key, "autoencoder": sha256_of(run.weights("autoencoder")), "precision": "float32"}
-        with processes.main_first():
-            self.latents = LatentCache(run.path / "cache", key, count,
+    def __init__(self, context: StageContext, split: Literal["train", "validation"], count: int, encode: Encode,
+                 batch: int, dropout: float = 0.0):
+        source = context.source if split == "train" else context.validation
+        key = {**context.data_key, "split": split, "precision": "float32",
+               "autoencoder": sha256_of(context.run.weights("autoencoder"))}
+        with context.processes.main_first():
+            self.latents = LatentCache(context.run.path / "cache", key, count,
                                        lambda indices: encode(image_batch(source, indices)), min(batch, 128))
-        self.source, self.batch, self.seed, self.dropout, self.processes = source, batch, seed, dropout, processes
-        self.order = Order(count, seed)
+        self.source, self.batch, self.dropout = source, batch, dropout
+        self.seed, self.processes = context.seed, context.processes
+        self.order = Order(count, context.seed)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -84,12 +87,12 @@ class CachedPairs:
 class ReadPairs:
     """Pictures read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if any."""
 
-    def __init__(self, source: Source, count: int, encode: Encode, batch: int, seed: int, dropout: float, readers: int,
-                 processes: Processes):
-        buckets: Any = getattr(source, "buckets", None)
-        order = Order(count, seed, None if buckets is None else buckets[:count])
+    def __init__(self, context: StageContext, count: int, encode: Encode, batch: int, dropout: float, workers: int):
+        buckets: Any = getattr(context.source, "buckets", None)
+        order = Order(count, context.seed, None if buckets is None else buckets[:count])
         self.count, self.encode = count, encode
-        self.loader = Loader(source, order, batch, seed, readers, processes.rank, processes.world, dropout)
+        self.loader = Loader(context.source, order, batch, context.seed, workers, context.processes.rank,
+                             context.processes.world, dropout)
 
     def __len__(self) -> int:
         return self.count
