@@ -21,7 +21,7 @@ from PIL import Image
 
 from data.cache import LatentCache
 from data.catalog import DataConfig, build_source
-from data.command import opened_splits
+from data.command import splits_of
 from data.images.folder import FolderConfig
 from data.images.shards import ShardsConfig
 from data.loader import Loader
@@ -163,7 +163,7 @@ def main() -> None:
         (root / "pictures").mkdir()
         write_pictures(root / "pictures", options.pictures)
         shares = {"size": options.size, "validation": 0.0, "test": 0.0}
-        write_shards(opened_splits(str(root / "pictures")), root / "shards", 250)
+        write_shards(splits_of(str(root / "pictures")), root / "shards", 250)
         sources = {"folder": DataConfig(source="folder", folder=FolderConfig(str(root / "pictures"), **shares)),
                    "shards": DataConfig(source="shards", shards=ShardsConfig(str(root / "shards"), **shares))}
         if options.run:

@@ -116,7 +116,7 @@ class RunFolder:
         """Raise ConfigError naming the first of these files that is not there."""
         for name in names:
             if not self.has(name):
-                raise ConfigError(f"{self.path}: there is no {name} yet, its stage is not finished; continue it with: "
+                raise ConfigError(f"{self.path}: training is not finished, there is no {name} yet; continue it with: "
                                   f"python train.py {self.path / 'config.yaml'} run={self.path}")
 
     def record(self, **values: Any) -> None:

@@ -58,7 +58,7 @@ def test_manifest_says_what_ran(tiny_run, tiny):
     tolerance = 0.02  # the record is in fp32, the log may be in bf16
     assert manifest["autoencoder"]["psnr"] == pytest.approx(last["autoencoder"]["validation_psnr"], rel=tolerance)
     assert manifest["denoiser"]["validation_loss"] == pytest.approx(last["denoiser"]["validation_loss"], rel=tolerance)
-    assert manifest["denoiser"]["pictures"] == 32 and manifest["autoencoder"]["pictures"] == 12
+    assert manifest["denoiser"]["images"] == 32 and manifest["autoencoder"]["images"] == 12
     assert len(manifest["autoencoder"]["latent_std"]) == 4 and min(manifest["autoencoder"]["latent_std"]) > 0
 
 
@@ -116,7 +116,7 @@ def test_a_stage_may_be_added_to_a_finished_run(tiny_run, tiny_config, tmp_path,
     (["CONFIG", "denoiser.train.stepz=3"], "unknown key 'denoiser.train.stepz'; valid keys here"),
     (["CONFIG", "data.shapes.validation=0", "run=RUN"], "its validation split is empty"),
     (["CONFIG", "data.shapes.train=0", "run=RUN"], "its train split is empty"),
-    (["CONFIG", "stages=[denoiser]", "run=RUN"], "the stage 'tokenizer' is not finished"),
+    (["CONFIG", "stages=[denoiser]", "run=RUN"], "there is no tokenizer.json yet"),
 ])
 def test_mistakes_end_in_one_line(tiny_config, tmp_path, monkeypatch, arguments, message):
     names = {"CONFIG": str(tiny_config), "run=RUN": f"run={tmp_path / 'run'}"}

@@ -186,7 +186,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     save_weights(average, run.weights("autoencoder"))
     run.record(autoencoder={"psnr": round(measured["psnr"], 3), "ssim": round(measured["ssim"], 4),
                             "frechet": None if distance is None else round(distance, 3),
-                            "features": features.stamp if features else "none", "pictures": len(held_out),
+                            "features": features.stamp if features else "none", "images": len(held_out),
                             "perceptual": perceptual_name,
                             "adversarial": adversary.name if adversary else "off",
                             "bf16": autocast_dtype(config.train.precision, device) is not None,

@@ -76,10 +76,8 @@ class ClipStage:
 
 
 def train_clip(config: ClipStage, context: StageContext) -> None:
-    """Fit the tokenizer, train, write clip_tokenizer.json and clip.safetensors and what held-out pairs say of them.
-
-    Raises ValueError for several processes: each would have only its own part of the wrong answers.
-    """
+    """Fit the tokenizer, train, write clip_tokenizer.json, clip.safetensors and what held-out pairs say of them. Raises
+    ValueError for several processes: each would have only its own part of the wrong answers."""
     source, validation, run = context.source, context.validation, context.run
     device, processes = context.device, context.processes
     if processes.world > 1:
