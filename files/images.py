@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
-from files.sheets import to_picture
 from files.whole import whole_file
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
@@ -55,7 +54,7 @@ def png_bytes(image: torch.Tensor, settings: dict[str, Any] | None) -> bytes:
     if settings is not None:
         info.add_itxt("parameters", json.dumps(settings, ensure_ascii=False, sort_keys=True))
     file = io.BytesIO()
-    to_picture(image).save(file, format="PNG", pnginfo=info)
+    to_pil(image).save(file, format="PNG", pnginfo=info)
     return file.getvalue()
 
 
@@ -88,3 +87,9 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """Pictures in [-1, 1] rounded to uint8, same shape; values outside are clipped."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """One image, uint8 (3, H, W) or floating in [-1, 1], as an image of Pillow."""
+    pixels = image if image.dtype == torch.uint8 else to_uint8(image.detach())
+    return Image.fromarray(np.ascontiguousarray(pixels.cpu().permute(1, 2, 0).numpy()))

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from files.sheets import to_picture
+from files.images import to_pil
 from files.whole import whole_file
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em;color:#1e1e22}
@@ -113,7 +113,7 @@ def image_figures(images: torch.Tensor, captions: Sequence[str], folder: Path, m
     for number, (image, caption) in enumerate(zip(images, captions)):
         name = f"{number:04d}.png"
         with whole_file(folder / name) as temporary:
-            to_picture(image).save(temporary, format="PNG")
+            to_pil(image).save(temporary, format="PNG")
         kind = ' class="missed"' if number < len(missed) and missed[number] else ""
         text = escaped(caption)
         parts.append(f'<figure{kind}><img src="{folder.name}/{name}" alt="{text}">'

@@ -2,21 +2,14 @@
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from files.images import to_pil
 from files.whole import whole_file
 
 INK, PAPER, QUIET = (30, 30, 34), (255, 255, 255), (110, 110, 118)
-
-
-def to_picture(image: torch.Tensor) -> Image.Image:
-    """A PIL picture of uint8 (3, H, W), or of float in [-1, 1]."""
-    if image.dtype != torch.uint8:
-        image = ((image.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(np.ascontiguousarray(image.cpu().permute(1, 2, 0).numpy()))
 
 
 def grid(images: torch.Tensor, labels: list[str] | None = None, columns: int = 8, cell: int = 128,
@@ -41,7 +34,7 @@ def grid(images: torch.Tensor, labels: list[str] | None = None, columns: int = 8
     for row, row_height in zip(rows, heights):
         for column, i in enumerate(row):
             x = gap + column * (width + gap)
-            sheet.paste(to_picture(images[i]).resize((width, height), Image.Resampling.NEAREST), (x, y))
+            sheet.paste(to_pil(images[i]).resize((width, height), Image.Resampling.NEAREST), (x, y))
             for line, text in enumerate(wrapped[i]):
                 draw.text((x, y + height + 1 + 15 * line), text, fill=QUIET, font=font)
         y += row_height
@@ -72,7 +65,7 @@ def axes_grid(images: torch.Tensor, columns: list[str], rows: list[str], cell: i
             draw.text((gap, top + row * (height + gap) + line * k), text, fill=QUIET, font=font)
     for i, image in enumerate(images):
         row, column = divmod(i, len(columns))
-        enlarged = to_picture(image).resize((width, height), Image.Resampling.NEAREST)
+        enlarged = to_pil(image).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left + column * (width + gap), top + row * (height + gap)))
     return sheet
 
@@ -92,7 +85,7 @@ def save_gif(images: torch.Tensor, path: str | Path, cell: int = 128, seconds: f
     """Write pictures (B, 3, H, W) one after the other, the last one held, whole or not at all."""
     factor = max(1, round(cell / images.shape[-1]))
     size = (images.shape[-1] * factor, images.shape[-2] * factor)
-    frames = [to_picture(image).resize(size, Image.Resampling.NEAREST) for image in images]
+    frames = [to_pil(image).resize(size, Image.Resampling.NEAREST) for image in images]
     times = [round(1000 * seconds)] * (len(frames) - 1) + [2000]
     with whole_file(path) as temporary:
         frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)

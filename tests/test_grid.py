@@ -4,8 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from files.images import to_uint8, to_unit
-from files.sheets import PAPER, grid, save_grid, to_picture
+from files.images import to_pil, to_uint8, to_unit
+from files.sheets import PAPER, grid, save_grid
 
 
 def colours(count: int, size: int = 16) -> torch.Tensor:
@@ -63,7 +63,7 @@ def test_floats_are_rounded_not_cut():
     assert torch.equal(to_uint8(floats), levels)
     assert torch.equal(to_uint8(floats + 0.49 / 127.5), levels)
     assert torch.equal(to_uint8(floats - 0.49 / 127.5), levels)
-    assert (np.asarray(to_picture(floats)) == levels.permute(1, 2, 0).numpy()).all()
+    assert (np.asarray(to_pil(floats)) == levels.permute(1, 2, 0).numpy()).all()
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.features.resize import STAMPS, resized
+from files.weights import fill_module, read_pickled_tensors
 
 SIZE = 224  # pixels along a side of what the classifier was trained on
 WIDTH = 1280  # of its pooled features
@@ -137,25 +138,11 @@ def load_efficientnet_lite0(path: str | Path) -> EfficientNetLite0:
 
     Raises ValueError naming the file, or every tensor that is missing, unexpected or misshapen.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"no weights file {path}")
-    try:
-        theirs = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for what it will not or cannot read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not executed: {reason}") from None
     tensors = {}
-    for name, tensor in theirs.items():
+    for name, tensor in read_pickled_tensors(path).items():
         for theirs_name, ours in RENAMES:
             name = re.sub(theirs_name, ours, name)
         tensors[name] = tensor
     network = EfficientNetLite0()
-    own = network.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in own]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-              for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if wrong:
-        raise ValueError(f"{path} does not fit EfficientNet-Lite0: {'; '.join(wrong)}")
-    network.load_state_dict(tensors)
+    fill_module(network, tensors, path, "EfficientNet-Lite0")
     return network.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eval.features.resize import STAMPS, Resize, check_images, resized
+from files.weights import fill_module, read_pickled_tensors
 
 SIZE = 299  # pixels along a side
 WIDTH = 2048  # of the pooled features
@@ -180,20 +181,6 @@ def load_inception(path: str | Path) -> InceptionV3:
     """
     if not Path(path).is_file():
         raise ValueError(f"no weights file {path}; valid: pt_inception-2015-12-05-6726825d.pth, as pytorch-fid has it")
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("num_batches_tracked")}
-    except Exception as error:  # torch raises many kinds for what it will not or cannot read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or holds more than tensors, which is not executed: {reason}") from None
     network = InceptionV3()
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("num_batches_tracked")}
-    wrong = [f"missing {name}" for name in own if name not in tensors]
-    wrong += [f"unexpected {name}" for name in tensors if name not in own]
-    wrong += [f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-              for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(f"{path} does not fit InceptionV3: {'; '.join(wrong[:5])}{more}")
-    network.load_state_dict(tensors, strict=False)
+    fill_module(network, read_pickled_tensors(path), path, "InceptionV3", ignored="num_batches_tracked")
     return network.eval().requires_grad_(False)
