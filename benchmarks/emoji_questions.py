@@ -1,4 +1,4 @@
-"""How well emoji scenes are read back, and the picture of docs/scenes.md: what a sample is compared with.
+"""How well emoji scenes are read back, and the image of docs/scenes.md: what a sample is compared with.
 
     python -m benchmarks.emoji_questions [--root runs/data/emoji64] [--count 120] [--out docs/images/emoji_scenes.png]
 
@@ -14,20 +14,21 @@ from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
 from data.emoji.emoji import Emoji, EmojiConfig
-from eval.scenes.candidates import Question, ranks
+from eval.scenes.candidates import Question, count_nearer_answers
 from eval.scenes.score import score_table
 from files.sheets import save_grid
-from scoring.emoji import ATTRIBUTES, Promises, score_of
+from scoring.emoji import ATTRIBUTES, score_of_answers
+from scoring.emoji_questions import Promises
 
-SHOWN = 7  # candidates of a question in the picture
+SHOWN = 7  # candidates of a question in the image
 BLUR, NOISE = 2.5, 60  # standard deviations: pixels, levels of 255
 
 
-def spoilt(picture: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
-    """uint8 (3, S, S) -> the picture, blurred, and with noise."""
-    blurred = gaussian_blur(picture.float()[None], [13, 13], [BLUR, BLUR])[0]
-    noisy = picture + NOISE * torch.randn(picture.shape, generator=generator)
-    return [picture, *(one.round().clamp(0, 255).to(torch.uint8) for one in (blurred, noisy))]
+def spoilt(image: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+    """uint8 (3, S, S) -> the image, blurred, and with noise."""
+    blurred = gaussian_blur(image.float()[None], [13, 13], [BLUR, BLUR])[0]
+    noisy = image + NOISE * torch.randn(image.shape, generator=generator)
+    return [image, *(one.round().clamp(0, 255).to(torch.uint8) for one in (blurred, noisy))]
 
 
 def draw(source: Emoji, promises: Promises, path: Path) -> str:
@@ -37,22 +38,22 @@ def draw(source: Emoji, promises: Promises, path: Path) -> str:
         return row is None and source.scene(number)["kind"] == "relation" and source.scene(number)["mood"] != ""
 
     index = next(index for index in range(len(source)) if fits(index))
-    pictures, labels = [], []
+    images, labels = [], []
     for asked in promises.questions(index):
-        firsts = [asked.pictures[asked.owners == answer][0] for answer in range(min(SHOWN, asked.answers))]
+        firsts = [asked.images[asked.owners == answer][0] for answer in range(min(SHOWN, asked.answers))]
         firsts += [np.full_like(firsts[0], 255)] * (SHOWN - len(firsts))
-        pictures += firsts
+        images += firsts
         labels += [f"{asked.attribute}: as promised", *[""] * (SHOWN - 1)]
-    save_grid(torch.from_numpy(np.stack(pictures)), path, labels, SHOWN, cell=96)
+    save_grid(torch.from_numpy(np.stack(images)), path, labels, SHOWN, cell=96)
     return source.captions(index)[0]
 
 
 def main() -> None:
-    """Read real renderings back, print the table, draw the picture."""
+    """Read real renderings back, print the table, draw the image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", default="runs/data/emoji64", help="folder of the emoji data (%(default)s)")
     parser.add_argument("--count", type=int, default=120, help="test items (%(default)s)")
-    parser.add_argument("--out", type=Path, help="write the picture here")
+    parser.add_argument("--out", type=Path, help="write the image here")
     options = parser.parse_args()
     source = Emoji(EmojiConfig(options.root), "test")
     promises, generator = Promises(source), torch.Generator().manual_seed(0)
@@ -61,22 +62,22 @@ def main() -> None:
     names = ["real renderings", f"blurred by {BLUR} pixels", f"noise of {NOISE} levels", "renderings of other prompts"]
     rows: dict[str, list] = {name: [] for name in names}
     guesses, seconds = [], 0.0
-    for place, index in enumerate(tqdm(chosen, unit="picture")):
+    for place, index in enumerate(tqdm(chosen, unit="image")):
         stranger = chosen[(place + len(chosen) // 2) % len(chosen)]
         shown = [*spoilt(source[index]["image"], generator), source[stranger]["image"]]
         started = time.perf_counter()
         asked: list[Question] = promises.questions(index)
-        found = ranks(asked, [picture.numpy() for picture in shown])
+        found = count_nearer_answers(asked, [image.numpy() for image in shown])
         seconds += time.perf_counter() - started
         guesses += [1 / one.answers for one in asked]
         for name, one in zip(names, found, strict=True):
-            rows[name].append(({"tags": ()}, score_of(asked, one)))
-    print("| pictures | " + " | ".join(("promises", "whole prompts", *ATTRIBUTES)) + " |")
+            rows[name].append(({"tags": ()}, score_of_answers(asked, one)))
+    print("| images | " + " | ".join(("promises", "whole prompts", *ATTRIBUTES)) + " |")
     print("|---|" + "---|" * (2 + len(ATTRIBUTES)))
     for name in names:
         table = score_table(rows[name], measures=ATTRIBUTES)["all"]
         print(f"| {name} | " + " | ".join(f"{100 * rate.value:.1f}" for rate in table.values()) + " |")
-    print(f"a guess: {100 * np.mean(guesses):.1f} %; {1000 * seconds / len(chosen) / len(names):.0f} ms a picture")
+    print(f"a guess: {100 * np.mean(guesses):.1f} %; {1000 * seconds / len(chosen) / len(names):.0f} ms an image")
     if options.out is not None:
         print(f"{options.out}: {draw(source, promises, options.out)}")
 

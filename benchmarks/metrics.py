@@ -4,7 +4,7 @@
     python -m benchmarks.metrics --cost 10000
 
 Scenes of shapes, 64 pixels, EfficientNet-Lite0. The first form takes about 60 seconds of one core and needs matplotlib;
-the second streams pictures through features and distances and prints time and peak memory.
+the second streams images through features and distances and prints time and peak memory.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BATCH = 64
 
 
 def parts(source: Shapes, first: int, last: int) -> Iterator[Tensor]:
-    """Pictures of items ``first`` .. ``last`` - 1, (B, 3, 64, 64) in [-1, 1]."""
+    """Images of items ``first`` .. ``last`` - 1, (B, 3, 64, 64) in [-1, 1]."""
     for start in range(first, last, BATCH):
         images = torch.stack([source[i]["image"] for i in range(start, min(start + BATCH, last))])
         yield images.float() / 127.5 - 1
@@ -74,7 +74,7 @@ def gathered(vectors: Tensor) -> FeatureSet:
 
 
 def what_catches_what(features: Features, pool: Tensor, source: Shapes, count: int) -> str:
-    """Markdown: real pictures, the same spoilt in known ways, modes left out, copies of training pictures.
+    """Markdown: real images, the same spoilt in known ways, modes left out, copies of training images.
 
     pool: vectors of items 0 .. M - 1; the first M/2 are reference and training, of the others ``count`` are spoilt and
     the rest is held out.
@@ -84,10 +84,10 @@ def what_catches_what(features: Features, pool: Tensor, source: Shapes, count: i
     images, held_out = rest[:count], rest[count:]
     black = [i for i in range(half, 20 * half) if source.scene(i)["background"] == "black"][:count]
     dark = torch.stack([source[i]["image"] for i in black]).float() / 127.5 - 1
-    sets = {"real pictures": images, "blur, 1 pixel": blurred(images), "noise, 12 levels": noisy(images),
+    sets = {"real images": images, "blur, 1 pixel": blurred(images), "noise, 12 levels": noisy(images),
             "JPEG, quality 75": jpeg(images, 75), "JPEG, quality 30": jpeg(images, 30),
             "enlarged bilinearly": enlarged_otherwise(images), "black backgrounds only": dark,
-            "training pictures": training[:count], "the same with noise, 2 levels": noisy(training[:count], 2.0)}
+            "training images": training[:count], "the same with noise, 2 levels": noisy(training[:count], 2.0)}
     rows = []
     for name, spoilt in sets.items():
         vectors = features(spoilt)
@@ -103,12 +103,12 @@ def what_catches_what(features: Features, pool: Tensor, source: Shapes, count: i
 
 
 def near_copies(samples: Tensor, training: Tensor, held_out: Tensor) -> Estimate:
-    """Share of samples nearer to training than all but 5 % of held-out pictures, from vectors (N, D) of each."""
+    """Share of samples nearer to training than all but 5 % of held-out images, from vectors (N, D) of each."""
     return memorization(nearest(samples, [training]), nearest(held_out, [training])).near
 
 
 def by_count(pool: Tensor) -> list[tuple[int, tuple]]:
-    """(N, (Frechet, continued, KID x 1000)) of N real pictures against N others."""
+    """(N, (Frechet, continued, KID x 1000)) of N real images against N others."""
     found, half, count = [], len(pool) // 2, 50
     while count <= half:
         one, two = pool[:count], pool[half:half + count]
@@ -119,7 +119,7 @@ def by_count(pool: Tensor) -> list[tuple[int, tuple]]:
 
 
 def draw(counts: list[tuple[int, tuple]], path: Path) -> None:
-    """The three figures against the number of pictures; all of them should be 0."""
+    """The three figures against the number of images; all of them should be 0."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,7 +137,7 @@ def draw(counts: list[tuple[int, tuple]], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks([count for count, _ in counts], [str(count) for count, _ in counts])
     axes.minorticks_off()
-    axes.set(xlabel="pictures in each of two sets of real pictures", ylabel="distance, should be 0")
+    axes.set(xlabel="images in each of two sets of real images", ylabel="distance, should be 0")
     axes.legend()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -145,7 +145,7 @@ def draw(counts: list[tuple[int, tuple]], path: Path) -> None:
 
 
 def cost(features: Features, count: int) -> None:
-    """Time and peak memory of ``count`` pictures through features, and of the distances between their halves."""
+    """Time and peak memory of ``count`` images through features, and of the distances between their halves."""
     source = Shapes(ShapesConfig(size=64, train=count), "train")
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     found = features_of(parts(source, 0, count), features)
@@ -154,7 +154,7 @@ def cost(features: Features, count: int) -> None:
     other = gathered(found.vectors[len(found.vectors) // 2:])
     print(*frechet_estimate(half, other), kid(half.vectors, other.vectors), prdc(half.vectors, other.vectors))
     after = resource.getrusage(resource.RUSAGE_SELF)
-    print(f"{count} pictures: features {middle.ru_utime - before.ru_utime:.0f} s, distances "
+    print(f"{count} images: features {middle.ru_utime - before.ru_utime:.0f} s, distances "
           f"{after.ru_utime - middle.ru_utime:.0f} s of processor, {time.perf_counter() - began:.0f} s by the clock, "
           f"peak memory {before.ru_maxrss / 1024:.0f} MiB before, {middle.ru_maxrss / 1024:.0f} after the features, "
           f"{after.ru_maxrss / 1024:.0f} MiB after the distances")
@@ -164,9 +164,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/images", help="folder to write to")
-    parser.add_argument("--pool", type=int, default=800, help="real pictures")
-    parser.add_argument("--part", type=int, default=200, help="pictures that are spoilt")
-    parser.add_argument("--cost", type=int, metavar="N", help="only time and memory of N pictures")
+    parser.add_argument("--pool", type=int, default=800, help="real images")
+    parser.add_argument("--part", type=int, default=200, help="images that are spoilt")
+    parser.add_argument("--cost", type=int, metavar="N", help="only time and memory of N images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     features = Features()

@@ -1,1 +1,1 @@
-"""Measurements of generated pictures."""
+"""Measurements of generated images."""

@@ -1,4 +1,4 @@
-"""Does the picture fit its caption: CLIP score, and retrieval of captions by pictures, from vectors of unit length.
+"""Does the image fit its caption: CLIP score, and retrieval of captions by images, from vectors of unit length.
 
 Axis letters: N pairs, E width of the shared space.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from eval.interval import Estimate, bootstrap_mean, bootstrap_share
 
-BLOCK = 1024  # pictures compared with all captions at a time
+BLOCK = 1024  # images compared with all captions at a time
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """CLIP score, and the share of pictures whose own caption is the nearest, or among the nearest five, of all."""
+    """CLIP score, and the share of images whose own caption is the nearest, or among the nearest five, of all."""
 
     score: Estimate
     recall_1: Estimate
@@ -26,19 +26,19 @@ class Agreement:
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
     """100 times the cosine of each pair of vectors (N, E), not below 0: (N,). Hessel et al. 2021, eq. 1, w = 100."""
-    x, y = _checked(images, texts)
+    x, y = _unit_vectors(images, texts)
     return 100 * (x * y).sum(dim=1).clamp(min=0)
 
 
 def caption_ranks(images: Tensor, texts: Tensor, captions: Sequence[str]) -> Tensor:
-    """How many other captions fit each picture at least as well as its own, (N,); 0 is the best.
+    """How many other captions fit each image at least as well as its own, (N,); 0 is the best.
 
-    A caption that reads the same as its own is no other caption. A tie counts against the picture, so that vectors
+    A caption that reads the same as its own is no other caption. A tie counts against the image, so that vectors
     that are all alike find nothing.
     """
-    x, y = _checked(images, texts)
+    x, y = _unit_vectors(images, texts)
     if len(captions) != len(x):
-        raise ValueError(f"{len(captions)} captions for {len(x)} pictures; valid: one each")
+        raise ValueError(f"{len(captions)} captions for {len(x)} images; valid: one each")
     known: dict[str, int] = {}
     same = torch.tensor([known.setdefault(caption, len(known)) for caption in captions], device=x.device)  # (N,)
     ranks = []
@@ -52,23 +52,23 @@ def caption_ranks(images: Tensor, texts: Tensor, captions: Sequence[str]) -> Ten
 
 
 def agreement(images: Tensor, texts: Tensor, captions: Sequence[str], seed: int = 0) -> Agreement:
-    """Score and retrieval of pictures against their captions' vectors, both (N, E), with intervals over pairs."""
+    """Score and retrieval of images against their captions' vectors, both (N, E), with intervals over pairs."""
     ranks = caption_ranks(images, texts, captions).cpu().numpy()
     return Agreement(bootstrap_mean(clip_scores(images, texts).cpu().numpy(), seed),
                      *(bootstrap_share(ranks < k, seed) for k in (1, 5)))
 
 
-def strangers(count: int, seed: int = 0) -> Tensor:
-    """An order of ``count`` pictures in which none keeps its place, (N,): pairs for the floor of a score."""
+def derangement(count: int, seed: int = 0) -> Tensor:
+    """An order of ``count`` images in which none keeps its place, (N,): pairs for the floor of a score."""
     if count < 2:
-        raise ValueError(f"{count} pictures; valid: from 2 up, one cannot be given another's caption")
+        raise ValueError(f"{count} images; valid: from 2 up, one cannot be given another's caption")
     order = np.random.default_rng(seed).permutation(count)
     result = np.empty(count, dtype=np.int64)
     result[order] = np.roll(order, 1)
     return torch.from_numpy(result)
 
 
-def _checked(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_vectors(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
     if images.shape != texts.shape or images.ndim != 2 or not len(images):
         raise ValueError(f"vectors: {tuple(images.shape)} and {tuple(texts.shape)}; valid: both (N, E), one each")
     if not (torch.isfinite(images).all() and torch.isfinite(texts).all()):

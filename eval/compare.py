@@ -51,7 +51,7 @@ def paired_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence
                     "paired bootstrap over prompts")
 
 
-def comparison(ours: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> str:
+def comparison_table(ours: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row a figure, a column a run; scene scores in percent with the difference to the first run.
 
     Raises ValueError for a run that was measured otherwise.

@@ -1,28 +1,28 @@
-"""How near a picture is to its original, pixel by pixel: PSNR and SSIM. Axis letters: B batch, C channels, H W size."""
+"""How near an image is to its original, pixel by pixel: PSNR and SSIM. Axis letters: B batch, C channels, H W size."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW, SIGMA = 11, 1.5  # of the Gaussian of SSIM, in pixels
 K1, K2 = 0.01, 0.03
-PEAK = 2.0  # peak to peak of pictures in [-1, 1]
+PEAK = 2.0  # peak to peak of images in [-1, 1]
 
 
 def psnr(decoded: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture (B,), both (B, 3, H, W) in [-1, 1] (peak to peak 2)."""
+    """Peak signal-to-noise ratio in dB of each image (B,), both (B, 3, H, W) in [-1, 1] (peak to peak 2)."""
     error = (decoded.float().clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(PEAK**2 / error.clamp(min=1e-12))
 
 
 def ssim(decoded: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity of each picture (B,), at most 1: of both (B, C, H, W) in [-1, 1].
+    """Structural similarity of each image (B,), at most 1: of both (B, C, H, W) in [-1, 1].
 
     Wang et al. 2004, equation 13: means, variances and covariance under a Gaussian window, at every place where the
-    whole window lies inside the picture; the mean over places and colour channels. Computed in fp64. Raises ValueError
-    for different shapes and for pictures smaller than the window.
+    whole window lies inside the image; the mean over places and colour channels. Computed in fp64. Raises ValueError
+    for different shapes and for images smaller than the window.
     """
     if decoded.shape != images.shape or images.ndim != 4 or min(images.shape[2:]) < WINDOW:
-        raise ValueError(f"pictures: {tuple(decoded.shape)} and {tuple(images.shape)}; valid: two of one shape "
+        raise ValueError(f"images: {tuple(decoded.shape)} and {tuple(images.shape)}; valid: two of one shape "
                          f"(B, C, H, W), H and W at least {WINDOW}")
     channels = images.shape[1]
     offset = torch.arange(WINDOW, dtype=torch.float64, device=images.device) - WINDOW // 2

@@ -52,7 +52,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
-def factor(covariance: Tensor) -> Tensor:
+def covariance_factor(covariance: Tensor) -> Tensor:
     """F (D, rank) with F F^T = covariance (D, D), which is symmetric and positive but for rounding.
 
     Directions whose variance is rounding alone, as all beyond the rank of a few vectors, are left out.
@@ -71,7 +71,7 @@ def frechet_distance(one: Moments, two: Moments) -> float:
     if len(one.mean) != len(two.mean):
         raise ValueError(f"width: {len(one.mean)} and {len(two.mean)}; valid: the same features for both sets")
     c_1, c_2 = one.covariance, two.covariance
-    f_1, f_2 = factor(c_1), factor(c_2)
+    f_1, f_2 = covariance_factor(c_1), covariance_factor(c_2)
     # C_1 C_2 has the eigenvalues of F_1^T C_2 F_1 = (F_1^T F_2)(F_1^T F_2)^T, whose roots are those singular values
     root = torch.linalg.svdvals(f_1.T @ f_2).sum() if f_1.shape[1] and f_2.shape[1] else torch.zeros(())
     distance = (one.mean - two.mean).square().sum() + c_1.trace() + c_2.trace() - 2 * root

@@ -1,4 +1,4 @@
-"""A folder of pictures to be measured: refused when its pictures cannot be compared, then read batch by batch."""
+"""A folder of images to be measured: refused when its images cannot be compared, then read batch by batch."""
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,25 +11,25 @@ from torch import Tensor
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 
-def picture_files(folder: str | Path) -> list[Path]:
-    """The pictures of a folder and those below it, sorted: opaque, coloured, of one size.
+def image_files(folder: str | Path) -> list[Path]:
+    """The images of a folder and those below it, sorted: opaque, coloured, of one size.
 
     Raises ValueError with the first that is not and how many there are: damaged, grey, transparent or of another size
-    than the first. None is converted: what lies behind a transparent picture, or which resize a mixed folder would
+    than the first. None is converted: what lies behind a transparent image, or which resize a mixed folder would
     get, decides the figure.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
     if not files:
-        raise ValueError(f"{folder}: no pictures; valid: a folder of {', '.join(ENDINGS)} files")
+        raise ValueError(f"{folder}: no images; valid: a folder of {', '.join(ENDINGS)} files")
     faults: dict[str, list[Path]] = {}
     size = None
     for path in files:
         try:
-            with Image.open(path) as picture:
-                picture.load()
-                size = size or picture.size
-                fault = _fault(picture, size)
+            with Image.open(path) as image:
+                image.load()
+                size = size or image.size
+                fault = _fault(image, size)
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
             fault = "cannot be read"
         if fault:
@@ -37,23 +37,23 @@ def picture_files(folder: str | Path) -> list[Path]:
     if faults:
         listed = "; ".join(f"{len(paths)} of {len(files)} {fault} (first: {paths[0].relative_to(folder)})"
                            for fault, paths in faults.items())
-        raise ValueError(f"{folder}: {listed}; valid: opaque RGB pictures of one size")
+        raise ValueError(f"{folder}: {listed}; valid: opaque RGB images of one size")
     return files
 
 
-def _fault(picture: Image.Image, size: tuple[int, int]) -> str:
-    if picture.size != size:
+def _fault(image: Image.Image, size: tuple[int, int]) -> str:
+    if image.size != size:
         return f"are not {size[0]}x{size[1]} as the first"
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        if np.asarray(picture.convert("RGBA"))[..., 3].min() < 255:
+    if "A" in image.getbands() or "transparency" in image.info:
+        if np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
             return "are transparent"
-    elif picture.mode not in ("RGB", "P"):
-        return f"are not RGB but {'grey' if picture.mode in ('1', 'L', 'I', 'I;16', 'F') else picture.mode}"
+    elif image.mode not in ("RGB", "P"):
+        return f"are not RGB but {'grey' if image.mode in ('1', 'L', 'I', 'I;16', 'F') else image.mode}"
     return ""
 
 
-def picture_batches(files: Sequence[Path], batch: int = 64) -> Iterator[Tensor]:
-    """The files' pictures (B, 3, H, W) in [-1, 1]."""
+def image_file_batches(files: Sequence[Path], batch: int = 64) -> Iterator[Tensor]:
+    """The files' images (B, 3, H, W) in [-1, 1]."""
     for start in range(0, len(files), batch):
         pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files[start:start + batch]])
         yield torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1

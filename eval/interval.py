@@ -29,7 +29,7 @@ def _short(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def from_error(value: float, error: float, note: str = "", freedom: float = np.inf) -> Estimate:
+def estimate_from_error(value: float, error: float, note: str = "", freedom: float = np.inf) -> Estimate:
     """The interval of a value whose error is normal with standard deviation ``error``, itself estimated with
     ``freedom`` degrees (Student 1908)."""
     reach = float(stats.t.ppf(0.975, freedom)) * error
@@ -54,10 +54,10 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
 def bootstrap_share(hits: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
     """`bootstrap_mean` of hits, 0 or 1 each (N,). Where none or all are hits resampling knows no spread, and the
     interval is that of Clopper and Pearson 1934: up to 1 - 0.025^(1/N) away."""
-    return opened(bootstrap_mean(np.asarray(hits, dtype=np.float64), seed), len(hits))
+    return with_exact_ends(bootstrap_mean(np.asarray(hits, dtype=np.float64), seed), len(hits))
 
 
-def opened(share: Estimate, count: int) -> Estimate:
+def with_exact_ends(share: Estimate, count: int) -> Estimate:
     """A bootstrapped share of ``count`` samples, with an interval also where it is 0 or 1."""
     reach = 1 - 0.025 ** (1 / count)
     if share.value == 0:

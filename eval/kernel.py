@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.interval import Estimate, from_error
+from eval.interval import Estimate, estimate_from_error
 
 Kernel = Callable[[Tensor, Tensor], Tensor]  # (N, D), (M, D) -> (N, M)
 BLOCK = 1024  # rows of a kernel at a time
@@ -36,9 +36,9 @@ def kid(generated: Tensor, real: Tensor) -> Estimate:
 
     It may be below 0. Raises ValueError for other shapes, fewer than 2 vectors, or values that are not finite.
     """
-    x, y = checked_sets(generated, real, least=2)
+    x, y = check_sets(generated, real, least=2)
     value, error = _squared_mmd(x, y, cubic_kernel, unbiased=True)
-    return from_error(value, error, "standard error of a U-statistic")
+    return estimate_from_error(value, error, "standard error of a U-statistic")
 
 
 def cmmd(generated: Tensor, real: Tensor) -> Estimate:
@@ -47,9 +47,9 @@ def cmmd(generated: Tensor, real: Tensor) -> Estimate:
     Jayasumana et al. 2024, section 5 and their code: vectors of unit length, every pair counts, also of a vector with
     itself, which adds about 1000 (1 - mean kernel) (1/N + 1/M) to equal distributions. Raises as `kid` does.
     """
-    x, y = (F.normalize(vectors, dim=1) for vectors in checked_sets(generated, real, least=2))
+    x, y = (F.normalize(vectors, dim=1) for vectors in check_sets(generated, real, least=2))
     value, error = _squared_mmd(x, y, gaussian_kernel, unbiased=False)
-    found = from_error(value, error, "standard error of a V-statistic").scaled(CMMD_SCALE)
+    found = estimate_from_error(value, error, "standard error of a V-statistic").scaled(CMMD_SCALE)
     return Estimate(found.value, max(0.0, found.low), found.high, found.note)
 
 
@@ -60,7 +60,7 @@ def kid_of_subsets(generated: Tensor, real: Tensor, subsets: int = 100, size: in
     Subsets are those that torch-fidelity draws from the same seed. Raises ValueError when a set is smaller than
     ``size``, and as `kid` does.
     """
-    x, y = checked_sets(generated, real, least=size)
+    x, y = check_sets(generated, real, least=size)
     random = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
@@ -69,13 +69,13 @@ def kid_of_subsets(generated: Tensor, real: Tensor, subsets: int = 100, size: in
     return float(np.mean(values)), float(np.std(values))
 
 
-def checked_sets(generated: Tensor, real: Tensor, least: int) -> tuple[Tensor, Tensor]:
+def check_sets(generated: Tensor, real: Tensor, least: int) -> tuple[Tensor, Tensor]:
     """Both sets in fp64. Raises ValueError unless they are (N, D) and (M, D), finite, N and M at least ``least``."""
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(f"features: {tuple(generated.shape)} and {tuple(real.shape)}; valid: (N, D) and (M, D) from "
                          "the same extractor")
     if min(len(generated), len(real)) < least:
-        raise ValueError(f"features: {len(generated)} generated and {len(real)} real pictures; valid: from {least} up "
+        raise ValueError(f"features: {len(generated)} generated and {len(real)} real images; valid: from {least} up "
                          "of each")
     sets = generated.detach().double(), real.detach().double()
     for name, vectors in zip(("generated", "real"), sets):

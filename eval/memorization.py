@@ -1,7 +1,7 @@
-"""Does a model copy its training pictures? Its samples' nearest training pictures, against those of held-out pictures.
+"""Does a model copy its training images? Its samples' nearest training images, against those of held-out images.
 
-A near neighbour alone says nothing: real pictures have near neighbours, too. So the same search is made for real
-pictures that were not trained on. Axis letters: N queries, M training pictures, D width of a vector.
+A near neighbour alone says nothing: real images have near neighbours, too. So the same search is made for real
+images that were not trained on. Axis letters: N queries, M training images, D width of a vector.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.interval import Estimate, opened
+from eval.interval import Estimate, with_exact_ends
 
-NEAR = 5  # percent of held-out pictures that are nearer to training than the distance called near
+NEAR = 5  # percent of held-out images that are nearer to training than the distance called near
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Memorization:
-    """near: share of samples nearer to training than all but 5 % of held-out pictures; 5 % for a model that does not
-    copy. nearer: chance that a sample is nearer to training than a held-out picture; a half for such a model, 1 for
+    """near: share of samples nearer to training than all but 5 % of held-out images; 5 % for a model that does not
+    copy. nearer: chance that a sample is nearer to training than a held-out image; a half for such a model, 1 for
     copies. Median distances of both."""
 
     near: Estimate
@@ -61,31 +61,31 @@ def nearest(queries: Tensor, training: Iterable[Tensor]) -> Nearest:
 
 
 def memorization(samples: Nearest, held_out: Nearest, seed: int = 0, resamples: int = 500) -> Memorization:
-    """Compare the distances of samples and of held-out real pictures, searched among the same training pictures.
+    """Compare the distances of samples and of held-out real images, searched among the same training images.
 
     ``nearer`` is the Mann-Whitney statistic of Meehan et al. 2020 (section 3), as a share of pairs. Intervals resample
-    both sets. Raises ValueError for fewer than 20 held-out pictures: of so few, 5 % is none.
+    both sets. Raises ValueError for fewer than 20 held-out images: of so few, 5 % is none.
     """
     ours, theirs = (found.distance.cpu().numpy() for found in (samples, held_out))
     if len(theirs) < 20:
-        raise ValueError(f"held_out: {len(theirs)} pictures; valid: from 20 up")
+        raise ValueError(f"held_out: {len(theirs)} images; valid: from 20 up")
 
     def shares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         y = np.sort(y)
-        # of each sample, the share of held-out pictures that are farther from training; a tie is half
+        # of each sample, the share of held-out images that are farther from training; a tie is half
         farther = 1 - (np.searchsorted(y, x, "left") + np.searchsorted(y, x, "right")) / (2 * len(y))
-        # where held-out pictures repeat training ones the limit is 0, and a copy must be near all the same
+        # where held-out images repeat training ones the limit is 0, and a copy must be near all the same
         return float((x <= np.percentile(y, NEAR)).mean()), float(farther.mean())
 
     random = np.random.default_rng(seed)
     drawn = [shares(random.choice(ours, len(ours)), random.choice(theirs, len(theirs))) for _ in range(resamples)]
     low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
-    near, nearer = (Estimate(value, float(low[i]), float(high[i]), "bootstrap over samples and held-out pictures")
+    near, nearer = (Estimate(value, float(low[i]), float(high[i]), "bootstrap over samples and held-out images")
                     for i, value in enumerate(shares(ours, theirs)))
-    return Memorization(opened(near, len(ours)), nearer, float(np.median(ours)), float(np.median(theirs)))
+    return Memorization(with_exact_ends(near, len(ours)), nearer, float(np.median(ours)), float(np.median(theirs)))
 
 
 def pixel_vectors(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as vectors (B, 3 H W) whose distance is the root mean square error in levels
+    """Images (B, 3, H, W) in [-1, 1] as vectors (B, 3 H W) whose distance is the root mean square error in levels
     of 255."""
     return images.flatten(1).float() * (127.5 / images[0].numel() ** 0.5)

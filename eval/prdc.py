@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: are samples among the real pictures, and are all real pictures reached?
+"""Precision, recall, density and coverage: are samples among the real images, and are all real images reached?
 
 A set is taken as the union of balls around its vectors, each reaching to its k-th nearest neighbour in the set.
 Axis letters: N generated, M real vectors, D width. Distances are computed in fp64 in blocks of rows.
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from eval.interval import Estimate, bootstrap_mean, bootstrap_share
-from eval.kernel import BLOCK, checked_sets
+from eval.kernel import BLOCK, check_sets
 
 
 @dataclass(frozen=True)
 class Prdc:
-    """Precision: share of samples inside the real set. Recall: share of real pictures inside the generated set.
+    """Precision: share of samples inside the real set. Recall: share of real images inside the generated set.
     Density: how many real balls a sample lies in, over k; above 1 where samples crowd where real ones are dense.
-    Coverage: share of real pictures with a sample in their ball. Intervals hold the balls fixed."""
+    Coverage: share of real images with a sample in their ball. Intervals hold the balls fixed."""
 
     precision: Estimate
     recall: Estimate
@@ -32,8 +32,8 @@ def prdc(generated: Tensor, real: Tensor, k: int = 3, seed: int = 0) -> Prdc:
     """
     if k < 1:
         raise ValueError(f"k: {k}; valid: from 1 up")
-    x, y = checked_sets(generated, real, least=k + 1)
-    x_reach, y_reach = reaches(x, k), reaches(y, k)  # (N,), (M,)
+    x, y = check_sets(generated, real, least=k + 1)
+    x_reach, y_reach = neighbour_distances(x, k), neighbour_distances(y, k)  # (N,), (M,)
     inside, counts, nearest = [], [], torch.full((len(y),), torch.inf, dtype=torch.float64, device=y.device)
     recalled = torch.zeros(len(y), dtype=torch.bool, device=y.device)
     for part, reach in zip(x.split(BLOCK), x_reach.split(BLOCK)):
@@ -48,7 +48,7 @@ def prdc(generated: Tensor, real: Tensor, k: int = 3, seed: int = 0) -> Prdc:
     return Prdc(precision, recall, bootstrap_mean(torch.cat(counts).double().cpu().numpy() / k, seed), coverage)
 
 
-def reaches(vectors: Tensor, k: int) -> Tensor:
+def neighbour_distances(vectors: Tensor, k: int) -> Tensor:
     """Distance of each vector (N, D) to its k-th nearest other one, (N,)."""
     # the smallest of a row is the vector itself, exactly 0 or a rounding error
     return torch.cat([torch.cdist(part, vectors).kthvalue(k + 1, dim=1).values for part in vectors.split(BLOCK)])

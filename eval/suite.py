@@ -1,6 +1,6 @@
-"""The figures of a run beside what real pictures and what chance would give, as a table and as plain JSON.
+"""The figures of a run beside what real images and what chance would give, as a table and as plain JSON.
 
-Axis letters: N pictures, D and E widths of features and of CLIP vectors.
+Axis letters: N images, D and E widths of features and of CLIP vectors.
 """
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eval.clip_score import agreement, strangers
+from eval.clip_score import agreement, derangement
 from eval.features.reference import FeatureSet, frechet_estimate
 from eval.interval import Estimate
 from eval.kernel import cmmd, kid
@@ -18,7 +18,7 @@ from eval.prdc import prdc
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of the samples, the same of real pictures in their place, of these through the autoencoder, which is
+    """A figure of the samples, the same of real images in their place, of these through the autoencoder, which is
     what a perfect denoiser would get, and that of chance where there is one."""
 
     value: Estimate
@@ -28,16 +28,16 @@ class Figure:
 
 
 Figures = dict[str, Figure]
-COLUMNS = ("figure", "samples", "real pictures", "through the autoencoder", "chance")  # in the order of the fields
+COLUMNS = ("figure", "samples", "real images", "through the autoencoder", "chance")  # in the order of the fields
 
 
 def distance_figures(ours: FeatureSet, reference: FeatureSet, real: FeatureSet, through: FeatureSet,
                      name: str) -> Figures:
-    """Frechet distance, KID, precision, recall, density, coverage of samples against a reference of real pictures.
+    """Frechet distance, KID, precision, recall, density, coverage of samples against a reference of real images.
 
-    ``real`` are other real pictures, as many as the samples and of the same prompts: what a perfect model would get;
+    ``real`` are other real images, as many as the samples and of the same prompts: what a perfect model would get;
     ``through`` are these through the autoencoder. ``name`` is that of the features. The Frechet distance is continued
-    to infinitely many pictures only where there are twice as many as features: with fewer its bias is not yet the line
+    to infinitely many images only where there are twice as many as features: with fewer its bias is not yet the line
     that is continued. Raises ValueError for sets too small or of another extractor.
     """
     columns = []
@@ -56,10 +56,10 @@ def distance_figures(ours: FeatureSet, reference: FeatureSet, real: FeatureSet, 
 
 def text_figures(images: Tensor, real: Tensor, through: Tensor, texts: Tensor, captions: list[str],
                  reference: Tensor) -> Figures:
-    """CLIP score, retrieval and CMMD of vectors (N, E) of samples, of real pictures of the same captions, of these
+    """CLIP score, retrieval and CMMD of vectors (N, E) of samples, of real images of the same captions, of these
     through the autoencoder, and of the captions; chance is the samples under each other's captions. ``reference``
     (M, E) is for the CMMD."""
-    order = strangers(len(images))
+    order = derangement(len(images))
     columns = [agreement(x, texts, captions) for x in (images, real, through, images[order.to(images.device)])]
     names = {"score": "CLIP score", "recall_1": f"caption found among {len(set(captions))}",
              "recall_5": "caption among the first 5"}
@@ -68,12 +68,12 @@ def text_figures(images: Tensor, real: Tensor, through: Tensor, texts: Tensor, c
 
 
 def memory_figures(samples: Nearest, held_out: Nearest, where: str) -> Figures:
-    """How near samples are to training pictures, beside what a model that does not copy would get by definition.
+    """How near samples are to training images, beside what a model that does not copy would get by definition.
     ``where`` they were looked for: "features of 2000"."""
     found = memorization(samples, held_out)
     half, twentieth = (Estimate(value, value, value, "by definition") for value in (0.5, 0.05))
-    return {f"nearer to training than all but 5 % of held-out pictures ({where})": Figure(found.near, twentieth),
-            f"nearer to training than a held-out picture ({where})": Figure(found.nearer, half)}
+    return {f"nearer to training than all but 5 % of held-out images ({where})": Figure(found.near, twentieth),
+            f"nearer to training than a held-out image ({where})": Figure(found.nearer, half)}
 
 
 def figures_table(figures: Figures) -> str:

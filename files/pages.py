@@ -2,6 +2,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +13,23 @@ from PIL import Image
 from files.images import to_pil
 from files.whole import whole_file
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em;color:#1e1e22}
+INTERVAL = re.compile(r"[-+]?\d[\d.]* \(.*\d")  # a cell such as "71.0 (68-73)" or "0.12 (0.1 to 0.2)"
+WIDE = 8  # columns from which a table is set smaller, so that it fits a window of 1,200 pixels
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#1e1e22}
 h1{font-size:1.6em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #ddd}
 .quiet,figcaption{color:#6e6e76}li{margin:.1rem 0}
 table{border-collapse:collapse;font-size:.86em;margin:.7em 0}td,th{padding:.25em .6em;border-bottom:1px solid #e4e4ea}
-th{text-align:left;font-weight:600}td+td,th+th{text-align:right}
+th{text-align:left;font-weight:600}td+td,th+th{text-align:right}td.interval{white-space:nowrap}
+table.wide{font-size:.74em}table.wide td,table.wide th{padding:.3em .35em}
 figure{display:inline-block;margin:.4rem 1rem .4rem 0;vertical-align:top}img{max-width:100%}
 .images{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr));gap:.9em}
 .images figure{margin:0}.images img{width:100%;image-rendering:pixelated;display:block}
-.images figcaption{font-size:.74em;line-height:1.3;margin-top:.3em}
-figure.missed img{outline:2px solid #d0342c}"""
+.images figcaption{font-size:.74em;line-height:1.3;margin:.3em 0}
+.checked{grid-template-columns:repeat(auto-fill,minmax(160px,1fr))}
+.checked figure{display:grid;grid-row:span 3;grid-template-rows:subgrid;align-content:start}
+.checked figcaption{color:#1e1e22;font-size:.82em;align-self:end}
+.marks{list-style:none;margin:.3em 0;padding:0;font-size:.8em}
+.kept{color:#1f7a3f}.broken{color:#c02a22;font-weight:600}figure.missed img{outline:2px solid #d0342c}"""
 
 
 def escaped(text: object) -> str:
@@ -44,12 +52,14 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 
 def markdown_table(text: str) -> str:
-    """A Markdown table as HTML."""
+    """A Markdown table as HTML. A value stays on one line with its interval."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()
             if line.strip() and not set(line) <= set("|- ")]
-    cells = ["".join(f"<{tag}>{escaped(cell)}</{tag}>" for cell in row)
-             for row, tag in zip(rows, ["th"] + ["td"] * len(rows))]
-    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"
+    lines = ["".join(f"<th>{escaped(cell)}</th>" for cell in rows[0])]
+    lines += ["".join(f'<td class="interval">{escaped(cell)}</td>' if INTERVAL.match(cell)
+                      else f"<td>{escaped(cell)}</td>" for cell in row) for row in rows[1:]]
+    kind = ' class="wide"' if len(rows[0]) >= WIDE else ""
+    return f"<table{kind}>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def listed(items: Sequence[str], most: int = 200) -> str:
@@ -107,15 +117,37 @@ def inline(image: Image.Image, caption: str) -> str:
             f"<figcaption>{escaped(caption)}</figcaption></figure>")
 
 
-def image_figures(images: torch.Tensor, captions: Sequence[str], folder: Path, missed: Sequence[bool] = ()) -> str:
-    """HTML of images (B, 3, H, W) under their captions, each saved as a PNG in ``folder``; ``missed`` get a frame."""
+def image_figures(images: torch.Tensor, captions: Sequence[str], folder: Path) -> str:
+    """HTML of images (B, 3, H, W) above their captions; each is saved as a PNG in ``folder``."""
     parts = []
     for number, (image, caption) in enumerate(zip(images, captions)):
-        name = f"{number:04d}.png"
-        with whole_file(folder / name) as temporary:
-            to_pil(image).save(temporary, format="PNG")
-        kind = ' class="missed"' if number < len(missed) and missed[number] else ""
-        text = escaped(caption)
-        parts.append(f'<figure{kind}><img src="{folder.name}/{name}" alt="{text}">'
-                     f"<figcaption>{text}</figcaption></figure>")
+        source = save_figure(image, folder, number)
+        parts.append(f'<figure><img src="{source}" alt="{escaped(caption)}">'
+                     f"<figcaption>{escaped(caption)}</figcaption></figure>")
     return f'<div class="images">{"".join(parts)}</div>'
+
+
+def checked_figures(images: torch.Tensor, captions: Sequence[str], marks: Sequence[Sequence[tuple[str, bool]]],
+                    folder: Path, first: int = 0) -> str:
+    """HTML of prompts with their images (B, 3, H, W) and a list of what was promised, ticked where it was kept.
+
+    ``marks`` are (promise, whether it was kept) of each image. An image that breaks a promise has a red frame. Each is
+    saved as a PNG in ``folder``, under its number from ``first`` on.
+    """
+    parts = []
+    for number, (image, caption, promises) in enumerate(zip(images, captions, marks), first):
+        source = save_figure(image, folder, number)
+        kind = "" if all(kept for _, kept in promises) else ' class="missed"'
+        lines = "".join(f'<li class="kept">&#10003; {escaped(promise)}</li>' if kept
+                        else f'<li class="broken">&#10007; {escaped(promise)}</li>' for promise, kept in promises)
+        parts.append(f'<figure{kind}><figcaption>{escaped(caption)}</figcaption><img src="{source}" '
+                     f'alt="{escaped(caption)}"><ul class="marks">{lines}</ul></figure>')
+    return f'<div class="images checked">{"".join(parts)}</div>'
+
+
+def save_figure(image: torch.Tensor, folder: Path, number: int) -> str:
+    """Save an image (3, H, W) as a PNG in ``folder``; returns its address on a page beside that folder."""
+    name = f"{number:04d}.png"
+    with whole_file(folder / name) as temporary:
+        to_pil(image).save(temporary, format="PNG")
+    return f"{folder.name}/{name}"

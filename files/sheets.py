@@ -1,4 +1,4 @@
-"""Labelled grids of pictures, as PNG files a person looks at."""
+"""Labelled grids of images, as PNG files a person looks at."""
 import textwrap
 from pathlib import Path
 
@@ -14,12 +14,12 @@ INK, PAPER, QUIET = (30, 30, 34), (255, 255, 255), (110, 110, 118)
 
 def grid(images: torch.Tensor, labels: list[str] | None = None, columns: int = 8, cell: int = 128,
          title: str = "") -> Image.Image:
-    """Pictures (B, 3, H, W) in rows of ``columns``, enlarged to about ``cell`` pixels, each label under its own.
+    """Images (B, 3, H, W) in rows of ``columns``, enlarged to about ``cell`` pixels, each label under its own.
 
     Enlarging is by whole factors without smoothing, so that what is seen is what was made.
     """
     if labels is not None and len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} pictures")
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
     font = ImageFont.load_default(size=12)
     factor = max(1, round(cell / images.shape[-1]))
     width, height, gap = images.shape[-1] * factor, images.shape[-2] * factor, 8
@@ -43,9 +43,9 @@ def grid(images: torch.Tensor, labels: list[str] | None = None, columns: int = 8
 
 def axes_grid(images: torch.Tensor, columns: list[str], rows: list[str], cell: int = 128,
               title: str = "") -> Image.Image:
-    """Pictures (R C, 3, H, W), row by row, with what a column and a row stand for written on top and on the left."""
+    """Images (R C, 3, H, W), row by row, with what a column and a row stand for written on top and on the left."""
     if len(images) != len(columns) * len(rows):
-        raise ValueError(f"{len(images)} pictures for {len(rows)} rows of {len(columns)}; valid: one for each")
+        raise ValueError(f"{len(images)} images for {len(rows)} rows of {len(columns)}; valid: one for each")
     font, line, gap = ImageFont.load_default(size=12), 15, 8
     factor = max(1, round(cell / images.shape[-1]))
     width, height = images.shape[-1] * factor, images.shape[-2] * factor
@@ -71,7 +71,7 @@ def axes_grid(images: torch.Tensor, columns: list[str], rows: list[str], cell: i
 
 
 def heated(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """A picture uint8 (3, H, W) in grey under a map (h, w) of any range: black, red, yellow, white from its lowest to
+    """An image uint8 (3, H, W) in grey under a map (h, w) of any range: black, red, yellow, white from its lowest to
     its highest value."""
     low, high = heat.min(), heat.max()
     share = (heat - low) / (high - low).clamp(min=1e-12)
@@ -82,7 +82,7 @@ def heated(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
 
 
 def save_gif(images: torch.Tensor, path: str | Path, cell: int = 128, seconds: float = 0.1) -> None:
-    """Write pictures (B, 3, H, W) one after the other, the last one held, whole or not at all."""
+    """Write images (B, 3, H, W) one after the other, the last one held, whole or not at all."""
     factor = max(1, round(cell / images.shape[-1]))
     size = (images.shape[-1] * factor, images.shape[-2] * factor)
     frames = [to_pil(image).resize(size, Image.Resampling.NEAREST) for image in images]

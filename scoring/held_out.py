@@ -1,4 +1,4 @@
-"""The prompts a run is measured on, with what they promise and the real pictures that they describe."""
+"""The prompts a run is measured on, with what they promise and the real images that they describe."""
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,17 +7,22 @@ import torch
 from data.catalog import build_source
 from data.shapes.shapes import Shapes
 from data.source import Source
+from scoring.settings import EvaluationSettings
 from training.experiment import Experiment
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Captions, the numbers of their items in the split, which are also the seeds of their samples, and the real
-    pictures, uint8 (3, H, W); ``facts`` are what the captions promise and ``styles`` whose they are, where known."""
+    """Prompts of one split, a list entry each.
+
+    ``seeds`` are the numbers of their items in the split, which are also the seeds of their samples, and ``images`` the
+    real images of these items, uint8 (3, H, W). Where they are known, ``facts`` hold what each caption promises and
+    ``styles`` the style that it names; else the two lists are empty.
+    """
 
     captions: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    drawn: list[torch.Tensor] = field(default_factory=list)
+    images: list[torch.Tensor] = field(default_factory=list)
     facts: list[dict[str, Any]] = field(default_factory=list)
     styles: list[str] = field(default_factory=list)
 
@@ -25,10 +30,21 @@ class Prompts:
         return len(self.captions)
 
 
-def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
-    """One phrasing of each of the first ``count`` items that have one outside ``trained``.
+def evaluation_prompts(experiment: Experiment, settings: EvaluationSettings) -> tuple[Prompts, Prompts]:
+    """(test prompts, validation prompts) that training never saw. Raises ValueError when a split has too few."""
+    data = experiment.data.squares
+    if data.source == "shapes":
+        trained = training_captions(experiment)
+        return (unseen_prompts(Shapes(data.shapes, "test"), trained, settings.num_test),
+                unseen_prompts(Shapes(data.shapes, "validation"), trained, settings.num_validation))
+    return (held_out_prompts(build_source(data, "test"), settings.num_test),
+            held_out_prompts(build_source(data, "validation"), settings.num_validation))
 
-    Raises ValueError when there are fewer.
+
+def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
+    """One phrasing of each of the first ``count`` items that have a phrasing outside ``trained``.
+
+    Raises ValueError when there are fewer such items.
     """
     found = Prompts()
     for index in range(len(source)):
@@ -39,7 +55,7 @@ def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
         if phrasing is not None:
             found.captions.append(item["captions"][phrasing])
             found.facts.append(item["facts"][phrasing])
-            found.drawn.append(item["image"])
+            found.images.append(item["image"])
             found.seeds.append(index)
         if len(found) == count:
             return found
@@ -47,15 +63,15 @@ def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
                      f"valid: fewer than --count {count}, or a larger data.shapes.{source.split}")
 
 
-def captions_of_training(experiment: Experiment) -> set[str]:
-    """Every caption the denoiser may have seen."""
+def training_captions(experiment: Experiment) -> set[str]:
+    """Every caption that the denoiser may have seen."""
     source = build_source(experiment.data, "train")
     count = min(experiment.denoiser.images or len(source), len(source))
     return {caption for index in range(count) for caption in source.captions(index)}
 
 
 def held_out_prompts(source: Source, count: int) -> Prompts:
-    """The first caption of each of the first ``count`` items. Raises ValueError when there are fewer."""
+    """The first caption of each of the first ``count`` items. Raises ValueError when there are fewer items."""
     if len(source) < count:
         raise ValueError(f"the split has {len(source)} items; valid: --count up to that, not {count}")
     items = [source[index] for index in range(count)]

@@ -9,10 +9,19 @@ from emoji_packages import emoji_folder
 from data.emoji.emoji import Emoji, EmojiConfig
 from data.emoji.scenes import COLOURS, MOODS, canvas, over, scene_image
 from diffusion.sampling import SamplingConfig
-from eval.scenes.candidates import REACH, distances, palette_distance, question, ranks, shifted, vectors
-from scoring.emoji import ATTRIBUTES, Promises, compared, layouts, mood_distances, score_of
+from eval.scenes.candidates import (
+    REACH,
+    answer_distances,
+    candidate_vectors,
+    count_nearer_answers,
+    make_question,
+    palette_distance,
+    shifted_vectors,
+)
+from scoring.emoji import ATTRIBUTES, mood_distances, score_of_answers, score_rows
+from scoring.emoji_questions import Promises, layouts
 from scoring.held_out import Prompts
-from scoring.samples import Drawn
+from scoring.samples import Samples
 
 SIZE = 64
 
@@ -33,9 +42,9 @@ def scenes(source, kind: str | None = None) -> list[int]:
     return [i for i in found if kind in (None, source.scene(source.locate(i)[1])["kind"])]
 
 
-def answered(promises, index: int, picture) -> dict[str, list[bool]]:
+def answered(promises, index: int, image) -> dict[str, list[bool]]:
     asked = promises.questions(index)
-    return score_of(asked, ranks(asked, [np.asarray(picture)])[0])
+    return score_of_answers(asked, count_nearer_answers(asked, [np.asarray(image)])[0])
 
 
 def redrawn(source, scene: dict, **changes) -> np.ndarray:
@@ -43,7 +52,7 @@ def redrawn(source, scene: dict, **changes) -> np.ndarray:
 
 
 def test_real_renderings_keep_their_promises(source, promises):
-    """The reader itself: at least 98 % of what the data's own pictures promise is read, of every attribute."""
+    """The reader itself: at least 98 % of what the data's own images promise is read, of every attribute."""
     right, made = Counter(), Counter()
     for index in range(len(source)):
         for name, kept in answered(promises, index, source[index]["image"]).items():
@@ -53,7 +62,7 @@ def test_real_renderings_keep_their_promises(source, promises):
     assert all(right[name] >= 0.98 * made[name] for name in ATTRIBUTES), (right, made)
 
 
-def test_pictures_of_other_prompts_are_near_chance(source, promises):
+def test_images_of_other_prompts_are_near_chance(source, promises):
     found, guesses = [], []
     for index in scenes(source):
         other = source[scenes(source)[(scenes(source).index(index) + 7) % len(scenes(source))]]["image"]
@@ -68,7 +77,7 @@ def test_a_guess_is_one_in_the_number_of_answers(source, promises):
     indices = scenes(source)[:6]
     images = torch.stack([source[index]["image"] for index in indices])
     prompts = Prompts([source.captions(index)[0] for index in indices], indices, list(images))
-    rows, guess = compared(promises, Drawn(prompts, SamplingConfig(), images, Prompts()), list(images))
+    rows, guess = score_rows(promises, Samples(prompts, SamplingConfig(), images, Prompts()), list(images))
     expected, whole = {}, []
     for index in indices:
         asked = promises.questions(index)
@@ -117,7 +126,7 @@ def test_styles_and_backgrounds_of_single_things(source, promises):
     singles = [i for i in range(len(source)) if source.locate(i)[0] is not None]
     for index in singles:
         row = source.locate(index)[0]
-        twins = promises._in_styles(row)
+        twins = promises._in_all_styles(row)
         colour = source.background(row)
         if len(twins) > 1:
             wrong = over(source.picture(twins[1]), canvas({"kind": "plain", "colours": [colour]}, SIZE))
@@ -128,12 +137,13 @@ def test_styles_and_backgrounds_of_single_things(source, promises):
             assert answered(promises, index, wrong)["background"] == [False]
 
 
-def test_a_shifted_picture_is_the_same_picture(source, promises):
+def test_a_shifted_image_is_the_same_image(source, promises):
     """A promise is about what is shown, not about the pixel it stands on; more than the reach counts."""
-    picture = np.zeros((3, SIZE, SIZE), np.uint8)
-    picture[:, 10:20, 10:20] = 255
-    moved = np.roll(picture, 2 * REACH, axis=2)
-    near, far = (distances(shifted(one), vectors(picture[None]))[0] for one in (moved, np.roll(moved, 8, axis=1)))
+    image = np.zeros((3, SIZE, SIZE), np.uint8)
+    image[:, 10:20, 10:20] = 255
+    moved = np.roll(image, 2 * REACH, axis=2)
+    near, far = (answer_distances(shifted_vectors(one), candidate_vectors(image[None]))[0]
+                 for one in (moved, np.roll(moved, 8, axis=1)))
     assert near == pytest.approx(0, abs=1e-2) and far > 30
 
 
@@ -141,27 +151,28 @@ def test_distances_are_mean_squares():
     rng = np.random.default_rng(0)
     views, candidates = rng.normal(size=(3, 12)).astype(np.float32), rng.normal(size=(5, 12)).astype(np.float32)
     expected = ((views[:, None] - candidates[None]) ** 2).mean(-1).min(0)
-    np.testing.assert_allclose(distances(views, candidates), expected, rtol=1e-5)
+    np.testing.assert_allclose(answer_distances(views, candidates), expected, rtol=1e-5)
 
 
 def test_questions_need_another_answer():
     one, two = np.zeros((3, 4, 4), np.uint8), np.ones((3, 4, 4), np.uint8)
-    assert question("style", [[one]]) is None and question("style", [[one], [one]]) is None
-    asked = question("style", [[one], [two, one], [two], [two]])  # the second can look as the first, the last is there
+    assert make_question("style", [[one]]) is None and make_question("style", [[one], [one]]) is None
+    # the second can look as the first, the last is there
+    asked = make_question("style", [[one], [two, one], [two], [two]])
     assert asked is not None and asked.answers == 2 and asked.owners.tolist() == [0, 1]
-    assert ranks([asked], [one, two]) == [[0], [1]]
+    assert count_nearer_answers([asked], [one, two]) == [[0], [1]]
     for bad in (np.zeros((1, 3, 5, 5), np.uint8), np.zeros((1, 3, 4, 4)), np.zeros((3, 4, 4), np.uint8)):
-        with pytest.raises(ValueError, match="pictures: .*valid: uint8"):
-            vectors(bad)
+        with pytest.raises(ValueError, match="images: .*valid: uint8"):
+            candidate_vectors(bad)
 
 
 def test_moods_are_measured_from_their_palettes(source):
     """A border in a colour of the palette is 0 away; black from white is 100 in CIELAB."""
     colour = np.array(COLOURS[MOODS[next(iter(MOODS))].colours[0]], np.uint8)
-    picture = np.broadcast_to(colour[:, None, None], (3, SIZE, SIZE))
-    assert palette_distance(picture, [colour.tolist(), [0, 0, 0]]) == pytest.approx(0, abs=1e-3)
+    image = np.broadcast_to(colour[:, None, None], (3, SIZE, SIZE))
+    assert palette_distance(image, [colour.tolist(), [0, 0, 0]]) == pytest.approx(0, abs=1e-3)
     assert palette_distance(np.zeros((3, SIZE, SIZE), np.uint8), [[255, 255, 255]]) == pytest.approx(100, abs=0.1)
-    inside = np.array(picture)
+    inside = np.array(image)
     inside[:, SIZE // 4:-SIZE // 4, SIZE // 4:-SIZE // 4] = 0  # what stands inside does not count
     assert palette_distance(inside, [colour.tolist()]) == pytest.approx(0, abs=1e-3)
     lit = [i for i in scenes(source) if source.scene(source.locate(i)[1])["mood"]]

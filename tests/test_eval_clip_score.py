@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eval.clip_score import agreement, caption_ranks, clip_scores, strangers
+from eval.clip_score import agreement, caption_ranks, clip_scores, derangement
 
 
 def pairs(count: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -45,17 +45,17 @@ def test_blocks_do_not_show(monkeypatch):
 def test_wrong_captions_are_caught():
     """Shuffled pairs: the score falls, retrieval falls to chance."""
     images, texts, captions = pairs(200, 0.15)
-    right, wrong = agreement(images, texts, captions), agreement(images[strangers(200)], texts, captions)
+    right, wrong = agreement(images, texts, captions), agreement(images[derangement(200)], texts, captions)
     assert right.recall_1.low > 0.9 and wrong.recall_1.high < 0.05 and wrong.recall_5.value < 0.1
     assert wrong.score.high < right.score.low
 
 
 def test_a_stranger_is_never_oneself():
     for count in (2, 3, 50):
-        order = strangers(count, seed=count)
+        order = derangement(count, seed=count)
         assert sorted(order.tolist()) == list(range(count)) and (order != torch.arange(count)).all()
-    with pytest.raises(ValueError, match="1 pictures; valid: from 2 up"):
-        strangers(1)
+    with pytest.raises(ValueError, match="1 images; valid: from 2 up"):
+        derangement(1)
 
 
 def test_what_is_no_pair_is_refused():
@@ -63,5 +63,5 @@ def test_what_is_no_pair_is_refused():
         clip_scores(torch.zeros(3, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="some are not finite"):
         clip_scores(torch.full((3, 4), torch.nan), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match="2 captions for 3 pictures"):
+    with pytest.raises(ValueError, match="2 captions for 3 images"):
         caption_ranks(torch.ones(3, 4), torch.ones(3, 4), ["a", "b"])

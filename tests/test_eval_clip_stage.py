@@ -6,7 +6,7 @@ import torch
 from clip_vocabulary import write_vocabulary
 
 from data.tokenizer import TokenizerConfig
-from eval.clip_score import agreement, strangers
+from eval.clip_score import agreement, derangement
 from files.run_folder import RunFolder
 from files.weights import CheckpointError
 from model.clip import ClipConfig, ImageEncoderConfig, contrastive_loss
@@ -35,7 +35,7 @@ COLOURS = {"red": (220, 40, 50), "green": (40, 160, 70), "blue": (40, 80, 210), 
 
 
 class Halves:
-    """Pictures of two colours side by side; a seventh of the pairs is held out."""
+    """Images of two colours side by side; a seventh of the pairs is held out."""
 
     def __init__(self, held_out: bool):
         pairs = [(a, b) for a in COLOURS for b in COLOURS]
@@ -69,7 +69,7 @@ def run(tmp_path_factory, sources) -> RunFolder:
     return run
 
 
-def test_it_learns_which_caption_belongs_to_which_picture(run, sources):
+def test_it_learns_which_caption_belongs_to_which_image(run, sources):
     """Held-out pairs score above shuffled ones, and their captions are found more often than by chance."""
     vectors = ClipVectors.of_run(run.path)
     items = [sources[1][i] for i in range(9)]
@@ -78,7 +78,7 @@ def test_it_learns_which_caption_belongs_to_which_picture(run, sources):
     y = vectors.texts(captions)
     assert x.shape == y.shape == (9, 32) and not x.requires_grad
     torch.testing.assert_close(x.norm(dim=1), torch.ones(9))
-    right, wrong = agreement(x, y, captions), agreement(x[strangers(9)], y, captions)
+    right, wrong = agreement(x, y, captions), agreement(x[derangement(9)], y, captions)
     assert right.score.low > wrong.score.high and right.recall_1.value >= 5 / 9
     assert "sha256" in vectors.stamp and "24 px" in vectors.stamp
     assert (run.path / "samples" / "clip_000060.png").is_file()
@@ -155,7 +155,7 @@ def test_published_weights_judge_as_in_transformers(tmp_path):
 
 
 def test_the_same_caption_is_no_wrong_answer():
-    """Two pictures with one caption: neither is pushed away from the other's text."""
+    """Two images with one caption: neither is pushed away from the other's text."""
     logits = torch.tensor([[3.0, 3.0, 0.0], [3.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
     equal = said(["a star", "a star", "a moon"], ["a star", "a star", "a moon"])
     assert equal.tolist() == [[True, True, False], [True, True, False], [False, False, True]]

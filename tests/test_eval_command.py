@@ -17,7 +17,7 @@ from PIL import Image
 
 import evaluate
 from data.tokenizer import Tokenizer
-from eval.compare import comparison, paired_difference
+from eval.compare import comparison_table, paired_difference
 from eval.inception_score import inception_score
 from files.config import to_dict
 from files.images import to_unit
@@ -25,8 +25,10 @@ from files.weights import save_weights
 from model.clip import Clip, ClipConfig, ImageEncoderConfig
 from model.text_encoder import TextEncoderConfig
 from pipeline.system import TextToImage
-from scoring import distances as full
-from scoring.samples import makers
+from scoring import distances
+from scoring.judges import Comparison, Judges, ReferenceImages
+from scoring.samples import makers_of
+from scoring.settings import Suite
 
 
 def copied(tiny_run: Path, path: Path, **sizes: int) -> Path:
@@ -48,8 +50,8 @@ def run(tmp_path_factory, tiny_run) -> Path:
     save_weights(Clip(config), run / "clip.safetensors", {"model": json.dumps(to_dict(config))})
     (run / "clip_tokenizer.json").write_text(Tokenizer.load(run / "tokenizer.json").to_json())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evaluate.TRAINING", 24)
-        patch.setattr("evaluate.SUITES", {"full": (24, 20, [2.0], [2])})
+        patch.setattr("scoring.protocol.MOST_SEARCHED", 24)
+        patch.setattr("scoring.settings.SUITES", {"full": Suite(24, 20, (2.0,), (2,))})
         evaluate.main([str(run), "--suite", "full"])
     return run
 
@@ -73,14 +75,14 @@ class Sources(HTMLParser):
 
 
 def check_page(folder: Path) -> str:
-    """The page's text, once every picture it shows is there, whole and local, and every element is closed."""
+    """The page's text, once every image it shows is there, whole and local, and every element is closed."""
     text = (folder / "index.html").read_text(encoding="utf-8")
     sources = Sources(text)
     assert sources.open == [] and len(sources.found) > 3
     assert not re.search(r"https?:|//\w|<script|@import|url\(", text)
     for source in sources.found:
-        with Image.open(folder / source) as picture:
-            picture.load()
+        with Image.open(folder / source) as image:
+            image.load()
     return text
 
 
@@ -92,7 +94,7 @@ def test_the_full_suite_writes_figures_with_their_making(run):
     assert "EfficientNet-Lite0" in protocol["features"] and "antialiased" in protocol["features"]
     assert protocol["prompts"] == 24 and len(protocol["weights"]) == 4 and "test items 2" in protocol["reference"]
     names = " ".join(metrics["figures"])
-    assert "continued" not in names  # far fewer pictures than features
+    assert "continued" not in names  # far fewer images than features
     for word in ("Frechet", "KID", "precision", "recall", "density", "coverage", "CLIP score", "CMMD",
                  "caption found", "(features of 24)", "(pixels of 24)"):
         assert word in names, word
@@ -100,7 +102,7 @@ def test_the_full_suite_writes_figures_with_their_making(run):
         value = figure["value"]
         assert value["low"] <= value["value"] <= value["high"] and figure["real"] is not None, name
     frechet = next(value for name, value in metrics["figures"].items() if name.startswith("Frechet"))
-    assert frechet["value"]["value"] > 2 * frechet["real"]["value"]  # untrained samples against real pictures
+    assert frechet["value"]["value"] > 2 * frechet["real"]["value"]  # untrained samples against real images
     assert {"score", "chance", "calibration", "ceiling", "groups", "values", "per_prompt"} <= set(metrics)
     written = (run / "report" / "figures.md").read_text()
     assert all(f"| {name} |" in written for name in [*metrics["figures"], "attributes", "features", "revision"])
@@ -110,7 +112,7 @@ def test_the_full_suite_writes_figures_with_their_making(run):
 def test_the_page_opens_from_disk_with_everything_it_shows(run):
     text = check_page(run / "report")
     for heading in ("Scores on prompts", "Kinds of prompts", "Promises by what they name", "Distances, agreement",
-                    "training pictures, which lies below", "Guidance against score", "Steps against score", "Best by",
+                    "training images, which lies below", "Guidance against score", "Steps against score", "Best by",
                     "Worst by", "How these figures were made", "Training"):
         assert heading in text, heading
 
@@ -122,7 +124,7 @@ def test_the_quick_suite_prints_its_table_and_goes_on_where_it_was(tiny_run, tmp
     arguments = [str(run), "--count", "8", "--validation", "4", "--guidance", "1", "3"]
     evaluate.main(arguments)
     printed, metrics = capsys.readouterr().out, (run / "report" / "metrics.json").read_text()
-    assert "| prompts | n | attributes | scene |" in printed and "| reader: drawn pictures | 8 |" in printed
+    assert "| prompts | n | attributes | scene |" in printed and "| reader: real images | 8 |" in printed
     assert "8 unseen prompts, 3 ddim steps, guidance" in printed and "wrote" in printed
     check_page(run / "report")
     files = sorted((run / "report" / "cache").rglob("*.npy"))
@@ -143,14 +145,14 @@ def test_kept_samples_say_what_drew_them(run, tmp_path):
     drawn_by = json.loads((run / "report" / "metrics.json").read_text())["protocol"]["samples_drawn_by"]
     assert found and all(json.loads(text) == [drawn_by] and "torch" in drawn_by for text in before)
     folder = found[0].parent
-    assert makers(folder, False) == [drawn_by]
+    assert makers_of(folder, drawn_now=False) == [drawn_by]
     found[0].write_text('["another, torch 1, machine"]')
-    assert makers(folder, False) == ["another, torch 1, machine"]
-    assert makers(folder, True) == ["another, torch 1, machine", drawn_by]
+    assert makers_of(folder, drawn_now=False) == ["another, torch 1, machine"]
+    assert makers_of(folder, drawn_now=True) == ["another, torch 1, machine", drawn_by]
     found[0].write_bytes(before[0])
 
 
-def test_what_is_not_finite_is_not_measured_as_a_black_picture(tiny_run, tmp_path, monkeypatch):
+def test_what_is_not_finite_is_not_measured_as_a_black_image(tiny_run, tmp_path, monkeypatch):
     run = copied(tiny_run, tmp_path / "run", validation=40, test=80)
     latents = TextToImage.latents
     monkeypatch.setattr(TextToImage, "latents", lambda *rest, **more: latents(*rest, **more) * torch.nan)
@@ -160,24 +162,27 @@ def test_what_is_not_finite_is_not_measured_as_a_black_picture(tiny_run, tmp_pat
 
 
 def test_the_pairs_that_are_drawn_are_the_nearest_of_each_search(tmp_path, monkeypatch):
-    """In pixels: each sample is drawn above the training picture it is nearest to in pixels."""
+    """In pixels: each sample is drawn above the training image it is nearest to in pixels."""
     draw = np.random.default_rng(0)
     train, samples = (torch.from_numpy(draw.integers(0, 256, (n, 3, 16, 16), dtype=np.uint8)) for n in (30, 12))
     samples[4] = train[17]
     sheets = {}
-    monkeypatch.setattr(full, "save_grid", lambda images, path, *rest, **more: sheets.update({path.name: images}))
+    monkeypatch.setattr(distances, "save_grid", lambda images, path, *rest, **more: sheets.update({path.name: images}))
 
     class Training:
         def __getitem__(self, index):
             return {"image": train[index], "captions": ("a",)}
 
-    monkeypatch.setattr(full, "batches", lambda source, first, last: iter([to_unit(train[first:last])]))
-    kept = [SimpleNamespace(vectors=torch.from_numpy(draw.normal(size=(n, 4)))) for n in (12, 24, 30)]
-    drawn = SimpleNamespace(images=samples)
-    truth = torch.from_numpy(draw.integers(0, 256, (24, 3, 16, 16), dtype=np.uint8))
-    (heading, html), figures = full.memory_section(drawn, truth, *kept, Training(), 30, tmp_path)
+    monkeypatch.setattr(distances, "source_batches", lambda source, first, last: iter([to_unit(train[first:last])]))
+    held_out = torch.from_numpy(draw.integers(0, 256, (24, 3, 16, 16), dtype=np.uint8))
+    features = {name: SimpleNamespace(vectors=torch.from_numpy(draw.normal(size=(n, 4))))
+                for name, n in (("samples", 12), ("held_out", 24), ("training", 30))}
+    sets = distances.FeatureSets(**features, reconstructed=None, reference=None)
+    comparison = Comparison(Judges(None, None), ReferenceImages(list, "", ""), Training(), 30)
+    drawn = SimpleNamespace(images=samples, prompts=SimpleNamespace(images=list(held_out)))
+    (heading, html), figures = distances.copies_section(drawn, sets, comparison, tmp_path)
     assert torch.equal(sheets["copies_pixels.png"][0], samples[4])
-    assert torch.equal(sheets["copies_pixels.png"][full.PAIRS], train[17]) and "copies_features.png" in html
+    assert torch.equal(sheets["copies_pixels.png"][distances.NUM_PAIRS], train[17]) and "copies_features.png" in html
     assert {"features of 30", "pixels of 30"} == {name.split("(")[1].strip(")") for name in figures}
 
 
@@ -197,13 +202,13 @@ def test_one_scale_is_taken_and_several_need_somebody_to_choose(tiny_run, tmp_pa
 
 def test_the_inception_score_has_the_error_of_its_mean():
     draw = np.random.default_rng(0)
-    found = [full.inception_estimate(torch.from_numpy(draw.normal(0, 2, (400, 10)))) for _ in range(60)]
+    found = [distances.inception_estimate(torch.from_numpy(draw.normal(0, 2, (400, 10)))) for _ in range(60)]
     spread = np.std([one.value for one in found])
     reach = np.mean([one.high - one.low for one in found]) / 2
     assert 1.4 * spread < reach < 3.5 * spread  # t(9) asks for 2.3
     logits = torch.from_numpy(draw.normal(0, 2, (400, 10)))
     value, deviation = inception_score(logits, 10)  # the deviation divides by 10, that of a sample by 9
-    one = full.inception_estimate(logits)
+    one = distances.inception_estimate(logits)
     assert one.value == value
     assert one.high - value == pytest.approx(2.262157 * deviation * (10 / 9) ** 0.5 / 10**0.5, rel=1e-6)
 
@@ -237,7 +242,7 @@ def test_a_paired_difference_does_not_mind_hard_prompts():
     with pytest.raises(ValueError, match="the same prompts in both"):
         paired_difference(ours, theirs[:-1])
     figures = {"protocol": {}, "per_prompt": {"attributes": theirs}, "figures": {}}
-    table = comparison(figures, {"runs/b": {**figures, "per_prompt": {"attributes": ours}}})
+    table = comparison_table(figures, {"runs/b": {**figures, "per_prompt": {"attributes": ours}}})
     assert "| attributes, % | 50.0 | 55.0 (+5.0:" in table and ", apart)" in table
 
 
@@ -254,11 +259,12 @@ def test_a_paired_difference_does_not_mind_hard_prompts():
     (["RUN", "--suite", "full", "--count", "24", "--validation", "20", "--guidance", "2", "--inception", "no.pth"],
      "no weights file no.pth; valid: pt_inception"),
     (["RUN", "--suite", "full", "--count", "24", "--validation", "20", "--guidance", "2", "--reference", "SMALL"],
-     "pictures of 8x8; valid: 32x32"),
+     "images of 8x8; valid: 32x32"),
 ], ids=["run", "count", "few", "clip", "compare", "null", "number", "empty", "many", "sampler", "inception",
         "reference"])
 def test_what_cannot_be_measured_gets_one_line(run, arguments, line, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluate.SUITES", {"quick": (24, 20, [2.0], []), "full": (24, 20, [2.0], [2])})
+    monkeypatch.setattr("scoring.settings.SUITES", {"quick": Suite(24, 20, (2.0,)),
+                                                    "full": Suite(24, 20, (2.0,), (2,))})
     for number in range(16):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     monkeypatch.chdir(tmp_path)
@@ -308,6 +314,6 @@ def test_emoji_are_told_from_renderings_of_other_things(tiny_run, tmp_path, caps
     assert "a guess" in (run / "report" / "figures.md").read_text()
     assert len(found["per_prompt"]["attributes"]) == 24
     assert {"scene", "style", "background"} <= set(found["score"]["all"])
-    assert "drawn pictures" in (run / "report" / "figures.md").read_text()
+    assert "real images" in (run / "report" / "figures.md").read_text()
     assert "scene of two things" in capsys.readouterr().out
     check_page(run / "report")

@@ -1,4 +1,4 @@
-"""Figures move the right way: what spoils pictures, drops modes or copies is caught by the figure that is meant for it.
+"""Figures move the right way: what spoils images, drops modes or copies is caught by the figure that is meant for it.
 
 Scenes of shapes and the packaged features. Wrong captions: tests/test_eval_clip_score.py and _clip_stage.py.
 """
@@ -18,19 +18,19 @@ COUNT = 40
 
 @pytest.fixture(scope="module")
 def sets() -> dict[str, torch.Tensor]:
-    """Features of real pictures, of others, and of the same spoilt."""
+    """Features of real images, of others, and of the same spoilt."""
     features, source = Features(), Shapes(ShapesConfig(size=48, train=400), "train")
     reference, real = (torch.cat(list(parts(source, first, first + COUNT))) for first in (0, COUNT))
     dark = [i for i in range(100, 400) if source.scene(i)["background"] == "black"][:COUNT]
-    pictures = {"reference": reference, "real": real, "blur": blurred(real), "noise": noisy(real),
+    images = {"reference": reference, "real": real, "blur": blurred(real), "noise": noisy(real),
                 "JPEG": jpeg(real, 30),
                 "dark": torch.stack([source[i]["image"] for i in dark]).float() / 127.5 - 1,
                 "copies": reference[:10]}
-    return {name: features(images) for name, images in pictures.items()}
+    return {name: features(images) for name, images in images.items()}
 
 
 @pytest.mark.parametrize("spoilt", ["blur", "noise", "JPEG"])
-def test_spoilt_pictures_are_farther_in_both_distances(sets, spoilt):
+def test_spoilt_images_are_farther_in_both_distances(sets, spoilt):
     """The intervals of the spoilt and of the real ones do not touch."""
     real, worse = (kid(sets[name], sets["reference"]) for name in ("real", spoilt))
     assert real.low < 0 < real.high and worse.low > real.high
@@ -39,14 +39,14 @@ def test_spoilt_pictures_are_farther_in_both_distances(sets, spoilt):
 
 
 def test_dropped_modes_are_caught_by_coverage_and_not_by_precision(sets):
-    """Black backgrounds alone: each sample is a real picture, most kinds of pictures are missing."""
+    """Black backgrounds alone: each sample is a real image, most kinds of images are missing."""
     real, dark = (prdc(sets[name], sets["reference"]) for name in ("real", "dark"))
     assert dark.coverage.high < real.coverage.low
     assert dark.precision.high >= real.precision.low
 
 
 def test_a_memorizing_sampler_is_caught_by_near_copies_and_praised_by_the_rest(sets):
-    """Nothing but the search for copies says that training pictures are no samples."""
+    """Nothing but the search for copies says that training images are no samples."""
     held_out = nearest(sets["real"], [sets["reference"]])
     copies = memorization(nearest(sets["copies"], [sets["reference"]]), held_out)
     assert copies.near.value == 1.0 and copies.nearer.value == 1.0
@@ -55,7 +55,7 @@ def test_a_memorizing_sampler_is_caught_by_near_copies_and_praised_by_the_rest(s
 
 
 def test_copies_with_noise_are_caught_in_pixels():
-    """Noise of two levels of 255 moves features farther than to another picture; it hardly moves pixels."""
+    """Noise of two levels of 255 moves features farther than to another image; it hardly moves pixels."""
     source = Shapes(ShapesConfig(size=48, train=80), "train")
     reference, real = (torch.cat(list(parts(source, first, first + COUNT))) for first in (0, COUNT))
     training, held_out, copies = map(pixel_vectors, (reference, real, noisy(reference, 2.0)))

@@ -26,8 +26,8 @@ def test_it_is_at_the_optimum():
 
 def test_what_is_apart_is_told_apart_and_what_is_not_is_at_chance():
     probe = fit_probe(*classes(300, 6.0))
-    assert probe.hits(*classes(150, 6.0, seed=1)).value > 0.97 and probe.classes == ("flat", "noto", "twemoji")
-    chance = fit_probe(*classes(300, 0.0)).hits(*classes(300, 0.0, seed=2))
+    assert probe.accuracy(*classes(150, 6.0, seed=1)).value > 0.97 and probe.classes == ("flat", "noto", "twemoji")
+    chance = fit_probe(*classes(300, 0.0)).accuracy(*classes(300, 0.0, seed=2))
     assert chance.low < 1 / 3 < chance.high
 
 
@@ -36,7 +36,7 @@ def test_a_rare_class_is_not_forgotten():
     kept = [i for i, name in enumerate(names) if name != "noto" or i < 60]
     probe = fit_probe(x[kept], [names[i] for i in kept])
     y, wanted = classes(300, 2.0, seed=2)
-    assert probe.hits(y[1::3], wanted[1::3]).value > 0.6  # every second of three is noto
+    assert probe.accuracy(y[1::3], wanted[1::3]).value > 0.6  # every second of three is noto
 
 
 def test_what_cannot_be_fitted_is_refused():

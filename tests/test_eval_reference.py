@@ -6,12 +6,12 @@ from PIL import Image
 
 from eval.features.reference import KEPT, FeatureSet, _distance, cached_features, features_of, frechet_estimate
 from eval.frechet import Moments, frechet_distance, frechet_of_vectors
-from eval.image_folder import hash_of_files, picture_batches, picture_files
-from eval.interval import bootstrap_mean, bootstrap_share, from_error, jackknife
+from eval.image_folder import hash_of_files, image_file_batches, image_files
+from eval.interval import bootstrap_mean, bootstrap_share, estimate_from_error, jackknife
 
 
 class Colours:
-    """An extractor of four numbers a picture."""
+    """An extractor of four numbers an image."""
 
     width, stamp = 4, "mean colour and spread, 8 px"
 
@@ -78,7 +78,7 @@ def test_groups_together_are_the_whole_whatever_the_batches():
         torch.testing.assert_close(found.moments(without=3).covariance, expected.covariance, rtol=1e-10, atol=1e-14)
 
 
-def test_the_bias_of_few_pictures_is_taken_out_and_the_interval_is_that_of_repetitions():
+def test_the_bias_of_few_images_is_taken_out_and_the_interval_is_that_of_repetitions():
     """Gaussians with a known distance of 8 * 0.5^2 = 2: at 100 vectors the plain value is too large by its bias, the
     other is right on average, and its 95 % interval holds the truth in most of 60 repetitions."""
     plain, unbiased, held = [], [], 0
@@ -97,7 +97,7 @@ def test_the_bias_of_few_pictures_is_taken_out_and_the_interval_is_that_of_repet
 # ---- intervals
 
 def test_intervals_of_what_is_known():
-    assert (from_error(1.0, 0.5).low, from_error(1.0, 0.5).high) == pytest.approx((0.02, 1.98), abs=1e-3)
+    assert (estimate_from_error(1.0, 0.5).low, estimate_from_error(1.0, 0.5).high) == pytest.approx((0.02, 1.98), abs=1e-3)
     values = np.random.default_rng(0).normal(3, 2, 400)
     found = bootstrap_mean(values)
     assert found.value == pytest.approx(values.mean())
@@ -173,27 +173,27 @@ def test_a_reference_of_another_extractor_is_refused(tmp_path):
         FeatureSet.load(tmp_path / "b.safetensors", {})
     with pytest.raises(ValueError, match="width: 24 and 4; valid: the same extractor"):
         frechet_estimate(gathered(draw(20)), gathered(draw(20, 4)))
-    with pytest.raises(ValueError, match="15 generated and 20 real pictures; valid: from 16 up"):
+    with pytest.raises(ValueError, match="15 generated and 20 real images; valid: from 16 up"):
         frechet_estimate(gathered(draw(15)), gathered(draw(20)))
 
 
-# ---- pictures that cannot be measured
+# ---- images that cannot be measured
 
 def write(path, mode: str = "RGB", size: tuple[int, int] = (8, 8), colour=0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, colour).save(path)
 
 
-def test_a_folder_of_pictures_is_read_in_order(tmp_path):
+def test_a_folder_of_images_is_read_in_order(tmp_path):
     for number in range(5):
         write(tmp_path / "in" / f"{number}.png", colour=(51 * number, 0, 255))
     write(tmp_path / "in" / "opaque.png", "RGBA", colour=(1, 2, 3, 255))
-    (tmp_path / "in" / "notes.txt").write_text("no picture")
-    files = picture_files(tmp_path)
-    images = torch.cat(list(picture_batches(files, batch=4)))
+    (tmp_path / "in" / "notes.txt").write_text("no image")
+    files = image_files(tmp_path)
+    images = torch.cat(list(image_file_batches(files, batch=4)))
     assert images.shape == (6, 3, 8, 8)
     torch.testing.assert_close(images[:5, 0, 0, 0], torch.linspace(-1, 0.6, 5))
-    assert features_of(picture_batches(files), Colours()).count == 6
+    assert features_of(image_file_batches(files), Colours()).count == 6
     before = hash_of_files(files)
     write(files[0], colour=(9, 9, 9))
     assert hash_of_files(files) != before
@@ -204,18 +204,18 @@ def test_a_folder_of_pictures_is_read_in_order(tmp_path):
     (lambda d: write(d / "b.png", "L"), "1 of 3 are not RGB but grey (first: b.png)"),
     (lambda d: write(d / "b.png", "RGBA", colour=(0, 0, 0, 100)), "1 of 3 are transparent (first: b.png)"),
     (lambda d: (d / "b.png").write_bytes(b"\x89PNG broken"), "1 of 3 cannot be read (first: b.png)"),
-    (lambda d: [path.unlink() for path in d.iterdir()], "no pictures; valid: a folder of .png"),
+    (lambda d: [path.unlink() for path in d.iterdir()], "no images; valid: a folder of .png"),
 ], ids=["mixed", "grey", "transparent", "damaged", "empty"])
-def test_pictures_that_cannot_be_compared_get_one_line(tmp_path, fault, line):
+def test_images_that_cannot_be_compared_get_one_line(tmp_path, fault, line):
     write(tmp_path / "a.png")
     write(tmp_path / "c.png")
     fault(tmp_path)
     with pytest.raises(ValueError) as error:
-        picture_files(tmp_path)
+        image_files(tmp_path)
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
-def test_pictures_that_are_not_numbers_get_one_line():
+def test_images_that_are_not_numbers_get_one_line():
     images = torch.zeros(4, 3, 8, 8)
     images[2, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="1 of 4 hold NaN or infinity, the first is number 2"):

@@ -13,7 +13,7 @@ from eval.features.efficientnet import (
     Features,
     load_efficientnet_lite0,
     packaged_weights,
-    prepared,
+    network_input,
 )
 from eval.frechet import Moments, frechet_distance
 
@@ -59,16 +59,16 @@ def test_equal_to_another_implementation(network):
 ])
 def test_it_knows_what_is_on_a_photograph(network, photo, right, share):
     """Classes of ImageNet on photographs of scikit-image; wrong colours order, scale or padding fail this."""
-    chances = network(prepared(cut(as_images(getattr(photos, photo)())))).softmax(dim=1)[0]
+    chances = network(network_input(cut(as_images(getattr(photos, photo)())))).softmax(dim=1)[0]
     assert int(chances.argmax()) in right
     assert float(chances[list(right)].sum()) > share
 
 
-def test_pictures_are_resized_as_pillow_does():
+def test_images_are_resized_as_pillow_does():
     """Shrunk and enlarged, in float: one grey level of 255 at most from Pillow's, which computes in float, too."""
     from PIL import Image
     for photo in (photos.astronaut(), photos.astronaut()[100:148, 100:148]):
-        found = prepared(as_images(photo))[0] * 128 + 127
+        found = network_input(as_images(photo))[0] * 128 + 127
         for channel in range(3):
             image = Image.fromarray(photo[..., channel].astype(np.float32))
             expected = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).clip(0, 255)
@@ -87,8 +87,8 @@ def test_features_are_the_same_alone_in_a_batch_and_under_autocast(features):
 
 def test_the_distance_grows_with_the_damage(features):
     """12 parts of a photograph, blurred more and more, and with more and more noise."""
-    picture = as_images(photos.astronaut())
-    images = torch.cat([picture[..., y:y + 48, x:x + 48] for y in range(0, 384, 128) for x in range(0, 480, 120)])
+    image = as_images(photos.astronaut())
+    images = torch.cat([image[..., y:y + 48, x:x + 48] for y in range(0, 384, 128) for x in range(0, 480, 120)])
     real = Moments(WIDTH).update(features(images))
 
     def distance(damaged: torch.Tensor) -> float:
@@ -117,7 +117,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     with pytest.raises(ValueError, match="no weights file"):
         load_efficientnet_lite0(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"images: \(1, 1, 8, 8\); valid: \(B, 3, H, W\)"):
-        prepared(torch.zeros(1, 1, 8, 8))
+        network_input(torch.zeros(1, 1, 8, 8))
 
 
 def test_a_missing_package_is_named(monkeypatch):

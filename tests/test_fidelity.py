@@ -34,13 +34,13 @@ def test_equal_to_scikit_image(kind):
         assert float(db) == pytest.approx(expected, abs=1e-4)
 
 
-def test_ssim_of_flat_pictures_is_the_luminance_term():
+def test_ssim_of_flat_images_is_the_luminance_term():
     a, b, c1 = 0.5, -0.25, (0.01 * 2) ** 2
     one, two = torch.full((1, 3, 11, 11), a), torch.full((1, 3, 11, 11), b)
     assert float(ssim(one, two)) == pytest.approx((2 * a * b + c1) / (a * a + b * b + c1), abs=1e-6)
 
 
-def test_equal_pictures_and_values_out_of_range():
+def test_equal_images_and_values_out_of_range():
     images = photographs()
     torch.testing.assert_close(ssim(images, images), torch.ones(2, dtype=torch.float64))
     white = torch.ones(1, 3, 16, 16)
@@ -56,6 +56,6 @@ def test_surrounding_arithmetic_changes_nothing():
 
 
 @pytest.mark.parametrize("shapes", [((2, 3, 16, 16), (2, 3, 16, 15)), ((1, 3, 10, 32), (1, 3, 10, 32))])
-def test_pictures_that_cannot_be_compared_are_refused(shapes):
+def test_images_that_cannot_be_compared_are_refused(shapes):
     with pytest.raises(ValueError, match="valid: two of one shape .* at least 11"):
         ssim(*(torch.zeros(shape) for shape in shapes))

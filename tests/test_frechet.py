@@ -4,7 +4,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from eval.frechet import Moments, factor, frechet_distance
+from eval.frechet import Moments, covariance_factor, frechet_distance
 
 
 def draw(count: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -95,9 +95,9 @@ def test_missing_rank_is_no_trouble():
     one, two = moments(x_wide), moments(y_apart)
     expected = (one.mean - two.mean).square().sum() + one.covariance.trace() + two.covariance.trace()
     assert frechet_distance(one, two) == pytest.approx(float(expected), rel=1e-12)
-    assert factor(one.covariance).shape == (64, 5)
+    assert covariance_factor(one.covariance).shape == (64, 5)
     # the root of F_1^T C_2 F_1, symmetric and of full rank, by scipy
-    f = factor(one.covariance)
+    f = covariance_factor(one.covariance)
     inner = (f.T @ moments(y_wide).covariance @ f).numpy()
     expected = ((one.mean - moments(y_wide).mean).square().sum() + one.covariance.trace()
                 + moments(y_wide).covariance.trace() - 2 * np.trace(np.real(scipy.linalg.sqrtm(inner))))

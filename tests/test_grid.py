@@ -1,4 +1,4 @@
-"""Grids of pictures: every pixel is where it belongs, nothing is smoothed, the file is whole or absent."""
+"""Grids of images: every pixel is where it belongs, nothing is smoothed, the file is whole or absent."""
 import numpy as np
 import pytest
 import torch
@@ -9,7 +9,7 @@ from files.sheets import PAPER, grid, save_grid
 
 
 def colours(count: int, size: int = 16) -> torch.Tensor:
-    """Pictures of random pixels, (B, 3, H, W) uint8."""
+    """Images of random pixels, (B, 3, H, W) uint8."""
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
@@ -21,7 +21,7 @@ def cells(sheet: Image.Image, rows: int, columns: int, side: int, top: int, row_
 
 
 @pytest.mark.parametrize("count, columns", [(1, 8), (5, 2), (8, 8), (9, 4)])
-def test_every_picture_is_in_its_cell_enlarged_by_whole_pixels(count, columns):
+def test_every_image_is_in_its_cell_enlarged_by_whole_pixels(count, columns):
     images = colours(count)
     sheet = grid(images, columns=columns, cell=64)
     wide, rows = min(columns, count), -(-count // columns)
@@ -36,7 +36,7 @@ def test_every_picture_is_in_its_cell_enlarged_by_whole_pixels(count, columns):
             assert (cell == PAPER).all(), k
 
 
-def test_labels_stand_under_their_picture_and_the_title_above():
+def test_labels_stand_under_their_image_and_the_title_above():
     images = torch.full((2, 3, 16, 16), 128, dtype=torch.uint8)
     plain, labelled = grid(images, cell=64), grid(images, ["", "a red star in a very long caption"], cell=64)
     titled = grid(images, cell=64, title="step 3")
@@ -52,7 +52,7 @@ def test_any_unicode_can_be_a_label():
 
 
 def test_labels_of_another_count_are_refused():
-    with pytest.raises(ValueError, match="2 labels for 3 pictures"):
+    with pytest.raises(ValueError, match="2 labels for 3 images"):
         grid(colours(3), ["a", "b"])
 
 

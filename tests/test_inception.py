@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from eval.features.inception import InceptionFeatures, InceptionV3, load_inception, prepared
+from eval.features.inception import InceptionFeatures, InceptionV3, load_inception, network_input
 
 
 @pytest.fixture(scope="module")
@@ -50,26 +50,26 @@ def test_equal_to_torch_fidelity(network, weights):
         "peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=weights)
     images = torch.randint(0, 256, (1, 3, 299, 299), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
     expected, logits = peer(images)
-    found = network.pooled(prepared(images.float() / 127.5 - 1))
+    found = network.pooled(network_input(images.float() / 127.5 - 1))
     assert (found - expected).abs().max() <= 1e-4 * expected.std()
     assert (network.logits(found) - logits).abs().max() <= 1e-4 * logits.std()
 
 
-def test_pictures_are_resized_as_clean_fid_does():
+def test_images_are_resized_as_clean_fid_does():
     """Each channel by Pillow's cubic filter in float, then (pixel - 128) / 128."""
     from PIL import Image
     for side in (64, 512):
         pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3)).astype(np.uint8)
-        found = prepared(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
+        found = network_input(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1)[0]
         for channel in range(3):
             image = Image.fromarray(pixels[..., channel].astype(np.float32))
             expected = np.asarray(image.resize((299, 299), Image.Resampling.BICUBIC)).clip(0, 255)
             np.testing.assert_allclose(found[channel], (expected - 128) / 128, rtol=0, atol=1e-3)
-    aliased = prepared(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1, "bilinear")[0]
+    aliased = network_input(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1, "bilinear")[0]
     assert aliased.std() > 1.3 * found.std()  # noise is averaged by the one and kept by the other
 
 
-def test_features_say_how_they_were_made_and_take_pictures_in_any_grouping(weights):
+def test_features_say_how_they_were_made_and_take_images_in_any_grouping(weights):
     features = InceptionFeatures(weights)
     images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
     found = features(images)

@@ -91,9 +91,9 @@ def test_inception_score_of_what_is_known():
 
 
 def test_what_has_no_distance_is_refused():
-    with pytest.raises(ValueError, match=r"1 generated and 5 real pictures; valid: from 2 up"):
+    with pytest.raises(ValueError, match=r"1 generated and 5 real images; valid: from 2 up"):
         kid(draw(1), draw(5))
-    with pytest.raises(ValueError, match="40 generated and 60 real pictures; valid: from 50 up"):
+    with pytest.raises(ValueError, match="40 generated and 60 real images; valid: from 50 up"):
         kid_of_subsets(draw(40), draw(60), size=50)
     with pytest.raises(ValueError, match="from the same extractor"):
         cmmd(draw(5, 8), draw(5, 9))

@@ -1,4 +1,4 @@
-"""Copies of training pictures are found, and a model that draws from the same distribution is not accused."""
+"""Copies of training images are found, and a model that draws from the same distribution is not accused."""
 import pytest
 import torch
 
@@ -53,5 +53,5 @@ def test_what_cannot_be_searched_is_refused():
     with pytest.raises(ValueError, match="queries: .*; valid"):
         nearest(torch.full((2, 3), torch.nan), [torch.zeros(4, 3)])
     few = nearest(draw(10, 0), [draw(9, 1)])
-    with pytest.raises(ValueError, match="held_out: 10 pictures; valid: from 20 up"):
+    with pytest.raises(ValueError, match="held_out: 10 images; valid: from 20 up"):
         memorization(few, few)

@@ -64,7 +64,7 @@ def test_each_moves_by_what_it_names():
 
 
 def test_what_cannot_be_measured_is_refused():
-    with pytest.raises(ValueError, match="3 generated and 9 real pictures; valid: from 4 up"):
+    with pytest.raises(ValueError, match="3 generated and 9 real images; valid: from 4 up"):
         prdc(draw(3), draw(9))
     with pytest.raises(ValueError, match="k: 0; valid: from 1 up"):
         prdc(draw(9), draw(9), k=0)

@@ -1,4 +1,4 @@
-"""Scenes read back from pictures: exact on drawn ones, steady under noise and blur, and no mistake goes unseen."""
+"""Scenes read back from images: exact on drawn ones, steady under noise and blur, and no mistake goes unseen."""
 
 import copy
 from collections import defaultdict
@@ -16,9 +16,12 @@ from eval.scenes.reader import SceneReader, lab, read_scene
 from eval.scenes.score import (
     ATTRIBUTES,
     MEASURES,
-    calibrate,
+    SceneReport,
+    chance_scores,
+    counts_per_prompt,
     match_objects,
-    scene_report,
+    read_scenes,
+    scene_scores,
     score_scene,
     score_table,
 )
@@ -33,7 +36,7 @@ def reader():
 
 @pytest.fixture(scope="module")
 def drawn():
-    """(scene graph, everything it holds as facts, picture) of test scenes."""
+    """(scene graph, everything it holds as facts, image) of test scenes."""
     source = Shapes(ShapesConfig(), "test")
     scenes = [source.scene(index) for index in range(COUNT)]
     return [(scene, facts_of(scene, sized=True, setting=True), render(scene, 64)) for scene in scenes]
@@ -42,15 +45,15 @@ def drawn():
 def accuracies(reader, pairs):
     """Attribute -> share of promises kept."""
     kept = defaultdict(list)
-    for picture, facts in pairs:
-        for name, rights in score_scene(reader(picture), facts).items():
+    for image, facts in pairs:
+        for name, rights in score_scene(reader(image), facts).items():
             kept[name] += rights
     return {name: np.mean(rights) for name, rights in kept.items()}
 
 
-def spoil(picture, sigma, blur, generator):
-    smooth = ndimage.gaussian_filter(picture.astype(np.float64), (0, blur, blur))
-    return np.clip(np.rint(smooth + sigma * generator.standard_normal(picture.shape)), 0, 255).astype(np.uint8)
+def spoil(image, sigma, blur, generator):
+    smooth = ndimage.gaussian_filter(image.astype(np.float64), (0, blur, blur))
+    return np.clip(np.rint(smooth + sigma * generator.standard_normal(image.shape)), 0, 255).astype(np.uint8)
 
 
 def test_lab_agrees_with_published_values():
@@ -70,15 +73,15 @@ def test_colours_can_be_told_apart_on_every_background_and_in_every_mood(reader)
         assert np.linalg.norm(palette[:, None] - behind[None], axis=-1).min() > 25, setting
 
 
-def test_drawn_pictures_are_read_without_error(reader, drawn):
-    rates = accuracies(reader, [(picture, facts) for _, facts, picture in drawn])
+def test_drawn_images_are_read_without_error(reader, drawn):
+    rates = accuracies(reader, [(image, facts) for _, facts, image in drawn])
     assert set(rates) == {"scene", "object", *ATTRIBUTES}
     assert min(rates.values()) >= 0.995, rates
 
 
 def test_centres_and_radii_are_read_to_a_fraction_of_a_pixel(reader, drawn):
-    for scene, facts, picture in drawn[:100]:
-        seen = reader(picture).objects
+    for scene, facts, image in drawn[:100]:
+        seen = reader(image).objects
         for thing in scene["objects"]:
             near = min(seen, key=lambda other: np.hypot(*np.subtract(other.centre, thing["centre"])))
             others = [near] + [other for other in seen if other.colour == thing["colour"]]
@@ -90,7 +93,7 @@ def test_centres_and_radii_are_read_to_a_fraction_of_a_pixel(reader, drawn):
 @pytest.mark.parametrize("sigma, blur", [(8, 0.0), (0, 0.8), (8, 0.8)])
 def test_noise_and_blur_change_little(reader, drawn, sigma, blur):
     generator = np.random.default_rng(0)
-    rates = accuracies(reader, [(spoil(picture, sigma, blur, generator), facts) for _, facts, picture in drawn[:150]])
+    rates = accuracies(reader, [(spoil(image, sigma, blur, generator), facts) for _, facts, image in drawn[:150]])
     assert min(rates.values()) > 0.97, rates
 
 
@@ -102,18 +105,18 @@ def test_other_sizes_are_read_as_well(reader, drawn, size):
 
 def test_specks_are_no_objects(reader, drawn):
     generator = np.random.default_rng(1)
-    for _, facts, picture in drawn[:40]:
-        spotted = picture.copy()
+    for _, facts, image in drawn[:40]:
+        spotted = image.copy()
         for row, column in generator.integers(0, 62, (6, 2)):
             spotted[:, row:row + 2, column:column + 2] = generator.integers(0, 256, (3, 1, 1))
         assert len(reader(spotted).objects) == facts["count"]
 
 
 def test_something_shapeless_has_no_shape(reader):
-    picture = np.full((3, 64, 64), 250, np.uint8)
+    image = np.full((3, 64, 64), 250, np.uint8)
     for row, column in ((10, 10), (10, 42), (42, 10), (26, 26), (42, 42)):  # a checked pattern joined at its corners
-        picture[:, row:row + 17, column:column + 17] = np.array([222, 44, 52], np.uint8)[:, None, None]
-    seen, = reader(picture).objects
+        image[:, row:row + 17, column:column + 17] = np.array([222, 44, 52], np.uint8)[:, None, None]
+    seen, = reader(image).objects
     assert seen.colour == "red" and seen.shape is None
 
 
@@ -194,18 +197,18 @@ def test_sizes_and_extra_objects_are_caught(reader):
 
 
 def test_what_a_caption_leaves_out_is_free(reader, drawn):
-    scene, _, picture = next(row for row in drawn if row[0]["kind"] == "relation")
-    score = score_scene(reader(picture), facts_of(scene, sized=False, setting=False))
+    scene, _, image = next(row for row in drawn if row[0]["kind"] == "relation")
+    score = score_scene(reader(image), facts_of(scene, sized=False, setting=False))
     assert score["size"] == score["background"] == score["mood"] == [] and score["scene"] == [True]
     resized = altered(scene, lambda s: [thing.update(radius=0.13) for thing in s["objects"]])
     assert score_scene(reader(render(resized, 64)), facts_of(scene, sized=False, setting=False))["scene"] == [True]
 
 
 def test_matching_does_not_depend_on_the_order_of_promises(reader, drawn):
-    for scene, facts, picture in drawn[:80]:
+    for scene, facts, image in drawn[:80]:
         if facts["kind"] != "triple":
             continue
-        seen = reader(picture)
+        seen = reader(image)
         forward = match_objects(seen, facts)
         backward = match_objects(seen, facts | {"objects": facts["objects"][::-1]})
         assert forward == backward[::-1] and sorted(forward) == [0, 1, 2]
@@ -243,28 +246,34 @@ def test_table_is_a_ratio_of_sums_with_the_binomial_interval():
         score_table([])
 
 
-def test_report_has_score_chance_and_the_readers_own_error(drawn):
-    pictures, facts = [picture for *_, picture in drawn[:80]], [fact for _, fact, _ in drawn[:80]]
-    report = scene_report([torch.from_numpy(picture) for picture in pictures], facts,
-                          [(picture, fact) for _, fact, picture in drawn[80:120]], vocabulary())
-    assert report.score["all"]["attributes"].value > 0.99 and report.calibration["all"]["attributes"].value > 0.99
-    assert report.chance["all"]["attributes"].value < 0.45 and report.chance["all"]["scene"].value < 0.1
+def test_a_report_sets_samples_beside_chance_real_images_and_a_ceiling(drawn):
+    images, facts = [image for *_, image in drawn[:80]], [fact for _, fact, _ in drawn[:80]]
+    scenes = read_scenes([torch.from_numpy(image) for image in images], vocabulary())
+    score, chance = score_table(scene_scores(scenes, facts)), score_table(chance_scores(scenes, facts))
+    real = score_table(scene_scores(read_scenes([image for *_, image in drawn[80:120]], vocabulary()),
+                                    [fact for _, fact, _ in drawn[80:120]]))
+    report = SceneReport(score, chance, real)
+    assert score["all"]["attributes"].value > 0.99 and real["all"]["attributes"].value > 0.99
+    assert chance["all"]["attributes"].value < 0.45 and chance["all"]["scene"].value < 0.1
     text = str(report)
     assert "| all | 80 |" in text and "chance" in text and "reader" in text
     assert set(report.as_dict()["score"]["all"]["scene"]) == {"value", "low", "high", "promises"}
-    assert set(report.score["all"]) == set(MEASURES)
-    again = calibrate([(picture, fact) for _, fact, picture in drawn[80:120]], vocabulary())
-    assert again == report.calibration
+    assert set(score["all"]) == set(MEASURES)
     assert report.ceiling is None and "ceiling" not in text and "ceiling" not in report.as_dict()
-    blurred = [(ndimage.gaussian_filter(picture, (0, 3, 3)), fact) for _, fact, picture in drawn[:40]]
-    worse = scene_report(pictures[:2], facts[:2], [(pictures[0], facts[0])], vocabulary(), reconstructed=blurred)
-    assert worse.ceiling is not None and worse.ceiling["all"]["shape"].value < 0.9 and "| ceiling" in str(worse)
+    blurred = read_scenes([ndimage.gaussian_filter(image, (0, 3, 3)) for image in images[:40]], vocabulary())
+    worse = SceneReport(score, chance, real, score_table(scene_scores(blurred, facts[:40])))
+    assert worse.ceiling["all"]["shape"].value < 0.9 and "| ceiling" in str(worse)
     assert worse.as_dict()["ceiling"]["all"]["shape"]["value"] == worse.ceiling["all"]["shape"].value
-    with pytest.raises(ValueError, match="images, facts: 1 and 2"):
-        scene_report(pictures[:1], facts[:2], [], vocabulary())
+    with pytest.raises(ValueError):
+        scene_scores(scenes, facts[:2])
 
 
-def test_wrong_pictures_are_refused():
+def test_counts_per_prompt_are_those_of_its_score():
+    found = counts_per_prompt([row(1, 3), row(2, 2)])
+    assert found == {"attributes": [[1, 3], [2, 2]], "whole scenes": [[0, 1], [1, 1]]}
+
+
+def test_wrong_images_are_refused():
     for wrong in (np.zeros((3, 64, 64), np.float32), np.zeros((64, 64, 3), np.uint8), np.zeros((3, 64, 32), np.uint8)):
         with pytest.raises(ValueError, match=r"valid: uint8 \(3, S, S\)"):
             read_scene(wrong, vocabulary())

@@ -4,7 +4,7 @@ import pytest
 
 from data.shapes.render import render, vocabulary
 from data.shapes.shapes import Shapes, ShapesConfig
-from eval.scenes.groups import group_table, mood_distances, promises, prompt_groups, value_table
+from eval.scenes.groups import group_table, mood_distances, promises_kept, prompt_groups, value_table
 from eval.scenes.reader import SceneReader
 from eval.scenes.score import ATTRIBUTES, MEASURES, score_scene, score_table
 
@@ -17,7 +17,7 @@ def items():
 
 @pytest.fixture(scope="module")
 def rows(items):
-    """(facts, score) of the drawn pictures against what their captions promise."""
+    """(facts, score) of the drawn images against what their captions promise."""
     reader = SceneReader(vocabulary())
     found = []
     for item in items:
@@ -28,7 +28,7 @@ def rows(items):
 
 def test_every_promise_is_in_one_row_of_its_value(rows):
     for facts, score in rows:
-        listed = promises(facts, score)
+        listed = promises_kept(facts, score)
         assert sum(right for _, right in listed) == sum(sum(score[name]) for name in ATTRIBUTES)
         assert len(listed) == sum(len(score[name]) for name in ATTRIBUTES)
     table = value_table(rows)
@@ -69,7 +69,7 @@ def test_prompts_are_grouped_by_what_makes_them_hard(items, rows):
 
 
 def test_moods_are_measured_by_their_distance(items):
-    """Drawn pictures are within rounding of their mood; the same scenes in another mood are far from it."""
+    """Drawn images are within rounding of their mood; the same scenes in another mood are far from it."""
     moody = [item for item in items if item["scene"]["mood"]]
     facts = [{"mood": item["scene"]["mood"]} for item in moody]
     right = mood_distances([item["image"] for item in moody], facts, vocabulary())

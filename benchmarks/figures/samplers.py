@@ -42,7 +42,7 @@ from files.whole import sha256_of, write_text
 from model.device import autocast_dtype
 from pipeline.loading import load_run, load_weaker
 from pipeline.system import TextToImage
-from scoring.held_out import Prompts, captions_of_training, unseen_prompts
+from scoring.held_out import Prompts, training_captions, unseen_prompts
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -128,13 +128,13 @@ def prompts_of(system: TextToImage, count: int, work: Path) -> Prompts:
     about = json.dumps([data, system.config.images, count], sort_keys=True)
     file = work / f"prompts_{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     if not file.is_file():
-        found = unseen_prompts(source, captions_of_training(system), count)
+        found = unseen_prompts(source, training_captions(system), count)
         write_text(file, json.dumps([found.seeds, found.captions]))
         return found
     seeds, captions = json.loads(file.read_text(encoding="utf-8"))
     items = [source[index] for index in seeds]
     facts = [item["facts"][item["captions"].index(caption)] for item, caption in zip(items, captions)]
-    return Prompts(captions=captions, seeds=seeds, drawn=[item["image"] for item in items], facts=facts)
+    return Prompts(captions=captions, seeds=seeds, images=[item["image"] for item in items], facts=facts)
 
 
 def key_of(point: Point, weights: str, prompts: Prompts, dtype: torch.dtype | None) -> str:

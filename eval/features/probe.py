@@ -1,7 +1,7 @@
-"""A linear classifier on features, to measure what has no geometry: the style of a picture.
+"""A linear classifier on features, to measure what has no geometry: the style of an image.
 
-Trained on real pictures; what it makes of held-out real ones is the ceiling and is printed beside every figure.
-Axis letters: N pictures, D width of the features, K classes.
+Trained on real images; what it makes of held-out real ones is the ceiling and is printed beside every figure.
+Axis letters: N images, D width of the features, K classes.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,18 +26,18 @@ class Probe:
     def __call__(self, features: Tensor) -> Tensor:
         return ((features.double() - self.mean) / self.std) @ self.weight + self.bias
 
-    def named(self, features: Tensor) -> list[str]:
-        """The likeliest class of each picture."""
+    def predict(self, features: Tensor) -> list[str]:
+        """The likeliest class of each image."""
         return [self.classes[k] for k in self(features).argmax(dim=1).tolist()]
 
-    def hits(self, features: Tensor, labels: Sequence[str], seed: int = 0) -> Estimate:
-        """Share of pictures taken for what they should be, with its interval."""
-        return bootstrap_share([a == b for a, b in zip(self.named(features), labels, strict=True)], seed)
+    def accuracy(self, features: Tensor, labels: Sequence[str], seed: int = 0) -> Estimate:
+        """Share of images taken for what they should be, with its interval."""
+        return bootstrap_share([a == b for a, b in zip(self.predict(features), labels, strict=True)], seed)
 
 
 def fit_probe(features: Tensor, labels: Sequence[str], decay: float = 0.01) -> Probe:
     """Multinomial logistic regression of features (N, D) on labels, with ``decay``/2 |weight|^2 on features of unit
-    variance: convex, so it has one answer and no seed. Each class counts the same, however many pictures it has.
+    variance: convex, so it has one answer and no seed. Each class counts the same, however many images it has.
 
     Raises ValueError for other counts, for values that are not finite, and for fewer than two classes.
     """

@@ -1,4 +1,4 @@
-"""The features of a set of pictures as statistics that fit into memory and into a file with the stamp of their making.
+"""The features of a set of images as statistics that fit into memory and into a file with the stamp of their making.
 
 Axis letters: N vectors, D width, G groups.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.features.resize import check_images
 from eval.frechet import Moments, frechet_distance, frechet_of_vectors
-from eval.interval import Estimate, from_error, jackknife
+from eval.interval import Estimate, estimate_from_error, jackknife
 from files.whole import whole_file
 
 GROUPS = 8  # of the jackknife; each costs one more Frechet distance
@@ -24,7 +24,7 @@ KEPT = 10_000  # vectors kept of a set for the distances that need them: 51 MB a
 
 
 class Extractor(Protocol):
-    """What turns pictures (B, 3, H, W) in [-1, 1] into vectors (B, width); ``stamp`` says how."""
+    """What turns images (B, 3, H, W) in [-1, 1] into vectors (B, width); ``stamp`` says how."""
 
     width: int
     stamp: str
@@ -121,7 +121,7 @@ class FeatureSet:
 
 
 def features_of(batches: Iterable[Tensor], extractor: Extractor, kept: int = KEPT) -> FeatureSet:
-    """The statistics of pictures that arrive in batches (B, 3, H, W) in [-1, 1]; raises ValueError for others."""
+    """The statistics of images that arrive in batches (B, 3, H, W) in [-1, 1]; raises ValueError for others."""
     found = FeatureSet(extractor.width, kept)
     for images in batches:
         check_images(images)
@@ -131,7 +131,7 @@ def features_of(batches: Iterable[Tensor], extractor: Extractor, kept: int = KEP
 
 def cached_features(folder: str | Path, data: str, batches: Callable[[], Iterable[Tensor]],
                     extractor: Extractor, kept: int = KEPT) -> FeatureSet:
-    """As `features_of`, kept in a file of ``folder`` under the hash of ``data``, which names the pictures and how many
+    """As `features_of`, kept in a file of ``folder`` under the hash of ``data``, which names the images and how many
     are ``kept``, and of the extractor's stamp, which holds its weights and its resize. A file that is damaged is made
     again."""
     stamp = {"data": data, "extractor": extractor.stamp}
@@ -151,20 +151,21 @@ def frechet_estimate(generated: FeatureSet, real: FeatureSet) -> tuple[Estimate,
     """(Frechet distance, the same without its bias of order 1/N), each with an interval for new samples of both sets.
 
     One group of each set is left out in turn (`jackknife`). The first interval is around a biased value: it holds what
-    a repetition with as many pictures would give. The second is for infinitely many pictures, and only as good as the
-    straight line in 1/N, which needs several times more pictures than features. Raises ValueError for sets that do
+    a repetition with as many images would give. The second is for infinitely many images, and only as good as the
+    straight line in 1/N, which needs several times more images than features. Raises ValueError for sets that do
     not fit, or are smaller than twice the groups.
     """
     if generated.width != real.width:
         raise ValueError(f"width: {generated.width} and {real.width}; valid: the same extractor for both sets")
     groups = len(generated._groups)
     if min(generated.count, real.count) < 2 * groups or groups != len(real._groups):
-        raise ValueError(f"{generated.count} generated and {real.count} real pictures; valid: from {2 * groups} up")
+        raise ValueError(f"{generated.count} generated and {real.count} real images; valid: from {2 * groups} up")
     value, *left_out = [_distance(generated, real, group) for group in (None, *range(groups))]
     unbiased, error = jackknife(value, left_out)
     note = f"jackknife over {groups} groups"
-    at_count = from_error(value, error, note, groups - 1)
-    return Estimate(value, max(0.0, at_count.low), at_count.high, note), from_error(unbiased, error, note, groups - 1)
+    at_count = estimate_from_error(value, error, note, groups - 1)
+    return (Estimate(value, max(0.0, at_count.low), at_count.high, note),
+            estimate_from_error(unbiased, error, note, groups - 1))
 
 
 def _distance(generated: FeatureSet, real: FeatureSet, without: int | None) -> float:

@@ -1,4 +1,4 @@
-"""Pictures at the size a classifier was trained on. The filter changes every distance: it belongs into the stamp.
+"""Images at the size a classifier was trained on. The filter changes every distance: it belongs into the stamp.
 
 Axis letters: B batch, H W size.
 """
@@ -24,7 +24,7 @@ def check_images(images: Tensor) -> None:
         raise ValueError(f"images: values from {float(images.min()):.3g} to {float(images.max()):.3g}; valid: [-1, 1]")
 
 
-def resized(pixels: Tensor, size: int, how: Resize = "clean") -> Tensor:
+def resize_pixels(pixels: Tensor, size: int, how: Resize = "clean") -> Tensor:
     """Pixels (B, 3, H, W) on 0 to 255 -> (B, 3, size, size), not rounded, clipped to 0 to 255.
 
     clean: Pillow's cubic filter, which averages when it shrinks, on floats (Parmar et al. 2022, section 3.1).

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.interval import Estimate, bootstrap_mean, opened
+from eval.interval import Estimate, bootstrap_mean, with_exact_ends
 from eval.scenes.reader import SceneReader, Vocabulary
 from eval.scenes.score import Facts, Rate, Score, Table, score_table
 
@@ -28,7 +28,7 @@ def prompt_groups(facts: Facts, caption: str) -> tuple[str, ...]:
 
 
 def group_table(rows: Sequence[tuple[Facts, Score]], captions: Sequence[str], seed: int = 0) -> Table:
-    """`score_table` by `prompt_groups`; rows and captions belong together, one a picture."""
+    """`score_table` by `prompt_groups`; rows and captions belong together, one an image."""
     if len(rows) != len(captions):
         raise ValueError(f"rows, captions: {len(rows)} and {len(captions)}; valid: one caption a row")
     return score_table([({**facts, "tags": prompt_groups(facts, caption)}, score)
@@ -41,11 +41,11 @@ def value_table(rows: Sequence[tuple[Facts, Score]], seed: int = 0, resamples: i
     Attributes are colour, shape, size, count, relation, background and mood. Raises ValueError for no rows.
     """
     if not rows:
-        raise ValueError("rows: 0 scored pictures; valid: at least 1")
+        raise ValueError("rows: 0 scored images; valid: at least 1")
     kept: dict[str, np.ndarray] = {}
     made: dict[str, np.ndarray] = {}
     for row, (facts, score) in enumerate(rows):
-        for name, right in promises(facts, score):
+        for name, right in promises_kept(facts, score):
             for table, value in ((kept, right), (made, True)):
                 table.setdefault(name, np.zeros(len(rows)))[row] += value
     generator = np.random.default_rng(seed)
@@ -55,12 +55,13 @@ def value_table(rows: Sequence[tuple[Facts, Score]], seed: int = 0, resamples: i
         with np.errstate(invalid="ignore"):
             low, high = np.nanpercentile((times @ kept[name]) / (times @ made[name]), [2.5, 97.5])
         total = made[name].sum()
-        share = opened(Estimate(float(kept[name].sum() / total), float(low), float(high)), int((made[name] > 0).sum()))
+        share = Estimate(float(kept[name].sum() / total), float(low), float(high))
+        share = with_exact_ends(share, int((made[name] > 0).sum()))
         rates[name] = Rate(share.value, share.low, share.high, int(total))
     return rates
 
 
-def promises(facts: Facts, score: Score) -> list[tuple[str, bool]]:
+def promises_kept(facts: Facts, score: Score) -> list[tuple[str, bool]]:
     """("attribute: value", kept) of every promise of a prompt; `score_scene` lists them in the order of the facts."""
     found = []
     for attribute in ("colour", "shape", "size"):
@@ -76,9 +77,9 @@ def promises(facts: Facts, score: Score) -> list[tuple[str, bool]]:
 
 def mood_distances(images: Iterable[Any], facts: Sequence[Facts], vocabulary: Vocabulary,
                    seed: int = 0) -> dict[str, Estimate]:
-    """Mean CIELAB difference between pictures, uint8 (3, S, S), and the backdrop of the mood that was promised.
+    """Mean CIELAB difference between images, uint8 (3, S, S), and the backdrop of the mood that was promised.
 
-    By mood, and "all"; the median over a picture's pixels, so that objects do not count. CIE 1976: 2.3 is just
+    By mood, and "all"; the median over an image's pixels, so that objects do not count. CIE 1976: 2.3 is just
     noticed. A mood that was never promised is left out, and everything is if none was.
     """
     reader = SceneReader(vocabulary)

@@ -1,8 +1,8 @@
-"""Reads a picture of the `shapes` source back into its scene, by colour and geometry alone: no network.
+"""Reads an image of the `shapes` source back into its scene, by colour and geometry alone: no network.
 
-Axes: H, W picture; h, w the box around one object; K colours.
+Axes: H, W image; h, w the box around one object; K colours.
 
-1. Background: the known backdrop whose median colour difference to the picture is smallest.
+1. Background: the known backdrop whose median colour difference to the image is smallest.
 2. Colour: each pixel goes to the nearest of the backdrop and the palette in CIELAB; connected components that survive
    an opening are objects, holes in them are filled (something may be inside).
 3. Shape and size: each shape's mask, placed by area and centroid of the object's soft coverage; the best overlap
@@ -22,7 +22,7 @@ Array = np.ndarray
 
 MIN_FIT = 0.55        # overlap below which an object has no known shape
 MIN_AREA = 0.30       # of the smallest shape's area at the smallest size; less is a speck
-EDGES = (1.0, 2.5)    # widths in pixels of the edge of a mask: sharp and blurred pictures
+EDGES = (1.0, 2.5)    # widths in pixels of the edge of a mask: sharp and blurred images
 THIN = 2.3            # pixels: half the width of the widest band that may be a blurred edge
 MIXTURE = 15.0        # colour difference within which a band has the mixed colour of its two sides
 PLUS = ndimage.generate_binary_structure(2, 1)
@@ -30,7 +30,7 @@ FULL = ndimage.generate_binary_structure(2, 2)
 
 
 class Vocabulary(Protocol):
-    """Names and what they look like. Lengths are in units of the picture's side, colours in 0..255."""
+    """Names and what they look like. Lengths are in units of the image's side, colours in 0..255."""
 
     @property
     def colours(self) -> Sequence[str]: ...
@@ -50,7 +50,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One object of a picture; `shape` is None when no known shape overlaps it by MIN_FIT."""
+    """One object of an image; `shape` is None when no known shape overlaps it by MIN_FIT."""
 
     colour: str
     shape: str | None
@@ -62,7 +62,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What was read from a picture; `inside` holds pairs (inner, outer) of indices into `objects`."""
+    """What was read from an image; `inside` holds pairs (inner, outer) of indices into `objects`."""
 
     background: str | None
     mood: str | None
@@ -115,7 +115,7 @@ def _linear_table() -> Array:
 
 
 class SceneReader:
-    """Reads pictures of one vocabulary; keeps what does not depend on the picture.
+    """Reads images of one vocabulary; keeps what does not depend on the image.
 
     Called with an image, uint8 (3, S, S), array or tensor; returns its `Scene`.
     """
@@ -152,22 +152,22 @@ class SceneReader:
         differences = self._differences(lab(_smooth(np.asarray(image).transpose(1, 2, 0).astype(np.float32))))
         return {name: float(np.median(difference)) for name, difference in differences.items()}
 
-    def _differences(self, picture: Array) -> dict[str, Array]:
-        """The picture's colour difference to each backdrop, (H, W)."""
-        size = picture.shape[0]
+    def _differences(self, image: Array) -> dict[str, Array]:
+        """The image's colour difference to each backdrop, (H, W)."""
+        size = image.shape[0]
         if size not in self._backdrops:
             self._backdrops[size] = {name: lab(self.vocabulary.backdrop(name, size)) for name in self.settings}
-        return {name: _difference(picture, empty) for name, empty in self._backdrops[size].items()}
+        return {name: _difference(image, empty) for name, empty in self._backdrops[size].items()}
 
-    def _setting(self, picture: Array) -> tuple[str, Array]:
-        """Name of the nearest backdrop, and the picture's colour difference to it, (H, W)."""
-        differences = self._differences(picture)
+    def _setting(self, image: Array) -> tuple[str, Array]:
+        """Name of the nearest backdrop, and the image's colour difference to it, (H, W)."""
+        differences = self._differences(image)
         nearest = min(differences, key=lambda name: float(np.median(differences[name])))
         return nearest, differences[nearest]
 
-    def _blobs(self, picture: Array, difference: Array, setting: str) -> list[_Blob]:
-        size = picture.shape[0]
-        distances = [difference, *(_difference(picture, colour) for colour in self.palette_lab[setting])]
+    def _blobs(self, image: Array, difference: Array, setting: str) -> list[_Blob]:
+        size = image.shape[0]
+        distances = [difference, *(_difference(image, colour) for colour in self.palette_lab[setting])]
         label = np.argmin(distances, axis=0)                                        # (H, W), 0 is background
         smallest = (min(self.vocabulary.sizes.values()) * size) ** 2 * min(area for area, _, _ in self.moments.values())
         blobs = []
@@ -181,7 +181,7 @@ class SceneReader:
                 seen = parts == part
                 if seen.sum() >= MIN_AREA * smallest and (seen & cores).sum() >= 0.5 * MIN_AREA * smallest:
                     blobs.append(_Blob(colour, seen, ndimage.binary_fill_holes(seen)))
-        return [blob for blob in blobs if not _is_edge(blob, blobs, picture, label)]
+        return [blob for blob in blobs if not _is_edge(blob, blobs, image, label)]
 
     def _object(self, rgb: Array, setting: str, blobs: Sequence[_Blob], index: int) -> SeenObject:
         size = rgb.shape[0]
@@ -246,18 +246,18 @@ def _difference(first: Array, second: Array) -> Array:
     return np.sqrt((step * step).sum(-1))
 
 
-def _is_edge(blob: _Blob, blobs: Sequence[_Blob], picture: Array, label: Array) -> bool:
+def _is_edge(blob: _Blob, blobs: Sequence[_Blob], image: Array, label: Array) -> bool:
     """Whether `blob` is no object but a blurred edge: a thin band whose colour is a mixture of those on its two sides.
 
-    A mixture of purple and white, say, is nearest to pink. picture (H, W, 3) is in CIELAB, label (H, W) has 0 where
+    A mixture of purple and white, say, is nearest to pink. image (H, W, 3) is in CIELAB, label (H, W) has 0 where
     the background is nearest.
     """
     if ndimage.distance_transform_edt(np.pad(blob.seen, 1)).max() > THIN:
         return False
     ring = ndimage.binary_dilation(blob.seen, FULL, 3) & ~blob.seen
     sides = [ring & other.seen for other in blobs if other is not blob] + [ring & (label == 0)]
-    colours = [picture[side].mean(0) for side in sides if side.sum() > 0.15 * ring.sum()]
-    middle = picture[blob.seen].mean(0)
+    colours = [image[side].mean(0) for side in sides if side.sum() > 0.15 * ring.sum()]
+    middle = image[blob.seen].mean(0)
     for i, first in enumerate(colours):
         for second in colours[:i]:
             step = second - first

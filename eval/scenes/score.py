@@ -1,4 +1,4 @@
-"""Scores of pictures against the facts their prompts promised, with intervals, a chance row and the reader's own error.
+"""Scores of images against the facts that their prompts promised, with intervals, a chance row and the reader's error.
 
 Facts are a plain dict: "count", "objects" [{"colour", "shape", "size"}], "relations" [[subject, relation, object]],
 "background", "mood", "tags"; None is what the prompt left free (data/shapes/phrasings.py writes them).
@@ -10,7 +10,7 @@ A score is {attribute: [right or wrong, one for each promise]}:
     object      colour and shape of one promised object, both
     scene       everything the prompt promised
 
-A promised object that has no counterpart in the picture fails every promise about it.
+A promised object that has no counterpart in the image fails every promise about it.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any, Iterable, Sequence
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from eval.interval import Estimate, opened
+from eval.interval import Estimate, with_exact_ends
 from eval.scenes.reader import Scene, SceneReader, Vocabulary
 
 Facts = dict[str, Any]
@@ -44,7 +44,7 @@ Table = dict[str, dict[str, Rate]]  # group -> measure -> rate
 
 
 def match_objects(scene: Scene, facts: Facts) -> list[int | None]:
-    """For each promised object the index of its counterpart in the picture, or None: the assignment with the fewest
+    """For each promised object the index of its counterpart in the image, or None: the assignment with the fewest
     weighted mismatches of colour, shape and size."""
     promised = facts["objects"]
     cost = np.zeros((len(promised), len(scene.objects)))
@@ -93,11 +93,11 @@ def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: i
     """
     rows = list(rows)
     if not rows:
-        raise ValueError("rows: 0 scored pictures; valid: at least 1")
-    shown = MEASURES if measures is None else ("attributes", "scene", *measures)
-    kept, made = (np.zeros((len(rows), len(shown))) for _ in range(2))
+        raise ValueError("rows: 0 scored images; valid: at least 1")
+    columns = MEASURES if measures is None else ("attributes", "scene", *measures)
+    kept, made = (np.zeros((len(rows), len(columns))) for _ in range(2))
     for row, (_, score) in enumerate(rows):
-        for column, measure in enumerate(shown):
+        for column, measure in enumerate(columns):
             names = (measures or ATTRIBUTES) if measure == "attributes" else (measure,)
             kept[row, column] = sum(sum(score[name]) for name in names)
             made[row, column] = sum(len(score[name]) for name in names)
@@ -105,7 +105,8 @@ def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: i
     for tag in sorted({tag for facts, _ in rows for tag in facts["tags"]}):
         groups[tag] = np.array([row for row, (facts, _) in enumerate(rows) if tag in facts["tags"]])
     generator = np.random.default_rng(seed)
-    return {name: _rates(shown, kept[members], made[members], generator, resamples) for name, members in groups.items()}
+    return {name: _rates(columns, kept[members], made[members], generator, resamples)
+            for name, members in groups.items()}
 
 
 def _rates(measures: Sequence[str], kept: np.ndarray, made: np.ndarray, generator: np.random.Generator,
@@ -121,15 +122,20 @@ def _rates(measures: Sequence[str], kept: np.ndarray, made: np.ndarray, generato
         if total:
             low, high = np.nanpercentile(draws[:, column], [2.5, 97.5])
             share = Estimate(float(kept[:, column].sum() / total), float(low), float(high))
-            share = opened(share, int((made[:, column] > 0).sum()))  # prompts, not promises: those of one go together
+            # prompts are counted, not promises: the promises of one prompt go together
+            share = with_exact_ends(share, int((made[:, column] > 0).sum()))
             rates[measure] = Rate(share.value, share.low, share.high, int(total))
     return rates
 
 
 @dataclass(frozen=True)
 class SceneReport:
-    """The pictures' table, that of the same pictures against each other's prompts, the reader's own on drawn pictures,
-    and, where there is an autoencoder, that of its reconstructions of them: no denoiser gets above this ceiling."""
+    """The table of the samples and three others to read it against.
+
+    ``chance`` scores the same samples against each other's prompts. ``calibration`` scores the real images, so that
+    anything below 100 % there is an error of the reader. ``ceiling``, where there is an autoencoder, scores its
+    reconstructions of the real images: no denoiser gets above it.
+    """
 
     score: Table
     chance: Table
@@ -144,20 +150,21 @@ class SceneReport:
                 for name, table in tables.items() if table is not None}
 
     def __str__(self) -> str:
-        """A Markdown table in percent: one row a group, then chance, then the reader on the renderer's own pictures."""
-        shown = list(self.score["all"])
-        lines = ["| prompts | n | " + " | ".join(shown) + " |", "|---|---" + "|---" * len(shown) + "|"]
-        tables = [*self.score.items(), ("chance: shuffled pictures", self.chance["all"]),
-                  ("reader: drawn pictures", self.calibration["all"])]
+        """A Markdown table in percent: a row a group, then chance, the reader on real images, and the ceiling."""
+        measures = list(self.score["all"])
+        lines = ["| prompts | n | " + " | ".join(measures) + " |", "|---|---" + "|---" * len(measures) + "|"]
+        tables = [*self.score.items(), ("chance: samples of other prompts", self.chance["all"]),
+                  ("reader: real images", self.calibration["all"])]
         if self.ceiling is not None:
-            tables.append(("ceiling: drawn pictures through the autoencoder", self.ceiling["all"]))
+            tables.append(("ceiling: real images through the autoencoder", self.ceiling["all"]))
         for group, rates in tables:
-            cells = [_cell(rates.get(measure)) for measure in shown]
+            cells = [percent(rates.get(measure)) for measure in measures]
             lines.append(f"| {group} | {rates['scene'].promises} | " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
 
-def _cell(rate: Rate | None) -> str:
+def percent(rate: Rate | None) -> str:
+    """A rate in percent with its interval, such as "71.0 (68-73)"; "" for none."""
     return "" if rate is None else f"{100 * rate.value:.1f} ({100 * rate.low:.0f}-{100 * rate.high:.0f})"
 
 
@@ -167,33 +174,21 @@ def read_scenes(images: Iterable[Any], vocabulary: Vocabulary) -> list[Scene]:
     return [reader(image) for image in images]
 
 
-def calibrate(pairs: Iterable[tuple[Any, Facts]], vocabulary: Vocabulary, seed: int = 0) -> Table:
-    """The reader's own accuracy: `pairs` are pictures the renderer drew with the facts they truly hold."""
-    images, facts = zip(*pairs)
-    return score_table(zip(facts, map(score_scene, read_scenes(images, vocabulary), facts)), seed)
+def scene_scores(scenes: Sequence[Scene], facts: Sequence[Facts]) -> list[tuple[Facts, Score]]:
+    """(facts, score) of each scene that was read and what its prompt promised. Raises ValueError for other lengths."""
+    return [(fact, score_scene(scene, fact)) for scene, fact in zip(scenes, facts, strict=True)]
 
 
-def scene_report(images: Sequence[Any], facts: Sequence[Facts], drawn: Iterable[tuple[Any, Facts]],
-                 vocabulary: Vocabulary, seed: int = 0,
-                 reconstructed: Iterable[tuple[Any, Facts]] | None = None) -> SceneReport:
-    """Score `images`, uint8 (3, S, S), against `facts`, what their prompts promised.
-
-    drawn: pictures of the renderer with their facts, for the reader's own error; reconstructed: the same after an
-    autoencoder, for the ceiling it sets; seed: of shuffle and bootstrap.
-
-    Raises:
-        ValueError: the two lengths differ, or there are fewer than 2 images (nothing to shuffle).
-    """
-    if len(images) != len(facts) or len(images) < 2:
-        raise ValueError(f"images, facts: {len(images)} and {len(facts)}; valid: equal lengths, at least 2")
-    scenes = read_scenes(images, vocabulary)
-    return SceneReport(score_table(zip(facts, map(score_scene, scenes, facts)), seed),
-                       score_table(stranger_rows(scenes, facts, seed), seed), calibrate(drawn, vocabulary, seed),
-                       None if reconstructed is None else calibrate(reconstructed, vocabulary, seed))
-
-
-def stranger_rows(scenes: Sequence[Scene], facts: Sequence[Facts], seed: int = 0) -> list[tuple[Facts, Score]]:
-    """(facts, score) of each prompt and a scene that was made for another one: what chance is scored."""
+def chance_scores(scenes: Sequence[Scene], facts: Sequence[Facts], seed: int = 0) -> list[tuple[Facts, Score]]:
+    """(facts, score) of each prompt with a scene that was made for another prompt: what chance is scored."""
     order = np.random.default_rng(seed).permutation(len(scenes))
-    strangers = {int(row): scenes[int(other)] for row, other in zip(order, np.roll(order, 1))}  # never its own
-    return [(fact, score_scene(strangers[row], fact)) for row, fact in enumerate(facts)]
+    others = {int(row): scenes[int(other)] for row, other in zip(order, np.roll(order, 1))}  # never its own
+    return [(fact, score_scene(others[row], fact)) for row, fact in enumerate(facts)]
+
+
+def counts_per_prompt(rows: Sequence[tuple[Facts, Score]],
+                      attributes: Sequence[str] = ATTRIBUTES) -> dict[str, list[list[int]]]:
+    """[number kept, number made] of each prompt: of its promises of all ``attributes``, and of it as a whole."""
+    return {"attributes": [[sum(sum(score[name]) for name in attributes), sum(len(score[name]) for name in attributes)]
+                           for _, score in rows],
+            "whole scenes": [[int(score["scene"][0]), 1] for _, score in rows]}
