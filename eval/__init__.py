@@ -1,1 +1,1 @@
-"""Measurements of generated images."""
+"""Measurements of samples: distances, agreement with captions, copies, and scenes that are read back."""

@@ -1,4 +1,4 @@
-"""Does the image fit its caption: CLIP score, and retrieval of captions by images, from vectors of unit length.
+"""How well images fit their captions: the CLIP score, and retrieval of captions by images, from CLIP vectors.
 
 Axis letters: N pairs, E width of the shared space.
 """
@@ -17,7 +17,7 @@ BLOCK = 1024  # images compared with all captions at a time
 
 @dataclass(frozen=True)
 class Agreement:
-    """CLIP score, and the share of images whose own caption is the nearest, or among the nearest five, of all."""
+    """The CLIP score, and the shares of images whose own caption is the nearest of all, or among the nearest five."""
 
     score: Estimate
     recall_1: Estimate
@@ -25,16 +25,19 @@ class Agreement:
 
 
 def clip_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """100 times the cosine of each pair of vectors (N, E), not below 0: (N,). Hessel et al. 2021, eq. 1, w = 100."""
+    """100 times the cosine of each pair of vectors (N, E), at least 0: (N,). Hessel et al. 2021, equation 1, w = 100.
+
+    Raises ValueError for vectors of other shapes, and for values that are not finite.
+    """
     x, y = _unit_vectors(images, texts)
     return 100 * (x * y).sum(dim=1).clamp(min=0)
 
 
 def caption_ranks(images: Tensor, texts: Tensor, captions: Sequence[str]) -> Tensor:
-    """How many other captions fit each image at least as well as its own, (N,); 0 is the best.
+    """The number of other captions that fit each image at least as well as its own, (N,); 0 is the best.
 
-    A caption that reads the same as its own is no other caption. A tie counts against the image, so that vectors
-    that are all alike find nothing.
+    A caption with the same text as the image's own does not count as another one. A tie counts against the image, so
+    that vectors that are all alike find nothing. Raises ValueError unless there is one caption for each image.
     """
     x, y = _unit_vectors(images, texts)
     if len(captions) != len(x):
@@ -52,16 +55,19 @@ def caption_ranks(images: Tensor, texts: Tensor, captions: Sequence[str]) -> Ten
 
 
 def agreement(images: Tensor, texts: Tensor, captions: Sequence[str], seed: int = 0) -> Agreement:
-    """Score and retrieval of images against their captions' vectors, both (N, E), with intervals over pairs."""
+    """Score and retrieval of images against the vectors of their captions, both (N, E), with intervals over pairs."""
     ranks = caption_ranks(images, texts, captions).cpu().numpy()
     return Agreement(bootstrap_mean(clip_scores(images, texts).cpu().numpy(), seed),
                      *(bootstrap_share(ranks < k, seed) for k in (1, 5)))
 
 
 def derangement(count: int, seed: int = 0) -> Tensor:
-    """An order of ``count`` images in which none keeps its place, (N,): pairs for the floor of a score."""
+    """A permutation of 0 .. ``count`` - 1 that leaves nothing in its place, (count,).
+
+    It gives every image the caption of another one, for the score that chance reaches. Raises ValueError below 2.
+    """
     if count < 2:
-        raise ValueError(f"{count} images; valid: from 2 up, one cannot be given another's caption")
+        raise ValueError(f"{count} images; valid: from 2 up, a single image cannot be given the caption of another one")
     order = np.random.default_rng(seed).permutation(count)
     result = np.empty(count, dtype=np.int64)
     result[order] = np.roll(order, 1)

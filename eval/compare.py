@@ -1,4 +1,4 @@
-"""Runs beside each other: only figures that were made the same way, and differences with their own interval."""
+"""Runs beside each other: only figures that were measured the same way, and differences with intervals of their own."""
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +9,11 @@ import numpy as np
 from eval.interval import Estimate
 from eval.suite import rows_table
 
-SAME = ("data", "prompts", "prompts_sha256", "reference", "features", "clip")  # of the protocol, for figures to compare
+SAME = ("data", "prompts", "prompts_sha256", "reference", "features", "clip")  # entries of the protocol that must agree
 
 
 def read_figures(folder: str | Path) -> dict[str, Any]:
-    """metrics.json of a run folder; raises ValueError with the command that makes it."""
+    """The contents of metrics.json of a run folder. Raises ValueError with the command that writes it."""
     path = Path(folder) / "report" / "metrics.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -26,7 +26,7 @@ def read_figures(folder: str | Path) -> dict[str, Any]:
 
 
 def check_protocols(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError naming what was measured otherwise in the run ``name``: such figures cannot be compared."""
+    """Raise ValueError where the run ``name`` was measured differently; the message has each entry that differs."""
     wrong = [f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in SAME
              if ours.get(key) != theirs.get(key)]
     if wrong:
@@ -36,10 +36,10 @@ def check_protocols(ours: Mapping[str, Any], theirs: Mapping[str, Any], name: st
 
 def paired_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence[float]], seed: int = 0,
                       resamples: int = 1000) -> Estimate:
-    """Ours less theirs, as shares of promises kept: [kept, made] of each prompt, the same prompts in both (N, 2).
+    """The share of promises kept in ``ours`` less that in ``theirs``, of [kept, made] for each prompt, both (N, 2).
 
-    Prompts are resampled together, so that what makes a prompt hard for both does not widen the interval. Raises
-    ValueError for different prompts.
+    The prompts of both are resampled together, so that what makes a prompt hard for both does not widen the interval.
+    Raises ValueError unless the prompts are the same.
     """
     x, y = np.asarray(ours, float), np.asarray(theirs, float)
     if x.shape != y.shape or x.ndim != 2 or (x[:, 1] != y[:, 1]).any():
@@ -52,9 +52,9 @@ def paired_difference(ours: Sequence[Sequence[float]], theirs: Sequence[Sequence
 
 
 def comparison_table(ours: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: a row a figure, a column a run; scene scores in percent with the difference to the first run.
+    """Markdown with a row for each figure and a column for each run; scores have their difference to the first run.
 
-    Raises ValueError for a run that was measured otherwise.
+    Raises ValueError for a run that was measured differently.
     """
     for name, theirs in others.items():
         check_protocols(ours["protocol"], theirs["protocol"], name)

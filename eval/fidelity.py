@@ -1,4 +1,4 @@
-"""How near an image is to its original, pixel by pixel: PSNR and SSIM. Axis letters: B batch, C channels, H W size."""
+"""How close an image is to its original, pixel by pixel: PSNR and SSIM. Axis letters: B batch, C channels, H W size."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,17 +9,17 @@ PEAK = 2.0  # peak to peak of images in [-1, 1]
 
 
 def psnr(decoded: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each image (B,), both (B, 3, H, W) in [-1, 1] (peak to peak 2)."""
+    """The peak signal-to-noise ratio of each image in dB, (B,). Both are (B, 3, H, W) in [-1, 1], peak to peak 2."""
     error = (decoded.float().clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
     return 10 * torch.log10(PEAK**2 / error.clamp(min=1e-12))
 
 
 def ssim(decoded: Tensor, images: Tensor) -> Tensor:
-    """Structural similarity of each image (B,), at most 1: of both (B, C, H, W) in [-1, 1].
+    """The structural similarity of each image, (B,), at most 1. Both are (B, C, H, W) in [-1, 1].
 
-    Wang et al. 2004, equation 13: means, variances and covariance under a Gaussian window, at every place where the
-    whole window lies inside the image; the mean over places and colour channels. Computed in fp64. Raises ValueError
-    for different shapes and for images smaller than the window.
+    Wang et al. 2004, equation 13: means, variances and covariance are taken under a Gaussian window at every place
+    where the whole window lies inside the image, and the result is averaged over places and channels, in fp64. Raises
+    ValueError for different shapes and for images smaller than the window.
     """
     if decoded.shape != images.shape or images.ndim != 4 or min(images.shape[2:]) < WINDOW:
         raise ValueError(f"images: {tuple(decoded.shape)} and {tuple(images.shape)}; valid: two of one shape "

@@ -1,6 +1,6 @@
-"""The Frechet distance of two sets of vectors, each taken as a Gaussian (Heusel et al. 2017, equation 6).
+"""The Frechet distance of two sets of vectors, each modelled as a Gaussian (Heusel et al. 2017, equation 6).
 
-Nothing is kept of a set but its count, mean and scatter, so memory does not grow with it. Everything is fp64.
+Only the count, the mean and the scatter of a set are kept, so memory does not grow with it. Everything is in fp64.
 Axis letters: N vectors, D width.
 """
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean (D,) and covariance (D, D) of vectors that arrive in batches, in any order and number."""
+    """The mean (D,) and the covariance (D, D) of vectors that arrive in batches of any size and in any order."""
 
     def __init__(self, width: int):
         if width < 1:
@@ -18,7 +18,7 @@ class Moments:
         self.scatter = torch.zeros(width, width, dtype=torch.float64)  # (D, D), sum of (x - mean)(x - mean)^T
 
     def update(self, vectors: Tensor) -> "Moments":
-        """Take in vectors (N, D); returns itself. Raises ValueError for another width or a value that is no number."""
+        """Add vectors (N, D); returns itself. Raises ValueError for another width or a value that is not finite."""
         if vectors.ndim != 2 or vectors.shape[1] != len(self.mean):
             raise ValueError(f"vectors: {tuple(vectors.shape)}; valid: (N, {len(self.mean)})")
         x = vectors.detach().to("cpu", torch.float64)
@@ -30,7 +30,7 @@ class Moments:
         return self
 
     def merge(self, other: "Moments") -> "Moments":
-        """Take in all that ``other`` has seen; returns itself."""
+        """Add all vectors of ``other`` to the set; returns itself. Raises ValueError for another width."""
         if len(other.mean) != len(self.mean):
             raise ValueError(f"width: {len(other.mean)}; valid: {len(self.mean)}")
         if other.count:
@@ -46,16 +46,16 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), unbiased. Raises ValueError before the second vector."""
+        """The unbiased covariance (D, D). Raises ValueError before the second vector."""
         if self.count < 2:
             raise ValueError(f"a covariance of {self.count} vectors; valid: from 2 up")
         return self.scatter / (self.count - 1)
 
 
 def covariance_factor(covariance: Tensor) -> Tensor:
-    """F (D, rank) with F F^T = covariance (D, D), which is symmetric and positive but for rounding.
+    """F (D, rank) with F F^T = covariance (D, D), which is symmetric and, up to rounding, positive semidefinite.
 
-    Directions whose variance is rounding alone, as all beyond the rank of a few vectors, are left out.
+    Directions whose variance is only rounding, such as all beyond the rank of a few vectors, are left out.
     """
     values, directions = torch.linalg.eigh(covariance)  # (D,) ascending, (D, D)
     kept = values > values[-1].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
@@ -63,10 +63,11 @@ def covariance_factor(covariance: Tensor) -> Tensor:
 
 
 def frechet_distance(one: Moments, two: Moments) -> float:
-    """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), from 0 up; the same in both orders.
+    """|m_1 - m_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), at least 0 and symmetric in its arguments.
 
-    The root of a product that is not symmetric is never taken: with C = F F^T its trace is the sum of the singular
-    values of F_1^T F_2, which needs no inverse and does not mind missing rank.
+    The root of the product, which is not symmetric, is never computed: with C = F F^T the trace of the root is the sum
+    of the singular values of F_1^T F_2, which needs no inverse and allows covariances without full rank. Raises
+    ValueError for sets of different widths and for fewer than 2 vectors.
     """
     if len(one.mean) != len(two.mean):
         raise ValueError(f"width: {len(one.mean)} and {len(two.mean)}; valid: the same features for both sets")
@@ -79,10 +80,10 @@ def frechet_distance(one: Moments, two: Moments) -> float:
 
 
 def frechet_of_vectors(x: Tensor, y: Tensor) -> float:
-    """As `frechet_distance`, of vectors (N, D) and (M, D) that are all at hand; faster where they are fewer than D.
+    """The same as `frechet_distance`, from all vectors (N, D) and (M, D); faster where they are fewer than D.
 
-    Centred vectors over sqrt(N - 1) are already a factor of their covariance, so no eigenvalues are needed. Raises
-    ValueError for another width, and for fewer than 2 vectors.
+    Centred vectors divided by sqrt(N - 1) are already a factor of their covariance, so no eigenvalues are needed.
+    Raises ValueError for different widths and for fewer than 2 vectors.
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(f"vectors: {tuple(x.shape)} and {tuple(y.shape)}; valid: (N, D) and (M, D), from 2 up of each")

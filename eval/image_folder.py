@@ -1,4 +1,4 @@
-"""A folder of images to be measured: refused when its images cannot be compared, then read batch by batch."""
+"""A folder of images to compare with: it is refused when its images cannot be compared, and read batch by batch."""
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,15 +8,17 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from files.images import to_unit
+
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The images of a folder and those below it, sorted: opaque, coloured, of one size.
+    """The image files of a folder and the folders below it, sorted; all are opaque RGB images of one size.
 
-    Raises ValueError with the first that is not and how many there are: damaged, grey, transparent or of another size
-    than the first. None is converted: what lies behind a transparent image, or which resize a mixed folder would
-    get, decides the figure.
+    Raises ValueError for files that are damaged, grey, transparent or of another size than the first; the message
+    counts each kind and names its first file. Nothing is converted, because the background behind a transparent image,
+    or the resizing of a mixed folder, would decide the figure.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
@@ -42,6 +44,7 @@ def image_files(folder: str | Path) -> list[Path]:
 
 
 def _fault(image: Image.Image, size: tuple[int, int]) -> str:
+    """What is wrong with an image, given the size (W, H) of the first one; "" for nothing."""
     if image.size != size:
         return f"are not {size[0]}x{size[1]} as the first"
     if "A" in image.getbands() or "transparency" in image.info:
@@ -53,14 +56,14 @@ def _fault(image: Image.Image, size: tuple[int, int]) -> str:
 
 
 def image_file_batches(files: Sequence[Path], batch: int = 64) -> Iterator[Tensor]:
-    """The files' images (B, 3, H, W) in [-1, 1]."""
+    """The images of the files, as batches (B, 3, H, W) in [-1, 1]."""
     for start in range(0, len(files), batch):
         pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files[start:start + batch]])
-        yield torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        yield to_unit(torch.from_numpy(pixels).permute(0, 3, 1, 2))  # (B, 3, H, W)
 
 
 def hash_of_files(files: Sequence[Path]) -> str:
-    """SHA-256 in hex of the files' bytes, one after the other; their names do not matter."""
+    """The SHA-256 of the contents of files in their order, in hexadecimal digits; their names do not matter."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(hashlib.sha256(path.read_bytes()).digest())

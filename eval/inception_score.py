@@ -1,14 +1,14 @@
-"""The Inception score: are images clear, each of one class, and together of all classes (Salimans et al. 2016)?"""
+"""The Inception score (Salimans et al. 2016): is each image clearly of one class, and are all classes there?"""
 import numpy as np
 import torch
 from torch import Tensor
 
 
 def inception_score(logits: Tensor, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
-    """(mean, standard deviation) over ``splits`` parts of exp E KL(p(y | x) || p(y)), 1 to the number of classes.
+    """(mean, standard deviation) over ``splits`` parts of exp E KL(p(y | x) || p(y)), from 1 to the number of classes.
 
-    logits (N, classes); they are shuffled first, as in torch-fidelity with the same seed, for images often come
-    sorted. Raises ValueError for fewer than ``splits`` images and for values that are not finite.
+    The logits (N, classes) are shuffled first, as torch-fidelity does with the same seed, because images often come
+    sorted. Raises ValueError for fewer images than ``splits`` and for values that are not finite.
     """
     if logits.ndim != 2 or splits < 1 or len(logits) < splits or not torch.isfinite(logits).all():
         raise ValueError(f"logits: {tuple(logits.shape)} in {splits} splits, "

@@ -8,8 +8,11 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and the interval that holds what it estimates in about 95 of 100 repetitions; ``note`` says how it was
-    found. An interval of no width, of a value known without sampling, is not written."""
+    """A value with the interval that covers what it estimates in about 95 of 100 repetitions.
+
+    ``note`` says how the interval was found. A value that is known without sampling has an interval of no width, which
+    is not written.
+    """
 
     value: float
     low: float
@@ -21,7 +24,7 @@ class Estimate:
         return _short(self.value) + interval
 
     def scaled(self, factor: float) -> "Estimate":
-        """The same in another unit; factor above 0."""
+        """The same in another unit; ``factor`` is above 0."""
         return Estimate(factor * self.value, factor * self.low, factor * self.high, self.note)
 
 
@@ -30,17 +33,17 @@ def _short(value: float) -> str:
 
 
 def estimate_from_error(value: float, error: float, note: str = "", freedom: float = np.inf) -> Estimate:
-    """The interval of a value whose error is normal with standard deviation ``error``, itself estimated with
-    ``freedom`` degrees (Student 1908)."""
+    """A value whose error is normal with standard deviation ``error``, which was itself estimated with ``freedom``
+    degrees of freedom (Student 1908)."""
     reach = float(stats.t.ppf(0.975, freedom)) * error
     return Estimate(value, value - reach, value + reach, note)
 
 
 def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 1000,
                    note: str = "bootstrap over samples") -> Estimate:
-    """Mean of values (N,), one a sample, with the percentile interval over resamplings (Efron 1979).
+    """The mean of values (N,), one for each sample, with the percentile interval over resamplings (Efron 1979).
 
-    Raises ValueError for no values, or for one that is not finite.
+    Raises ValueError where there are no values, or one is not finite.
     """
     values = np.asarray(values, dtype=np.float64).reshape(-1)
     if not len(values) or not np.isfinite(values).all():
@@ -52,13 +55,16 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, seed: int = 0, resample
 
 
 def bootstrap_share(hits: Sequence[float] | np.ndarray, seed: int = 0) -> Estimate:
-    """`bootstrap_mean` of hits, 0 or 1 each (N,). Where none or all are hits resampling knows no spread, and the
-    interval is that of Clopper and Pearson 1934: up to 1 - 0.025^(1/N) away."""
+    """The share of hits, each 0 or 1, (N,), with its interval over resamplings, which is exact at shares of 0 and 1."""
     return with_exact_ends(bootstrap_mean(np.asarray(hits, dtype=np.float64), seed), len(hits))
 
 
 def with_exact_ends(share: Estimate, count: int) -> Estimate:
-    """A bootstrapped share of ``count`` samples, with an interval also where it is 0 or 1."""
+    """A bootstrapped share of ``count`` samples, with the interval of Clopper and Pearson 1934 where it is 0 or 1.
+
+    There every resampling gives the same share, and the bootstrap would give an interval of no width; the exact one
+    reaches up to 1 - 0.025^(1/N) away.
+    """
     reach = 1 - 0.025 ** (1 / count)
     if share.value == 0:
         return Estimate(0.0, 0.0, max(share.high, reach), share.note)
@@ -66,11 +72,11 @@ def with_exact_ends(share: Estimate, count: int) -> Estimate:
 
 
 def jackknife(value: float, left_out: Sequence[float]) -> tuple[float, float]:
-    """(value without the bias of order 1/N, standard error) from the values without each of G equal groups in turn.
+    """(value without its bias of order 1/N, standard error), from G values that each leave out one of G equal groups.
 
-    Quenouille 1956, Tukey 1958: with the mean m of the G values, G value - (G - 1) m, which is the straight line in 1/N
-    through both sample sizes continued to N = infinity (Chong and Forsyth 2020 fit the same line), and the square root
-    of (G - 1)/G sum (value_g - m)^2. Raises ValueError for fewer than 2 groups.
+    With the mean m of these G values, the first is G value - (G - 1) m (Quenouille 1956): the straight line in 1/N
+    through both sample sizes, continued to N = infinity (Chong and Forsyth 2020 fit the same line). The second is the
+    square root of (G - 1)/G sum (value_g - m)^2 (Tukey 1958). Raises ValueError for fewer than 2 groups.
     """
     if len(left_out) < 2:
         raise ValueError(f"left_out: {len(left_out)} groups; valid: from 2 up")

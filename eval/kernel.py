@@ -2,9 +2,9 @@
 
     MMD^2(P, Q) = E k(x, x') + E k(y, y') - 2 E k(x, y)          Gretton et al. 2012, lemma 6
 
-Unlike the Frechet distance it assumes no Gaussian, and its unbiased estimate does not depend on the sample count.
-Axis letters: N, M vectors of the two sets, D width. Kernels are computed in fp64 in blocks of rows: memory is that of
-the vectors and one block.
+Unlike the Frechet distance it does not assume Gaussians, and the mean of its unbiased estimate does not depend on the
+number of samples. Kernels are computed in fp64 in blocks of rows, so that memory is that of the vectors and one block.
+Axis letters: N, M vectors of the two sets, D width.
 """
 from collections.abc import Callable
 
@@ -32,9 +32,10 @@ def gaussian_kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def kid(generated: Tensor, real: Tensor) -> Estimate:
-    """Kernel distance of features (N, D) and (M, D): the unbiased estimate over all pairs, 0 for equal distributions.
+    """The kernel distance of features (N, D) and (M, D): the unbiased estimate over all pairs.
 
-    It may be below 0. Raises ValueError for other shapes, fewer than 2 vectors, or values that are not finite.
+    Its mean is 0 for equal distributions, so a single estimate may be below 0. Raises ValueError for other shapes, for
+    fewer than 2 vectors, and for values that are not finite.
     """
     x, y = check_sets(generated, real, least=2)
     value, error = _squared_mmd(x, y, cubic_kernel, unbiased=True)
@@ -42,10 +43,11 @@ def kid(generated: Tensor, real: Tensor) -> Estimate:
 
 
 def cmmd(generated: Tensor, real: Tensor) -> Estimate:
-    """CMMD of CLIP vectors (N, E) and (M, E), from 0 up: 1000 times the biased estimate under a Gaussian kernel.
+    """The CMMD of CLIP vectors (N, E) and (M, E), at least 0: 1000 times the biased estimate under a Gaussian kernel.
 
-    Jayasumana et al. 2024, section 5 and their code: vectors of unit length, every pair counts, also of a vector with
-    itself, which adds about 1000 (1 - mean kernel) (1/N + 1/M) to equal distributions. Raises as `kid` does.
+    Jayasumana et al. 2024, section 5 and their code. Vectors are brought to unit length. Every pair counts, also that
+    of a vector with itself, which adds about 1000 (1 - mean kernel) (1/N + 1/M) for equal distributions. Raises
+    ValueError as `kid` does.
     """
     x, y = (F.normalize(vectors, dim=1) for vectors in check_sets(generated, real, least=2))
     value, error = _squared_mmd(x, y, gaussian_kernel, unbiased=False)
@@ -55,10 +57,10 @@ def cmmd(generated: Tensor, real: Tensor) -> Estimate:
 
 def kid_of_subsets(generated: Tensor, real: Tensor, subsets: int = 100, size: int = 1000,
                    seed: int = 2020) -> tuple[float, float]:
-    """(mean, standard deviation) of the KID over random subsets of ``size`` vectors, the way it is often reported.
+    """(mean, standard deviation) of the KID over random subsets of ``size`` vectors of features (N, D) and (M, D).
 
-    Subsets are those that torch-fidelity draws from the same seed. Raises ValueError when a set is smaller than
-    ``size``, and as `kid` does.
+    Papers report the KID in this form (Binkowski et al. 2018). The subsets are those that torch-fidelity draws from
+    the same seed. Raises ValueError when a set is smaller than ``size``, and as `kid` does.
     """
     x, y = check_sets(generated, real, least=size)
     random = np.random.RandomState(seed)
@@ -70,7 +72,7 @@ def kid_of_subsets(generated: Tensor, real: Tensor, subsets: int = 100, size: in
 
 
 def check_sets(generated: Tensor, real: Tensor, least: int) -> tuple[Tensor, Tensor]:
-    """Both sets in fp64. Raises ValueError unless they are (N, D) and (M, D), finite, N and M at least ``least``."""
+    """Both sets in fp64. Raises ValueError unless they are (N, D) and (M, D), finite, with ``least`` vectors each."""
     if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
         raise ValueError(f"features: {tuple(generated.shape)} and {tuple(real.shape)}; valid: (N, D) and (M, D) from "
                          "the same extractor")
@@ -86,7 +88,7 @@ def check_sets(generated: Tensor, real: Tensor, least: int) -> tuple[Tensor, Ten
 
 
 def _means(x: Tensor, y: Tensor, kernel: Kernel, same: bool) -> Tensor:
-    """Mean of k(x_i, y_j) over j, (N,); for ``same`` sets over j != i."""
+    """The mean of k(x_i, y_j) over j, (N,); where both are the ``same`` set, over j != i."""
     sums = []
     for rows in range(0, len(x), BLOCK):
         values = kernel(x[rows:rows + BLOCK], y)  # (block, M)
@@ -99,9 +101,10 @@ def _means(x: Tensor, y: Tensor, kernel: Kernel, same: bool) -> Tensor:
 def _squared_mmd(x: Tensor, y: Tensor, kernel: Kernel, unbiased: bool) -> tuple[float, float]:
     """(MMD^2, its standard error) of x (N, D) and y (M, D).
 
-    The error is that of the projection h(x) = E k(x, x') - E k(x, y) and its like for y, whose variances count four
-    times over N and over M (Serfling 1980, section 5.5). Where both distributions are equal h is constant and the
-    next order is all there is; the spread of the estimated h is then larger than that, so the interval is too wide.
+    The error is that of the projection h(x) = E k(x, x') - E k(x, y) and of its counterpart for y: four times the
+    variance of each, divided by N and by M (Serfling 1980, section 5.5). Where both distributions are equal, h is
+    constant and only the next order remains; the spread of the estimated h is larger than that order, so that the
+    interval is then too wide.
     """
     x_x, y_y = _means(x, x, kernel, same=unbiased), _means(y, y, kernel, same=unbiased)
     x_y, y_x = _means(x, y, kernel, same=False), _means(y, x, kernel, same=False)

@@ -1,7 +1,7 @@
-"""Does a model copy its training images? Its samples' nearest training images, against those of held-out images.
+"""Does a model copy its training images? Distances of its samples to training, against those of held-out images.
 
-A near neighbour alone says nothing: real images have near neighbours, too. So the same search is made for real
-images that were not trained on. Axis letters: N queries, M training images, D width of a vector.
+A near neighbour alone says nothing, because real images have near neighbours as well. The same search is therefore made
+for real images that were not trained on. Axis letters: N queries, M training images, D width of a vector.
 """
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ NEAR = 5  # percent of held-out images that are nearer to training than the dist
 
 @dataclass(frozen=True)
 class Nearest:
-    """Of each query: distance to its nearest training vector (N,), and the number of that vector (N,)."""
+    """The distance of each query to its nearest training vector, (N,), and the number of that vector, (N,)."""
 
     distance: Tensor
     index: Tensor
@@ -25,21 +25,23 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Memorization:
-    """near: share of samples nearer to training than all but 5 % of held-out images; 5 % for a model that does not
-    copy. nearer: chance that a sample is nearer to training than a held-out image; a half for such a model, 1 for
-    copies. Median distances of both."""
+    """Two measures of copying.
+
+    ``near`` is the share of samples nearer to training than all but 5 % of held-out images; it is 5 % for a model that
+    does not copy. ``nearer`` is the probability that a sample is nearer to training than a held-out image; it is one
+    half for such a model and 1 for copies.
+    """
 
     near: Estimate
     nearer: Estimate
     median: float
-    held_out_median: float
 
 
 def nearest(queries: Tensor, training: Iterable[Tensor]) -> Nearest:
-    """Euclidean nearest of each query (N, D) among training vectors that arrive in batches (M_i, D).
+    """The nearest training vector of each query (N, D), by Euclidean distance; training arrives in batches (M_i, D).
 
-    Memory is that of the queries and one batch. Raises ValueError for other widths, no training vectors, or values
-    that are not finite.
+    Memory is that of the queries and one batch. Raises ValueError for different widths, for no training vectors, and
+    for values that are not finite.
     """
     if queries.ndim != 2 or not len(queries) or not torch.isfinite(queries).all():
         raise ValueError(f"queries: {tuple(queries.shape)}; valid: (N, D), N from 1 up, all finite")
@@ -64,7 +66,7 @@ def memorization(samples: Nearest, held_out: Nearest, seed: int = 0, resamples: 
     """Compare the distances of samples and of held-out real images, searched among the same training images.
 
     ``nearer`` is the Mann-Whitney statistic of Meehan et al. 2020 (section 3), as a share of pairs. Intervals resample
-    both sets. Raises ValueError for fewer than 20 held-out images: of so few, 5 % is none.
+    both sets. Raises ValueError for fewer than 20 held-out images, of which 5 % would be less than one.
     """
     ours, theirs = (found.distance.cpu().numpy() for found in (samples, held_out))
     if len(theirs) < 20:
@@ -72,20 +74,20 @@ def memorization(samples: Nearest, held_out: Nearest, seed: int = 0, resamples: 
 
     def shares(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         y = np.sort(y)
-        # of each sample, the share of held-out images that are farther from training; a tie is half
+        # for each sample, the share of held-out images that are farther from training; a tie counts half
         farther = 1 - (np.searchsorted(y, x, "left") + np.searchsorted(y, x, "right")) / (2 * len(y))
         # where held-out images repeat training ones the limit is 0, and a copy must be near all the same
         return float((x <= np.percentile(y, NEAR)).mean()), float(farther.mean())
 
     random = np.random.default_rng(seed)
-    drawn = [shares(random.choice(ours, len(ours)), random.choice(theirs, len(theirs))) for _ in range(resamples)]
-    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    resampled = [shares(random.choice(ours, len(ours)), random.choice(theirs, len(theirs))) for _ in range(resamples)]
+    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
     near, nearer = (Estimate(value, float(low[i]), float(high[i]), "bootstrap over samples and held-out images")
                     for i, value in enumerate(shares(ours, theirs)))
-    return Memorization(with_exact_ends(near, len(ours)), nearer, float(np.median(ours)), float(np.median(theirs)))
+    return Memorization(with_exact_ends(near, len(ours)), nearer)
 
 
 def pixel_vectors(images: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [-1, 1] as vectors (B, 3 H W) whose distance is the root mean square error in levels
-    of 255."""
+    """Images (B, 3, H, W) in [-1, 1] as vectors (B, 3 H W) whose distance is the root mean square error of pixels on a
+    scale of 0 to 255."""
     return images.flatten(1).float() * (127.5 / images[0].numel() ** 0.5)

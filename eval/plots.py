@@ -1,11 +1,12 @@
-"""Curves as PNG files; each function draws nothing and returns False where matplotlib is missing."""
+"""Charts as PNG files. Where matplotlib is missing, each function draws nothing and returns False."""
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
-    """Loss and validation curves of every stage as one PNG; False when matplotlib is missing or nothing was logged."""
+    """Write loss and validation curves of every stage as one PNG; False when matplotlib is missing or nothing was
+    logged."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -33,15 +34,17 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
 
 
 def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path, score: str, distance: str) -> bool:
-    """Distance against score as a line through the rows, each labelled by its guidance, with both intervals.
+    """Write a chart of distance against score, a line through the rows, each labelled by its guidance, with intervals.
 
-    A row is {"guidance", "score", "distance"}, the last two as {"value", "low", "high"}. False without matplotlib.
+    A row is {"guidance", "score", "distance"}, the last two as {"value", "low", "high"}; ``score`` and ``distance`` are
+    the names on the axes. False without matplotlib.
     """
     return _draw(path, [(rows, "score", "distance", "guidance", score, distance)])
 
 
 def draw_steps(rows: Sequence[dict[str, Any]], path: Path, score: str, distance: str) -> bool:
-    """Score and distance against the number of sampler steps; rows as above with "steps" for "guidance"."""
+    """Write charts of score and distance against the number of sampler steps; rows have "steps" in place of
+    "guidance". False without matplotlib."""
     return _draw(path, [(rows, "steps", key, "", "sampler steps", name)
                         for key, name in (("score", score), ("distance", distance))])
 

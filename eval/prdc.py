@@ -1,7 +1,7 @@
 """Precision, recall, density and coverage: are samples among the real images, and are all real images reached?
 
-A set is taken as the union of balls around its vectors, each reaching to its k-th nearest neighbour in the set.
-Axis letters: N generated, M real vectors, D width. Distances are computed in fp64 in blocks of rows.
+A set is modelled as the union of balls around its vectors, each of which reaches to the k-th nearest neighbour in the
+set. Distances are computed in fp64 in blocks of rows. Axis letters: N samples, M real vectors, D width.
 """
 from dataclasses import dataclass
 
@@ -14,9 +14,10 @@ from eval.kernel import BLOCK, check_sets
 
 @dataclass(frozen=True)
 class Prdc:
-    """Precision: share of samples inside the real set. Recall: share of real images inside the generated set.
-    Density: how many real balls a sample lies in, over k; above 1 where samples crowd where real ones are dense.
-    Coverage: share of real images with a sample in their ball. Intervals hold the balls fixed."""
+    """Precision is the share of samples inside the real set, recall the share of real images inside the set of samples.
+    Density is the mean number of real balls that a sample lies in, divided by k; it exceeds 1 where samples crowd at
+    dense places of the real set. Coverage is the share of real images with a sample in their ball. Intervals hold the
+    balls fixed."""
 
     precision: Estimate
     recall: Estimate
@@ -25,10 +26,10 @@ class Prdc:
 
 
 def prdc(generated: Tensor, real: Tensor, k: int = 3, seed: int = 0) -> Prdc:
-    """The four shares for features (N, D) and (M, D).
+    """The four measures of features of samples (N, D) and of real images (M, D).
 
     Precision and recall: Kynkaanniemi et al. 2019, equations 1 to 3. Density and coverage: Naeem et al. 2020,
-    equations 3 and 6. Raises ValueError for k below 1, fewer than k + 1 vectors, or features that do not fit.
+    equations 3 and 6. Raises ValueError for k below 1, fewer than k + 1 vectors, and features of different widths.
     """
     if k < 1:
         raise ValueError(f"k: {k}; valid: from 1 up")
@@ -49,6 +50,6 @@ def prdc(generated: Tensor, real: Tensor, k: int = 3, seed: int = 0) -> Prdc:
 
 
 def neighbour_distances(vectors: Tensor, k: int) -> Tensor:
-    """Distance of each vector (N, D) to its k-th nearest other one, (N,)."""
+    """The distance of each vector (N, D) to its k-th nearest neighbour, (N,)."""
     # the smallest of a row is the vector itself, exactly 0 or a rounding error
     return torch.cat([torch.cdist(part, vectors).kthvalue(k + 1, dim=1).values for part in vectors.split(BLOCK)])

@@ -103,7 +103,7 @@ class Promises:
         that its words leave open."""
 
         def render(rows: Sequence[int], background: dict | None = None, mood: str | None = None,
-                 across: bool = False) -> list[np.ndarray]:
+                   across: bool = False) -> list[np.ndarray]:
             light = scene["mood"] if mood is None else mood
             return [scene_image({**scene, "mood": light, "background": background or scene["background"],
                                  "objects": [{"id": self.source.items[row]["id"], "centre": centre, "size": size}

@@ -97,7 +97,8 @@ def test_the_bias_of_few_images_is_taken_out_and_the_interval_is_that_of_repetit
 # ---- intervals
 
 def test_intervals_of_what_is_known():
-    assert (estimate_from_error(1.0, 0.5).low, estimate_from_error(1.0, 0.5).high) == pytest.approx((0.02, 1.98), abs=1e-3)
+    found = estimate_from_error(1.0, 0.5)
+    assert (found.low, found.high) == pytest.approx((0.02, 1.98), abs=1e-3)
     values = np.random.default_rng(0).normal(3, 2, 400)
     found = bootstrap_mean(values)
     assert found.value == pytest.approx(values.mean())

@@ -30,7 +30,7 @@ def test_a_memorizing_sampler_is_caught_and_another_is_not():
     half = torch.cat([training[:150] + 0.1 * draw(150, 4), draw(150, 5)])
     copying = memorization(nearest(half, [training]), held_out)
     assert copying.near.value == pytest.approx(0.525, abs=0.06) and copying.near.low > honest.near.high
-    assert copying.nearer.low > 0.7 and copying.median < copying.held_out_median
+    assert copying.nearer.low > 0.7
 
 
 def test_ties_are_half():

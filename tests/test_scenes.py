@@ -12,7 +12,7 @@ from data.shapes.phrasings import facts_of
 from data.shapes.render import render, vocabulary
 from data.shapes.scene_graph import COLOURS, SHAPES
 from data.shapes.shapes import Shapes, ShapesConfig
-from eval.scenes.reader import SceneReader, lab, read_scene
+from eval.scenes.reader import SceneReader, lab
 from eval.scenes.score import (
     ATTRIBUTES,
     MEASURES,
@@ -276,4 +276,4 @@ def test_counts_per_prompt_are_those_of_its_score():
 def test_wrong_images_are_refused():
     for wrong in (np.zeros((3, 64, 64), np.float32), np.zeros((64, 64, 3), np.uint8), np.zeros((3, 64, 32), np.uint8)):
         with pytest.raises(ValueError, match=r"valid: uint8 \(3, S, S\)"):
-            read_scene(wrong, vocabulary())
+            SceneReader(vocabulary())(wrong)

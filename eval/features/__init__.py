@@ -1,1 +1,1 @@
-"""Images as vectors, the resizing that belongs to them, and statistics of sets of vectors."""
+"""Networks that turn images into vectors, their resizing, and statistics of sets of vectors."""

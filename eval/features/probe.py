@@ -1,6 +1,6 @@
-"""A linear classifier on features, to measure what has no geometry: the style of an image.
+"""A linear classifier of features, for what cannot be measured by geometry: the style of an image.
 
-Trained on real images; what it makes of held-out real ones is the ceiling and is printed beside every figure.
+It is trained on real images. Its accuracy on held-out real images is the ceiling, which stands beside every figure.
 Axis letters: N images, D width of the features, K classes.
 """
 from collections.abc import Sequence
@@ -15,31 +15,34 @@ from eval.interval import Estimate, bootstrap_share
 
 @dataclass(frozen=True)
 class Probe:
-    """Classes and the layer that tells them apart; call with features (N, D) for logits (N, K)."""
+    """The classes and the layer that separates them; probe(features (N, D)) returns logits (N, K)."""
 
     classes: tuple[str, ...]
-    weight: Tensor  # (D, K), for features less mean over std
+    weight: Tensor  # (D, K), for features from which the mean is subtracted, divided by std
     bias: Tensor  # (K,)
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
 
     def __call__(self, features: Tensor) -> Tensor:
+        """Features (N, D) -> logits (N, K)."""
         return ((features.double() - self.mean) / self.std) @ self.weight + self.bias
 
     def predict(self, features: Tensor) -> list[str]:
-        """The likeliest class of each image."""
+        """The most likely class of each image, from features (N, D)."""
         return [self.classes[k] for k in self(features).argmax(dim=1).tolist()]
 
     def accuracy(self, features: Tensor, labels: Sequence[str], seed: int = 0) -> Estimate:
-        """Share of images taken for what they should be, with its interval."""
+        """The share of images whose predicted class is their label, with its interval."""
         return bootstrap_share([a == b for a, b in zip(self.predict(features), labels, strict=True)], seed)
 
 
 def fit_probe(features: Tensor, labels: Sequence[str], decay: float = 0.01) -> Probe:
-    """Multinomial logistic regression of features (N, D) on labels, with ``decay``/2 |weight|^2 on features of unit
-    variance: convex, so it has one answer and no seed. Each class counts the same, however many images it has.
+    """Multinomial logistic regression of labels on features (N, D), with the penalty ``decay``/2 |weight|^2 on features
+    of unit variance.
 
-    Raises ValueError for other counts, for values that are not finite, and for fewer than two classes.
+    The problem is convex, so that it has one solution and needs no seed. Every class has the same weight, however many
+    images it has. Raises ValueError for another number of labels, for values that are not finite, and for fewer than
+    two classes.
     """
     classes = tuple(sorted(set(labels)))
     if features.ndim != 2 or len(features) != len(labels) or len(classes) < 2 or not torch.isfinite(features).all():

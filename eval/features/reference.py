@@ -1,4 +1,4 @@
-"""The features of a set of images as statistics that fit into memory and into a file with the stamp of their making.
+"""The features of a set of images as statistics, which fit into memory and into a file that says how they were made.
 
 Axis letters: N vectors, D width, G groups.
 """
@@ -18,40 +18,42 @@ from eval.frechet import Moments, frechet_distance, frechet_of_vectors
 from eval.interval import Estimate, estimate_from_error, jackknife
 from files.whole import whole_file
 
-GROUPS = 8  # of the jackknife; each costs one more Frechet distance
-WAITING = 1024  # vectors that are taken into the moments at once
+GROUPS = 8  # of the jackknife; each of them costs one more Frechet distance
+WAITING = 1024  # vectors that are added to the moments at once
 KEPT = 10_000  # vectors kept of a set for the distances that need them: 51 MB at width 1280
 
 
 class Extractor(Protocol):
-    """What turns images (B, 3, H, W) in [-1, 1] into vectors (B, width); ``stamp`` says how."""
+    """Something that turns images (B, 3, H, W) in [-1, 1] into vectors (B, width); ``stamp`` says how."""
 
     width: int
     stamp: str
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, width)."""
+        ...
 
 
 class FeatureSet:
-    """Moments of every vector of a set, in G groups taken in turn, and the first ``kept`` vectors themselves.
+    """The moments of all vectors of a set, in G groups that take vectors in turn, and the first ``kept`` vectors.
 
-    Memory is G (D, D) matrices of fp64 and the kept vectors, however many there are.
+    Memory is that of G matrices (D, D) in fp64 and of the kept vectors, however many vectors there are.
     """
 
     def __init__(self, width: int, kept: int = KEPT, groups: int = GROUPS):
         self.width, self.kept, self.count = width, kept, 0
         self._groups = [Moments(width) for _ in range(groups)]
         self._vectors: list[Tensor] = []
-        self._waiting: list[Tensor] = []  # not yet in the groups: a (D, D) update for a few vectors costs as for many
+        self._waiting: list[Tensor] = []  # not yet in the groups: an update costs as much for few as for many
 
     @property
     def vectors(self) -> Tensor:
-        """The first vectors (at most ``kept``, D), fp32."""
+        """The first vectors, at most ``kept``, as (N, D) in fp32."""
         return torch.cat(self._vectors) if self._vectors else torch.zeros(0, self.width)
 
     @property
     def groups(self) -> list[Moments]:
-        """Moments of the vectors whose number is 0, 1, .. modulo G."""
+        """The moments of each group: group g has the vectors whose number is g modulo G."""
         if self._waiting:
             vectors = torch.cat(self._waiting)
             first = self.count - len(vectors)
@@ -61,7 +63,7 @@ class FeatureSet:
         return self._groups
 
     def update(self, vectors: Tensor) -> "FeatureSet":
-        """Take in vectors (N, D); returns itself. Raises ValueError for another width or a value that is no number."""
+        """Add vectors (N, D); returns itself. Raises ValueError for another width or a value that is not finite."""
         vectors = vectors.detach().float().cpu()
         if vectors.ndim != 2 or vectors.shape[1] != self.width or not torch.isfinite(vectors).all():
             raise ValueError(f"vectors: {tuple(vectors.shape)}, {int((~torch.isfinite(vectors)).sum())} values not "
@@ -75,7 +77,7 @@ class FeatureSet:
         return self
 
     def moments(self, without: int | None = None) -> Moments:
-        """Those of all vectors, or of all but a group's."""
+        """The moments of all vectors, or of all but those of the group ``without``."""
         total = Moments(self.width)
         for group, moments in enumerate(self.groups):
             if group != without:
@@ -83,9 +85,9 @@ class FeatureSet:
         return total
 
     def save(self, path: str | Path, stamp: dict[str, Any]) -> None:
-        """Write the set and the stamp of its making as safetensors, whole or not at all."""
+        """Write the set as safetensors, whole or not at all, with a ``stamp`` that says how it was made."""
         tensors = {"vectors": self.vectors}
-        if self.count > self.kept:  # else the vectors say it all
+        if self.count > self.kept:  # otherwise the moments follow from the vectors
             tensors |= {"counts": torch.tensor([m.count for m in self.groups]),
                         "means": torch.stack([m.mean for m in self.groups]),
                         "scatters": torch.stack([m.scatter for m in self.groups])}
@@ -94,8 +96,8 @@ class FeatureSet:
 
     @classmethod
     def load(cls, path: str | Path, stamp: dict[str, Any]) -> "FeatureSet":
-        """A set from a file. Raises ValueError for a damaged file and for each entry of ``stamp`` that is another one
-        in the file: features of another extractor, resize or data cannot be compared."""
+        """Read a set. Raises ValueError for a damaged file, and for entries of ``stamp`` that differ from those of the
+        file: features of another extractor, resizing or data cannot be compared."""
         try:
             with safe_open(path, framework="pt") as file:
                 theirs = json.loads((file.metadata() or {})["stamp"])
@@ -121,7 +123,7 @@ class FeatureSet:
 
 
 def features_of(batches: Iterable[Tensor], extractor: Extractor, kept: int = KEPT) -> FeatureSet:
-    """The statistics of images that arrive in batches (B, 3, H, W) in [-1, 1]; raises ValueError for others."""
+    """The statistics of images that arrive in batches (B, 3, H, W) in [-1, 1]. Raises ValueError for other images."""
     found = FeatureSet(extractor.width, kept)
     for images in batches:
         check_images(images)
@@ -131,9 +133,11 @@ def features_of(batches: Iterable[Tensor], extractor: Extractor, kept: int = KEP
 
 def cached_features(folder: str | Path, data: str, batches: Callable[[], Iterable[Tensor]],
                     extractor: Extractor, kept: int = KEPT) -> FeatureSet:
-    """As `features_of`, kept in a file of ``folder`` under the hash of ``data``, which names the images and how many
-    are ``kept``, and of the extractor's stamp, which holds its weights and its resize. A file that is damaged is made
-    again."""
+    """The same as `features_of`, read from a file in ``folder`` where there is one, else computed and written to it.
+
+    The file is named after the hash of ``data``, which says which images they are and how many vectors are ``kept``,
+    and of the extractor's stamp, which says its weights and its resizing. A damaged file is made again.
+    """
     stamp = {"data": data, "extractor": extractor.stamp}
     name = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(folder) / f"{name}.safetensors"
@@ -148,12 +152,12 @@ def cached_features(folder: str | Path, data: str, batches: Callable[[], Iterabl
 
 
 def frechet_estimate(generated: FeatureSet, real: FeatureSet) -> tuple[Estimate, Estimate]:
-    """(Frechet distance, the same without its bias of order 1/N), each with an interval for new samples of both sets.
+    """(Frechet distance, the same without its bias of order 1/N), each with an interval for new images of both sets.
 
-    One group of each set is left out in turn (`jackknife`). The first interval is around a biased value: it holds what
-    a repetition with as many images would give. The second is for infinitely many images, and only as good as the
-    straight line in 1/N, which needs several times more images than features. Raises ValueError for sets that do
-    not fit, or are smaller than twice the groups.
+    One group of each set is left out in turn (`jackknife`). The first interval lies around a biased value and covers
+    what a repetition with as many images would give. The second is for infinitely many images and only as good as the
+    straight line in 1/N, which needs several times more images than features. Raises ValueError for sets of different
+    widths, and for sets smaller than twice the number of groups.
     """
     if generated.width != real.width:
         raise ValueError(f"width: {generated.width} and {real.width}; valid: the same extractor for both sets")
@@ -169,6 +173,7 @@ def frechet_estimate(generated: FeatureSet, real: FeatureSet) -> tuple[Estimate,
 
 
 def _distance(generated: FeatureSet, real: FeatureSet, without: int | None) -> float:
+    """The Frechet distance of two sets, each without one of its groups; None leaves none out."""
     if max(generated.count, real.count) >= generated.width or not all(
             found.count == len(found.vectors) for found in (generated, real)):
         return frechet_distance(generated.moments(without), real.moments(without))

@@ -1,4 +1,4 @@
-"""Images at the size a classifier was trained on. The filter changes every distance: it belongs into the stamp.
+"""Images at the size that a network was trained on. The filter changes every distance, so it is part of the stamp.
 
 Axis letters: B batch, H W size.
 """
@@ -13,7 +13,7 @@ STAMPS = {"clean": "cubic antialiased in float", "bilinear": "bilinear without a
 
 
 def check_images(images: Tensor) -> None:
-    """Raise ValueError unless ``images`` are (B, 3, H, W), floating, finite and in [-1, 1] but for rounding."""
+    """Raise ValueError unless ``images`` are (B, 3, H, W), floating, finite and in [-1, 1] up to rounding."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(f"images: {images.dtype} {tuple(images.shape)}; valid: floating (B, 3, H, W) in [-1, 1]")
     if not torch.isfinite(images).all():
@@ -25,10 +25,11 @@ def check_images(images: Tensor) -> None:
 
 
 def resize_pixels(pixels: Tensor, size: int, how: Resize = "clean") -> Tensor:
-    """Pixels (B, 3, H, W) on 0 to 255 -> (B, 3, size, size), not rounded, clipped to 0 to 255.
+    """Pixels (B, 3, H, W) on a scale of 0 to 255 -> (B, 3, size, size), clipped to that scale and not rounded.
 
-    clean: Pillow's cubic filter, which averages when it shrinks, on floats (Parmar et al. 2022, section 3.1).
-    bilinear: two neighbours whatever the factor, as pytorch-fid does; shrinking aliases.
+    "clean" is Pillow's cubic filter, which averages where it shrinks, on floats (Parmar et al. 2022, section 3.1).
+    "bilinear" takes two neighbours along each axis, whatever the factor, as pytorch-fid does; shrinking then aliases.
+    Raises ValueError for another name.
     """
     if how not in STAMPS:
         raise ValueError(f"how: {how!r}; valid: {', '.join(STAMPS)}")

@@ -1,7 +1,7 @@
-"""Where a model fails: the promises of scenes by what they name, prompts by what makes them hard, moods by distance.
+"""Where a model fails: promises by the value they name, prompts by what makes them hard, moods by distance.
 
-`score_table` counts all that a prompt promised; here a row is one value ("red", "above", "three") and counts only the
-promises of that value, so a red square beside a green heart that is drawn blue still has its colour right.
+`score_table` counts everything that a prompt promised. Here a row is one value ("red", "above", "three") and counts
+only the promises of that value: where a green heart becomes blue, the red square beside it still has its colour right.
 """
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ NUMBERS = ("no objects", "one object", "two objects", "three objects")
 
 
 def prompt_groups(facts: Facts, caption: str) -> tuple[str, ...]:
-    """The groups a prompt belongs to: number of objects, kind, "unseen pair", "long caption"."""
+    """The groups that a prompt belongs to: its number of objects, its kind, "unseen pair", "long caption"."""
     count = len(facts["objects"])
     groups = [NUMBERS[count] if count < len(NUMBERS) else f"{count} objects", facts["kind"]]
     if "unseen pair" in facts["tags"]:
@@ -28,7 +28,7 @@ def prompt_groups(facts: Facts, caption: str) -> tuple[str, ...]:
 
 
 def group_table(rows: Sequence[tuple[Facts, Score]], captions: Sequence[str], seed: int = 0) -> Table:
-    """`score_table` by `prompt_groups`; rows and captions belong together, one an image."""
+    """`score_table` by `prompt_groups`. Raises ValueError unless there is one caption for each row."""
     if len(rows) != len(captions):
         raise ValueError(f"rows, captions: {len(rows)} and {len(captions)}; valid: one caption a row")
     return score_table([({**facts, "tags": prompt_groups(facts, caption)}, score)
@@ -36,12 +36,13 @@ def group_table(rows: Sequence[tuple[Facts, Score]], captions: Sequence[str], se
 
 
 def value_table(rows: Sequence[tuple[Facts, Score]], seed: int = 0, resamples: int = 1000) -> dict[str, Rate]:
-    """"colour: red" and its like for every value promised, as shares of its promises kept, intervals over prompts.
+    """The share of promises kept for every value that was promised, such as "colour: red", with intervals over prompts.
 
-    Attributes are colour, shape, size, count, relation, background and mood. Raises ValueError for no rows.
+    The attributes are colour, shape, size, count, relation, background and mood. Raises ValueError where there are no
+    rows.
     """
     if not rows:
-        raise ValueError("rows: 0 scored images; valid: at least 1")
+        raise ValueError("rows: 0 scored samples; valid: at least 1")
     kept: dict[str, np.ndarray] = {}
     made: dict[str, np.ndarray] = {}
     for row, (facts, score) in enumerate(rows):
@@ -62,7 +63,7 @@ def value_table(rows: Sequence[tuple[Facts, Score]], seed: int = 0, resamples: i
 
 
 def promises_kept(facts: Facts, score: Score) -> list[tuple[str, bool]]:
-    """("attribute: value", kept) of every promise of a prompt; `score_scene` lists them in the order of the facts."""
+    """("attribute: value", whether it was kept) of every promise of a prompt. `score_scene` has them in this order."""
     found = []
     for attribute in ("colour", "shape", "size"):
         values = [thing[attribute] for thing in facts["objects"] if thing[attribute] is not None]
@@ -77,10 +78,10 @@ def promises_kept(facts: Facts, score: Score) -> list[tuple[str, bool]]:
 
 def mood_distances(images: Iterable[Any], facts: Sequence[Facts], vocabulary: Vocabulary,
                    seed: int = 0) -> dict[str, Estimate]:
-    """Mean CIELAB difference between images, uint8 (3, S, S), and the backdrop of the mood that was promised.
+    """The mean CIELAB difference between images, uint8 (3, S, S), and the backdrop of the mood that was promised.
 
-    By mood, and "all"; the median over an image's pixels, so that objects do not count. CIE 1976: 2.3 is just
-    noticed. A mood that was never promised is left out, and everything is if none was.
+    The difference of an image is the median over its pixels, so that objects do not count; 2.3 is just noticed (CIE
+    1976). The keys are the moods that were promised, and "all"; there are none where no mood was promised.
     """
     reader = SceneReader(vocabulary)
     found: dict[str, list[float]] = {}

@@ -1,4 +1,4 @@
-"""Reads an image of the `shapes` source back into its scene, by colour and geometry alone: no network.
+"""Reads an image of the `shapes` source back into its scene by colour and geometry alone, without a network.
 
 Axes: H, W image; h, w the box around one object; K colours.
 
@@ -30,7 +30,7 @@ FULL = ndimage.generate_binary_structure(2, 2)
 
 
 class Vocabulary(Protocol):
-    """Names and what they look like. Lengths are in units of the image's side, colours in 0..255."""
+    """Names, and what they look like. Lengths are in units of the side of the image, colours in 0..255."""
 
     @property
     def colours(self) -> Sequence[str]: ...
@@ -50,7 +50,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One object of an image; `shape` is None when no known shape overlaps it by MIN_FIT."""
+    """One object of an image; ``shape`` is None where no known shape overlaps it by MIN_FIT."""
 
     colour: str
     shape: str | None
@@ -62,7 +62,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What was read from an image; `inside` holds pairs (inner, outer) of indices into `objects`."""
+    """What was read from an image; ``inside`` holds pairs (inner, outer) of indices into ``objects``."""
 
     background: str | None
     mood: str | None
@@ -70,10 +70,9 @@ class Scene:
     inside: frozenset[tuple[int, int]] = field(default_factory=frozenset)
 
     def holds(self, subject: int, relation: str, other: int) -> bool:
-        """Whether `relation` holds; a direction holds when it is the main axis of the two centres' difference.
+        """Whether a relation holds. A direction holds where it is the main axis between the two centres.
 
-        Raises:
-            ValueError: the relation is not known.
+        Raises ValueError for a relation that is not known.
         """
         if relation == "inside":
             return (subject, other) in self.inside
@@ -89,7 +88,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class _Blob:
-    """A component of one colour: what is seen of it, and that with its holes filled; both boolean (H, W)."""
+    """A connected component of one colour: its visible pixels, and these with holes filled, both boolean (H, W)."""
 
     colour: int
     seen: Array
@@ -97,7 +96,8 @@ class _Blob:
 
 
 def lab(rgb: Array) -> Array:
-    """CIELAB (D65) of sRGB in 0..255, last axis; Euclidean distance there is the difference CIE 1976 Delta E*."""
+    """The CIELAB values (D65) of sRGB values in 0..255 along the last axis. Their Euclidean distance is the colour
+    difference Delta E* of CIE 1976."""
     table = _linear_table()
     linear = table[np.clip(np.rint(np.asarray(rgb, np.float32) * 4), 0, 1020).astype(np.int16)]
     red, green, blue = linear[..., 0], linear[..., 1], linear[..., 2]
@@ -109,16 +109,14 @@ def lab(rgb: Array) -> Array:
 
 
 def _linear_table() -> Array:
-    """sRGB to linear light for values in quarters of a level."""
+    """Linear light of sRGB values from 0 to 255 in steps of a quarter, (1021,); IEC 61966-2-1."""
     value = np.arange(1021, dtype=np.float32) / 1020
     return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4).astype(np.float32)
 
 
 class SceneReader:
-    """Reads images of one vocabulary; keeps what does not depend on the image.
-
-    Called with an image, uint8 (3, S, S), array or tensor; returns its `Scene`.
-    """
+    """reader(image) -> scene, for an array or tensor uint8 (3, S, S); what does not depend on the image is computed
+    once."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
@@ -130,10 +128,7 @@ class SceneReader:
         self._backdrops: dict[int, dict[str, Array]] = {}
 
     def __call__(self, image: Any) -> Scene:
-        """
-        Raises:
-            ValueError: the image is not uint8 of shape (3, S, S).
-        """
+        """The scene of one image. Raises ValueError unless it is uint8 (3, S, S)."""
         pixels = np.asarray(image)
         if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.shape[1] != pixels.shape[2] or pixels.dtype != np.uint8:
             raise ValueError(f"image: {pixels.dtype} {tuple(pixels.shape)}; valid: uint8 (3, S, S)")
@@ -148,19 +143,19 @@ class SceneReader:
         return Scene(None if mood else setting, mood, objects, inside)
 
     def distances(self, image: Any) -> dict[str, float]:
-        """Median CIELAB difference of an image, uint8 (3, S, S), to the backdrop of each background and mood."""
+        """The median CIELAB difference of an image, uint8 (3, S, S), to the backdrop of each background and mood."""
         differences = self._differences(lab(_smooth(np.asarray(image).transpose(1, 2, 0).astype(np.float32))))
         return {name: float(np.median(difference)) for name, difference in differences.items()}
 
     def _differences(self, image: Array) -> dict[str, Array]:
-        """The image's colour difference to each backdrop, (H, W)."""
+        """The colour difference of an image in CIELAB (H, W, 3) to each backdrop, (H, W)."""
         size = image.shape[0]
         if size not in self._backdrops:
             self._backdrops[size] = {name: lab(self.vocabulary.backdrop(name, size)) for name in self.settings}
         return {name: _difference(image, empty) for name, empty in self._backdrops[size].items()}
 
     def _setting(self, image: Array) -> tuple[str, Array]:
-        """Name of the nearest backdrop, and the image's colour difference to it, (H, W)."""
+        """(the name of the nearest backdrop, the colour difference of an image in CIELAB to it, (H, W))."""
         differences = self._differences(image)
         nearest = min(differences, key=lambda name: float(np.median(differences[name])))
         return nearest, differences[nearest]
@@ -228,11 +223,6 @@ class SceneReader:
             if other is not blob:
                 cover[other.seen[box] & ~filled] = 0
         return cover
-
-
-def read_scene(image: Any, vocabulary: Vocabulary) -> Scene:
-    """The scene of one image, uint8 (3, S, S); for many images make one `SceneReader`."""
-    return SceneReader(vocabulary)(image)
 
 
 def _smooth(rgb: Array) -> Array:

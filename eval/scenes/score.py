@@ -1,7 +1,7 @@
 """Scores of images against the facts that their prompts promised, with intervals, a chance row and the reader's error.
 
 Facts are a plain dict: "count", "objects" [{"colour", "shape", "size"}], "relations" [[subject, relation, object]],
-"background", "mood", "tags"; None is what the prompt left free (data/shapes/phrasings.py writes them).
+"background", "mood", "tags". None stands for what the prompt left open (`data.shapes.phrasings` writes them).
 
 A score is {attribute: [right or wrong, one for each promise]}:
 
@@ -10,7 +10,7 @@ A score is {attribute: [right or wrong, one for each promise]}:
     object      colour and shape of one promised object, both
     scene       everything the prompt promised
 
-A promised object that has no counterpart in the image fails every promise about it.
+Where a promised object has no counterpart in the image, every promise about it is broken.
 """
 
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ WEIGHTS = {"colour": 1.0, "shape": 0.9, "size": 0.4}  # of a mismatch, when obje
 
 @dataclass(frozen=True)
 class Rate:
-    """Share of promises kept, its bootstrap interval over prompts, and how many promises there were."""
+    """A share of promises kept, its bootstrap interval over prompts, and the number of promises."""
 
     value: float
     low: float
@@ -44,8 +44,8 @@ Table = dict[str, dict[str, Rate]]  # group -> measure -> rate
 
 
 def match_objects(scene: Scene, facts: Facts) -> list[int | None]:
-    """For each promised object the index of its counterpart in the image, or None: the assignment with the fewest
-    weighted mismatches of colour, shape and size."""
+    """The index of each promised object's counterpart in the image, or None, by the assignment with the fewest weighted
+    mismatches of colour, shape and size."""
     promised = facts["objects"]
     cost = np.zeros((len(promised), len(scene.objects)))
     for i, thing in enumerate(promised):
@@ -59,7 +59,7 @@ def match_objects(scene: Scene, facts: Facts) -> list[int | None]:
 
 
 def score_scene(scene: Scene, facts: Facts) -> Score:
-    """Every promise of a prompt, kept or not. An attribute that nothing was promised about has an empty list."""
+    """Whether each promise of a prompt is kept. An attribute about which nothing was promised has an empty list."""
     score: Score = {name: [] for name in ("scene", "object", *ATTRIBUTES)}
     matched = match_objects(scene, facts)
     for thing, index in zip(facts["objects"], matched):
@@ -82,18 +82,16 @@ def score_scene(scene: Scene, facts: Facts) -> Score:
 
 def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: int = 1000,
                 measures: Sequence[str] | None = None) -> Table:
-    """Accuracies of "all" prompts and of each tag's, with 95 % percentile bootstrap intervals over prompts
-    (Efron, "Bootstrap methods", 1979).
+    """Shares of promises kept, of "all" prompts and of the prompts of each tag: group -> measure -> rate.
 
-    Returns group -> measure -> Rate, measures as in MEASURES; "attributes" is the mean over all promised attributes.
-    A measure that nothing was promised about is left out. ``measures`` are the attributes of other scores than these.
-
-    Raises:
-        ValueError: there are no rows.
+    Intervals are 95 % percentile bootstrap intervals over prompts (Efron, "Bootstrap methods", 1979). The measures are
+    those of MEASURES, of which "attributes" is the mean over all promises; one about which nothing was promised is left
+    out. ``measures`` names the attributes where they are others than those of shapes. Raises ValueError where there are
+    no rows.
     """
     rows = list(rows)
     if not rows:
-        raise ValueError("rows: 0 scored images; valid: at least 1")
+        raise ValueError("rows: 0 scored samples; valid: at least 1")
     columns = MEASURES if measures is None else ("attributes", "scene", *measures)
     kept, made = (np.zeros((len(rows), len(columns))) for _ in range(2))
     for row, (_, score) in enumerate(rows):
@@ -111,7 +109,7 @@ def score_table(rows: Iterable[tuple[Facts, Score]], seed: int = 0, resamples: i
 
 def _rates(measures: Sequence[str], kept: np.ndarray, made: np.ndarray, generator: np.random.Generator,
            resamples: int) -> dict[str, Rate]:
-    """kept, made: promises of each prompt and measure, (N, M)."""
+    """The rate of each measure, from the numbers of promises kept and made for each prompt and measure, (N, M)."""
     number = len(kept)
     times = generator.multinomial(number, np.full(number, 1 / number), size=resamples)  # (resamples, N)
     with np.errstate(invalid="ignore"):
@@ -143,7 +141,7 @@ class SceneReport:
     ceiling: Table | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """The tables as plain JSON types."""
         tables = {"score": self.score, "chance": self.chance, "calibration": self.calibration, "ceiling": self.ceiling}
         return {name: {group: {measure: vars(rate) for measure, rate in rates.items()}
                        for group, rates in table.items()}
@@ -169,7 +167,7 @@ def percent(rate: Rate | None) -> str:
 
 
 def read_scenes(images: Iterable[Any], vocabulary: Vocabulary) -> list[Scene]:
-    """The scene of each image, uint8 (3, S, S)."""
+    """The scene that is read from each image, uint8 (3, S, S)."""
     reader = SceneReader(vocabulary)
     return [reader(image) for image in images]
 
