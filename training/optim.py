@@ -7,12 +7,15 @@ import torch
 from torch import nn
 
 from training.muon import Muon, matrices_and_others
+from training.polar import Iteration
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """``learning_rate`` is the peak; ``warmup`` in steps; ``decay`` is the share of the run that the final decay of
-    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) takes; ``clip`` bounds the norm of the whole gradient."""
+    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) takes; ``clip`` bounds the norm of the whole gradient;
+    ``iteration`` is how Muon makes a matrix orthogonal: ``newton_schulz`` as published, ``short`` in half the time
+    (`training/polar.py`)."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
@@ -22,6 +25,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine", "wsd"] = "cosine"
     decay: float = 0.3
     clip: float = 1.0
+    iteration: Iteration = "short"
 
     def __post_init__(self):
         if not 0 < self.learning_rate < 1:
@@ -43,7 +47,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if config.optimizer == "muon":
         groups[0]["muon"] = True
-        return Muon(groups, config.learning_rate, config.betas)
+        return Muon(groups, config.learning_rate, config.betas, iteration=config.iteration)
     # fused=True must be asked for: on a CPU the default is a Python loop over tensors
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 

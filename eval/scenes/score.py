@@ -1,7 +1,7 @@
 """Scores of images against the facts that their prompts promised, with intervals, a chance row and the reader's error.
 
 Facts are a plain dict: "count", "objects" [{"colour", "shape", "size"}], "relations" [[subject, relation, object]],
-"background", "mood", "tags". None stands for what the prompt left open (`data.shapes.phrasings` writes them).
+"background", "mood", "tags". None stands for what the prompt left open (data/shapes/phrasings.py writes them).
 
 A score is {attribute: [right or wrong, one for each promise]}:
 

@@ -1,0 +1,116 @@
+"""Matrices with all singular values moved close to 1: what Muon steps along.
+
+The polar factor U V^T of X = U S V^T is approached by odd polynomials of X, each (a I + b G + c G^2) X with G = X X^T,
+so only matrix products are needed: no SVD. Two sets of them: the one that Muon was published with (Jordan et al. 2024),
+and a shorter one, with which networks learn as well in half the time (LOG.md). Axis letters: M matrices of one shape,
+R rows, C columns, R <= C once the tall ones are turned.
+"""
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.device import autocast_dtype
+
+Polynomial = tuple[float, float, float]  # a, b, c
+Iteration = Literal["newton_schulz", "short"]
+
+# five times the same: singular values in (0, 1] end between about 0.7 and 1.2
+NEWTON_SCHULZ: tuple[Polynomial, ...] = 5 * ((3.4445, -4.7750, 2.0315),)
+
+# Each is the best odd quintic for what the one before leaves (Amsel et al. 2025, Polar Express, algorithm 1), for
+# singular values from 0.02 of the largest up: those end within 1 +- 0.09, in bf16 within 1 +- 0.35. From 0.01 up the
+# first one comes so near 0 that rounding loses directions; four of them, from 0.003 up, train no better (LOG.md).
+SHORT: tuple[Polynomial, ...] = (
+    (7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
+
+TOGETHER = 2  # polynomials gathered before X is touched, see `gathered`
+MARGIN = 1.02  # on the bound of the largest singular value, for the rounding of bf16: beyond 1 the quintics shoot up
+
+
+def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short") -> list[Tensor]:
+    """Each matrix (R, C), of whatever shapes, with its singular values near 1; in the type of `arithmetic`.
+
+    Matrices of one shape, or of its transpose, are one batch: many small products at once reach twice the speed.
+    """
+    places: dict[tuple[int, int], list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault((min(matrix.shape), max(matrix.shape)), []).append(place)
+    results = list(matrices)
+    for rows in sorted({rows for rows, _ in places}):
+        alike = [where for (side, _), where in places.items() if side == rows]
+        batches = []
+        for where in alike:
+            wide = [matrices[i] if matrices[i].shape[0] == rows else matrices[i].mT for i in where]  # each (R, C)
+            batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=arithmetic(wide[0]))  # (M, R, C)
+            torch._foreach_copy_(list(batch), wide)
+            batches.append(batch)
+        for where, batch in zip(alike, iterated(batches, iteration), strict=True):
+            for i, result in zip(where, batch, strict=True):
+                results[i] = result if matrices[i].shape[0] == rows else result.mT
+    return results
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """Matrices (M, R, C) after the iteration as published; same shape and type."""
+    return torch.stack(polar_factors(list(matrices), "newton_schulz")).to(matrices.dtype)
+
+
+def iterated(batches: list[Tensor], iteration: Iteration) -> list[Tensor]:
+    """Batches (M, R, C), one R for all and C from R up, after the polynomials; their Gram matrices are one batch."""
+    polynomials = SHORT if iteration == "short" else NEWTON_SCHULZ
+    counts = [len(batch) for batch in batches]
+    for done in range(0, len(polynomials), TOGETHER):
+        gram = torch.cat([batch @ batch.mT for batch in batches])  # (all M, R, R)
+        square, scale = None, None
+        if done == 0:
+            gram, square, scale = scaled(gram, tight=iteration == "short")
+        factor = gathered(gram, polynomials[done:done + TOGETHER], square)
+        if scale is not None:
+            factor *= scale
+        batches = [part @ batch for part, batch in zip(factor.split(counts), batches, strict=True)]
+    return batches
+
+
+def scaled(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(G / s^2 (M, R, R), its square, 1 / s (M, 1, 1)) of Gram matrices G of X; s bounds the largest singular value.
+
+    s is the Frobenius norm of X, as published; ``tight`` the fourth root of that of G^2, by which small singular values
+    start two to six times larger, and which is free: the first polynomial needs G^2. So three polynomials do where
+    five did. Turbo-Muon (Boissin et al. 2025) has the idea, and scales row by row, which changes the polar factor.
+    """
+    trace = gram.diagonal(dim1=-2, dim2=-1).float().sum(dim=-1)[:, None, None]  # |X|^2
+    trace = trace.clamp_min(1e-14)  # without a gradient all is 0, and stays so
+    gram = gram / trace.to(gram.dtype)
+    square = gram @ gram
+    if not tight:
+        return gram, square, trace.rsqrt().to(gram.dtype)
+    bound = square.float().norm(dim=(-2, -1), keepdim=True).sqrt().clamp_min(1e-6) * MARGIN**2  # (M, 1, 1)
+    return (gram / bound.to(gram.dtype), square / bound.square().to(gram.dtype),
+            (trace * bound).rsqrt().to(gram.dtype))
+
+
+def gathered(gram: Tensor, polynomials: Sequence[Polynomial], square: Tensor | None = None) -> Tensor:
+    """The factor (M, R, R) by which polynomials, one after the other, multiply an X with this Gram matrix.
+
+    All of these are polynomials of one symmetric matrix, so they commute, and if X becomes p X, G becomes p p G: the
+    long side of X is touched only at both ends. ``square``, G G where it is known, is overwritten.
+
+    Not more than two at a time: bf16 rounds eigenvalues of G that are nearly 0 to ones below 0, which each polynomial
+    multiplies by a^2, while those of a G made anew from X cannot be below 0.
+    """
+    product = gram
+    for number, (a, b, c) in enumerate(polynomials):
+        if number:
+            gram, square = gram @ (product @ product), None
+        square = gram @ gram if square is None else square
+        factor = square.mul_(c).add_(gram, alpha=b)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = factor @ product if number else factor
+    return product
+
+
+def arithmetic(x: Tensor) -> torch.dtype:
+    """The type of the products: bf16 where the machine has it, whose sums are in fp32, else fp32."""
+    return autocast_dtype("auto", x.device) or torch.float32
