@@ -15,6 +15,7 @@ from training.check import check
 from training.distributed import ProcessLost, leave, process_group
 from training.experiment import STAGES, Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
+from training.memory import keep_freed_memory
 from training.run_stages import run_stages
 
 
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value",
                         help="any key of the config; run=DIR names the run folder (runs/NAME)")
     parser.add_argument("--check", action="store_true", help="say what speaks for and against the run, train nothing")
+    keep_freed_memory()
     # flags first, of which none has a value: argparse wants the overrides in one piece
     options = parser.parse_args(sorted(arguments, key=lambda text: not text.startswith("-")))
     folders = [text.partition("=")[2] for text in options.overrides if text.startswith("run=")]
