@@ -15,8 +15,8 @@ if sys.argv[1] == "kept" and not keep_freed_memory():
     print("unknown")
     raise SystemExit
 def work():
-    for _ in range(20):
-        torch.ones(4, 1024, 1024).add_(1)  # 16 MB: 4,096 pages of 4 KiB
+    for _ in range(4):
+        torch.ones(10 * 2**20)  # 40 MiB: 10,240 pages of 4 KiB
 work()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 work()

@@ -1,0 +1,37 @@
+"""The benchmark of training steps: both sides take the same steps with the same data, one after the other."""
+import json
+
+import pytest
+
+from benchmarks import stages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["autoencoder", "denoiser"])
+def test_a_revision_against_itself(tmp_path, stage, tiny_config, capsys):
+    stages.main(stage, ["--quick", "--config", str(tiny_config), "--against", str(stages.ROOT), "--out",
+                        str(tmp_path)])
+    found = json.loads((tmp_path / f"{stage}_step.json").read_text())
+    assert [row["call"] for row in found["rows"]] == [stages.HERE, stages.AGAINST, stages.AGAIN]
+    one, two, three = found["validation"].values()
+    assert one == two == three and one  # the same weights from the same images, to the bit
+    assert all(row["rounds"] == 4 and 0 < row["share"] < 1 for row in found["rows"])
+    assert all({"forward", "backward", "optimizer"} <= set(parts) for parts in found["split"].values())
+    assert "| times as fast" in capsys.readouterr().out
+
+
+def test_ratios_are_paired_and_leave_out_the_first_steps():
+    seconds = {stages.HERE: [9.0] * stages.WARM + [1.0, 2.0, 3.0], stages.AGAIN: [9.0] * stages.WARM + [1.0, 2.0, 3.0],
+               stages.AGAINST: [9.0] * stages.WARM + [2.0, 4.0, 6.0]}
+    rows = {row.call: row for row in stages.rows_of("x", seconds, 32, dict.fromkeys(seconds, 0.5))}
+    assert rows[stages.HERE].ratio == 2 and rows[stages.AGAIN].ratio == 1 and rows[stages.AGAINST].ratio is None
+    assert rows[stages.HERE].images == 16 and rows[stages.HERE].first == 9
+
+
+def test_the_wait_for_a_turn_does_not_count():
+    assert stages.waited({"data": 3.0, "forward": 0.5, "optimizer": 0.5}) == 4
+
+
+def test_a_run_that_ends_is_said_to(tmp_path):
+    with pytest.raises(RuntimeError, match="ended with status"):
+        stages.Run(stages.ROOT, "denoiser", tmp_path / "absent.yaml", [], tmp_path / "run")
