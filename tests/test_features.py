@@ -12,8 +12,8 @@ from eval.features.efficientnet import (
     EfficientNetLite0,
     Features,
     load_efficientnet_lite0,
-    packaged_weights,
     network_input,
+    packaged_weights,
 )
 from eval.frechet import Moments, frechet_distance
 
