@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.muon import Muon, matrix_of, shaped_as
 from training.polar import iterated, orthogonalized, polar_factors
 
-BAND = (0.6, 1.4)  # 1 +- 0.09 by the polynomials, the rest is the rounding of bf16
+BAND = (0.75, 1.25)  # 1 +- 0.2 by the polynomials, the rest is the rounding of bf16
 
 
 def matrix(rows: int, columns: int, smallest: float, seed: int = 0, size: float = 1.0) -> torch.Tensor:
@@ -34,8 +34,8 @@ def test_singular_values_end_within_the_band(rows, columns, size):
     [found] = polar_factors([x])
     values = torch.linalg.svdvals(found.double())
     assert BAND[0] < values.min() and values.max() < BAND[1]
-    assert (values - 1).abs().median() < 0.15
-    assert (found.double() - polar(x)).norm() < 0.15 * polar(x).norm()
+    assert (values - 1).abs().median() < 0.2
+    assert (found.double() - polar(x)).norm() < 0.2 * polar(x).norm()
 
 
 def test_directions_that_are_nearly_absent_stay_small():
@@ -104,8 +104,8 @@ def blocks(number: int) -> nn.Module:
 
 
 def test_a_step_takes_as_many_products_for_many_blocks_as_for_one():
-    """14: 2 rounds, each a Gram matrix and an application for each of 3 shapes; a square, then square, p p, p p G and
-    p p of the first round, a square of the second. Operations: 6 R^3 for each matrix and 4 R^2 C."""
+    """22: 2 rounds, each a Gram matrix and an application for each of 3 shapes, and 5 products of squares: G G, p p,
+    (p p) G and the square of that, p p. Operations: 10 of R^3 for each matrix and 4 of R^2 C."""
     for number in (1, 5):
         model = blocks(number)
         for p in model.parameters():
@@ -114,9 +114,9 @@ def test_a_step_takes_as_many_products_for_many_blocks_as_for_one():
         optimizer = Muon([{"params": matrices, "muon": True}], lr=0.01, betas=(0.9, 0.99))
         with Products() as counted:
             optimizer.step()
-        assert counted.calls == 2 * 2 * 3 + 6
+        assert counted.calls == 2 * 2 * 3 + 2 * 5
         columns = (144, 64, 64, 16)
-        assert counted.flops == number * sum(6 * 2 * 16**3 + 4 * 2 * 16**2 * c for c in columns)
+        assert counted.flops == number * sum(10 * 2 * 16**3 + 4 * 2 * 16**2 * c for c in columns)
 
 
 def test_batches_keep_their_order():

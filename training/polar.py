@@ -2,7 +2,7 @@
 
 The polar factor U V^T of X = U S V^T is approached by odd polynomials of X, each (a I + b G + c G^2) X with G = X X^T,
 so only matrix products are needed: no SVD. Two sets of them: the one that Muon was published with (Jordan et al. 2024),
-and a shorter one, with which networks learn as well in half the time (LOG.md). Axis letters: M matrices of one shape,
+and a shorter one, with which networks learn as well (LOG.md). Axis letters: M matrices of one shape,
 R rows, C columns, R <= C once the tall ones are turned.
 """
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ Iteration = Literal["newton_schulz", "short"]
 NEWTON_SCHULZ: tuple[Polynomial, ...] = 5 * ((3.4445, -4.7750, 2.0315),)
 
 # Each is the best odd quintic for what the one before leaves (Amsel et al. 2025, Polar Express, algorithm 1), for
-# singular values from 0.02 of the largest up: those end within 1 +- 0.09, in bf16 within 1 +- 0.35. From 0.01 up the
-# first one comes so near 0 that rounding loses directions; four of them, from 0.003 up, train no better (LOG.md).
+# singular values from 0.005 of the largest up, which end within 1 +- 0.2. As there, each expects values up to 1.05 of
+# what it should get, and none cares for those below 0.1 of its largest: without either, bf16 leaves values of 0 and 70.
 SHORT: tuple[Polynomial, ...] = (
-    (7.7110, -22.1138, 16.2487), (3.2153, -2.4112, 0.5013), (2.2183, -1.5940, 0.4107))
+    (7.5652, -18.7436, 13.1405), (3.5065, -2.0467, 0.3380), (3.1776, -2.0339, 0.3684), (2.4243, -1.6794, 0.3749))
 
 TOGETHER = 2  # polynomials gathered before X is touched, see `gathered`
 MARGIN = 1.02  # on the bound of the largest singular value, for the rounding of bf16: beyond 1 the quintics shoot up
@@ -77,7 +77,7 @@ def scaled(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(G / s^2 (M, R, R), its square, 1 / s (M, 1, 1)) of Gram matrices G of X; s bounds the largest singular value.
 
     s is the Frobenius norm of X, as published; ``tight`` the fourth root of that of G^2, by which small singular values
-    start two to six times larger, and which is free: the first polynomial needs G^2. So three polynomials do where
+    start two to six times larger, and which is free: the first polynomial needs G^2. So four polynomials do where
     five did. Turbo-Muon (Boissin et al. 2025) has the idea, and scales row by row, which changes the polar factor.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).float().sum(dim=-1)[:, None, None]  # |X|^2
