@@ -61,7 +61,9 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tenso
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, h, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    return scores.softmax(dim=-1)
+    # a row of 16 is one vector in fp32 and half of one in bf16, which takes four times as long
+    narrow = scores.device.type == "cpu" and scores.dtype == torch.bfloat16 and scores.shape[-1] == 16
+    return scores.softmax(dim=-1, dtype=torch.float32 if narrow else None)
 
 
 def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:

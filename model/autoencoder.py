@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, called, check_groups
+from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, called, check_groups, widened
 
 EPS = 1e-6  # of every GroupNorm
 
@@ -129,7 +129,7 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x)  # (B, c_0, H / stem, W / stem)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # (B, 2C, h, w)
+        return self.conv_out(F.silu(self.norm_out(widened(self.mid(x)))))  # (B, 2C, h, w)
 
 
 class Decoder(nn.Module):
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))  # (B, c_last, h, w)
         for level in self.up:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 3 stem^2, H / stem, W / stem)
+        x = self.conv_out(F.silu(self.norm_out(widened(x))))  # (B, 3 stem^2, H / stem, W / stem)
         return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x  # (B, 3, H, W)
 
 

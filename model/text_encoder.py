@@ -160,7 +160,12 @@ def pooled(context: Tensor, mask: Tensor) -> Tensor:
     return context[torch.arange(len(context), device=context.device), last]  # (B, D)
 
 
-def trimmed(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens and mask (B, L) without the padding that all of them end in: the same vectors for less work."""
+def trimmed(ids: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens and mask (B, L) without the columns of padding that all of them end in: the same states for less work.
+
+    The length that is left is a multiple of ``multiple``, or L: a softmax over 15 keys takes five times as long on a
+    CPU as one over 16, which fill whole vectors.
+    """
     longest = int(mask.sum(dim=1).max())
-    return ids[:, :longest], mask[:, :longest]
+    length = min(-(-longest // multiple) * multiple, ids.shape[1])
+    return ids[:, :length], mask[:, :length]

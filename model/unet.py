@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import ContextCache, CrossAttention, key_mask
-from model.blocks import Downsample, ResBlock, SpatialTransformer, TimeMLP, Upsample, called, check_groups, zero_init
+from model.blocks import (
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    TimeMLP,
+    Upsample,
+    called,
+    check_groups,
+    widened,
+    zero_init,
+)
 
 EPS = 1e-5  # of every GroupNorm outside the transformers
 Pairs = Iterator[tuple[Tensor, Tensor]]  # keys and values (B, heads, L, d) of the context, one pair a layer, in order
@@ -216,7 +226,7 @@ class UNet(nn.Module):
         x = self.mid(x, time, pairs, mask)
         for up in self.up:
             x = up(x, skips, time, pairs, mask)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+        return self.conv_out(F.silu(self.norm_out(widened(x))))  # (B, out_channels, H, W)
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
         """Raises ValueError unless x is (B, in_channels, H, W) with sizes that halve at every level, and t is (B,)."""

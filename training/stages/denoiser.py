@@ -23,6 +23,7 @@ from training.seed import Part, generator, whole
 from training.stages.context import StageContext
 from training.stages.pairs import CachedPairs, Encode, Pairs, Read, ReadPairs, encoder_of
 
+MULTIPLE = 16  # of the length of the captions of a batch: fp32 values in the widest vector of a CPU
 BINS = 5  # of the noise level, in which the validation loss is given apart
 SHOWN = 16  # samples of a preview
 
@@ -64,6 +65,7 @@ def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Netw
     return placed(Networks(UNet(config.unet), TextEncoder(config.text_encoder)), device)
 
 
+
 class Denoising:
     """The objective of the stage: losses of pairs, and what is measured on held-out ones."""
 
@@ -75,7 +77,7 @@ class Denoising:
                eps: torch.Tensor) -> torch.Tensor:
         """(B,) of latents x_0 and noise eps (B, C, H, W), captions and times t (B,)."""
         ids, mask = self.tokenizer.encode(captions)  # (B, L)
-        ids, mask = (tensor.to(self.device) for tensor in trimmed(ids, mask))
+        ids, mask = (tensor.to(self.device) for tensor in trimmed(ids, mask, MULTIPLE))
         context = networks.text_encoder(ids, mask)  # (B, L, D)
 
         def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
