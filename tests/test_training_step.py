@@ -65,7 +65,6 @@ def test_the_number_of_operators_of_a_step():
     assert sum(found.calls.values()) <= OPERATORS, found.calls.most_common(12)
 
 
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_gate_is_the_formula_to_the_bit(dtype):
     draw = torch.Generator().manual_seed(0)
