@@ -43,8 +43,8 @@ class Muon(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_lerp_([local(m) for m in momenta], [local(g) for g in gradients], 1 - group["momentum"])
         # a matrix that is spread over processes is put together: its directions are those of the whole
-        updates = [matrix_of(full(gradient.lerp(momentum, group["momentum"])))  # Nesterov's look ahead, (R, C)
-                   for gradient, momentum in zip(gradients, momenta)]
+        updates = [matrix_of(full(gradient.lerp(momentum, group["momentum"])), p)  # Nesterov's look ahead, (R, C)
+                   for p, gradient, momentum in zip(parameters, gradients, momenta)]
         directions = polar_factors(updates, group["iteration"])
         weights = [local(p) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
@@ -64,16 +64,16 @@ class Muon(torch.optim.Optimizer):
               eps=group["eps"], maximize=False)
 
 
-def matrix_of(filters: Tensor) -> Tensor:
-    """Filters (R, ...) as a matrix (R, C), columns in the order in which they lie in memory: a view. The order of the
-    columns changes nothing but the order of those of the result."""
-    return (filters.permute(0, 2, 3, 1) if is_channels_last(filters) else filters).flatten(1)
+def matrix_of(values: Tensor, filters: Tensor) -> Tensor:
+    """Values for filters (R, ...) as a matrix (R, C), columns in the order in which the filters lie in memory, so that
+    nothing is copied. The order of the columns changes nothing but the order of those of the result."""
+    return (values.permute(0, 2, 3, 1) if is_channels_last(filters) else values).flatten(1)
 
 
 def shaped_as(filters: Tensor, matrix: Tensor) -> Tensor:
-    """The matrix (R, C) of filters like these in their shape: the inverse of `matrix_of`."""
+    """A matrix (R, C) that `matrix_of` gave for these filters, in their shape."""
     if is_channels_last(filters):
-        return matrix.reshape(filters.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+        return matrix.unflatten(1, filters.permute(0, 2, 3, 1).shape[1:]).permute(0, 3, 1, 2)
     return matrix.reshape(filters.shape)
 
 
