@@ -163,6 +163,28 @@ class CrossAttention(_Heads):
         return self.merge(attention(q, k, v, mask))
 
 
+class ContextPool(nn.Module):
+    """The mean of a context's real tokens, through a matrix that starts at zero, for the time embedding.
+
+    What the whole prompt says reaches every residual block this way, without being looked for by attention (Ramesh et
+    al. 2022, section 2.1; Podell et al. 2023). The mean, not the end token: it is a bag of words from the first step
+    on, before any layer has learned to gather them, and it is defined for prompts of several chunks.
+    """
+
+    def __init__(self, context_width: int, width: int):
+        super().__init__()
+        self.linear = nn.Linear(context_width, width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """context (B, L, D); mask bool (B, L), True = real token, None = all real. Returns (B, width)."""
+        if mask is None:
+            return self.linear(context.mean(dim=1))
+        real = context.masked_fill(~mask[..., None], 0.0).sum(dim=1)  # (B, D)
+        return self.linear(real / mask.sum(dim=1, keepdim=True))
+
+
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -178,6 +200,7 @@ class ContextCache:
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # (B, h, L, d) each
+    pooled: Tensor | None  # (B, width of the time embedding)
     mask: Tensor | None  # (B, 1, 1, L)
     batch: int
     autocast: torch.dtype | None
@@ -185,22 +208,24 @@ class ContextCache:
     weights: tuple[tuple[Tensor, int, int], ...]  # parameter, its address, its version
 
     @classmethod
-    def of(cls, layers: list[CrossAttention], context: Tensor, mask: Tensor | None, trainings: int) -> "ContextCache":
-        """The keys and values of `context` (B, L, D), mask (B, L) or None, in every layer.
+    def of(cls, layers: list[CrossAttention], context: Tensor, mask: Tensor | None, trainings: int,
+           pool: ContextPool | None = None) -> "ContextCache":
+        """The keys and values of `context` (B, L, D), mask (B, L) or None, in every layer, and what `pool` makes of it.
 
         trainings counts how often the network that owns the layers has entered training mode.
         """
         batch, length = context.shape[:2]
         return cls(
             layers=tuple(layer.keys_values(context) for layer in layers),
+            pooled=None if pool is None else pool(context, mask),
             mask=key_mask(mask, batch, length),
             batch=batch,
             autocast=_autocast_dtype(context.device),
             trainings=trainings,
-            weights=tuple((p, p.data_ptr(), p._version) for p in _context_weights(layers)),
+            weights=tuple((p, p.data_ptr(), p._version) for p in _context_weights(layers, pool)),
         )
 
-    def check(self, layers: list[CrossAttention], x: Tensor, trainings: int) -> None:
+    def check(self, layers: list[CrossAttention], x: Tensor, trainings: int, pool: ContextPool | None = None) -> None:
         """Raises ValueError unless the cache fits the batch x (B, ...) and the weights are those it was made from.
 
         Loading, averaging, merging and most optimizers advance autograd's version of a tensor, and a replaced tensor
@@ -212,7 +237,7 @@ class ContextCache:
             raise ValueError(
                 f"cache: made under autocast {self.autocast}, used under {_autocast_dtype(x.device)}; valid: the same"
             )
-        now = _context_weights(layers)
+        now = _context_weights(layers, pool)
         same = len(now) == len(self.weights) and all(
             p is q and q.data_ptr() == address and q._version == version
             for p, (q, address, version) in zip(now, self.weights, strict=True)
@@ -221,7 +246,7 @@ class ContextCache:
             raise ValueError("cache: stale, the weights may have changed since; valid: a new context_cache()")
 
 
-def _context_weights(layers: list[CrossAttention]) -> list[Tensor]:
-    """The parameters on which keys and values of a context depend."""
-    modules = [m for layer in layers for m in (layer.kv, layer.k_norm) if m is not None]
+def _context_weights(layers: list[CrossAttention], pool: ContextPool | None) -> list[Tensor]:
+    """The parameters on which keys, values and the pooled vector of a context depend."""
+    modules = [m for m in (*(m for layer in layers for m in (layer.kv, layer.k_norm)), pool) if m is not None]
     return [p for module in modules for p in module.parameters()]

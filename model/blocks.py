@@ -68,10 +68,30 @@ class TimeMLP(nn.Module):
         self.linear1 = nn.Linear(channels, width)
         self.linear2 = nn.Linear(width, width)
 
-    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
-        """t (B,) -> (B, width) in `dtype`."""
+    def forward(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None = None) -> Tensor:
+        """t (B,) -> (B, width) in `dtype`; pooled (B, width) is added before the last SiLU."""
         x = timestep_embedding(t, self.channels).to(dtype)
-        return F.silu(self.linear2(F.silu(self.linear1(x))))
+        x = self.linear2(F.silu(self.linear1(x)))
+        return F.silu(x if pooled is None else x + pooled)
+
+
+class Positions(nn.Module):
+    """Learned vectors of the rows and of the columns, added to a feature map (Dosovitskiy et al. 2021, appendix D.4).
+
+    Attention among pixels, and from pixels to words, sees no places without them but what convolutions leak in from
+    the border: "above" has to be learned as a place. Embeddings, so that Muon does not take the tables for matrices.
+    """
+
+    def __init__(self, side: int, channels: int, std: float = 0.3):
+        super().__init__()
+        self.rows, self.columns = nn.Embedding(side, channels), nn.Embedding(side, channels)
+        for table in (self.rows, self.columns):
+            nn.init.normal_(table.weight, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, side, side) -> the same shape."""
+        places = self.rows.weight[:, None] + self.columns.weight[None]  # (H, W, C)
+        return x + places.permute(2, 0, 1).to(x.dtype)
 
 
 class ResBlock(nn.Module):

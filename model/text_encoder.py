@@ -26,6 +26,9 @@ class TextEncoderConfig:
     mlp_width: int = 3072
     activation: Literal["quick_gelu", "gelu"] = "gelu"
     causal: bool = True  # a token sees only those before it, as in CLIP; False: all of them
+    token_std: float = 0.02  # of the token embeddings at the start; CLIP's
+    position_std: float = 0.01  # of the position embeddings; CLIP's
+    token_conv: int = 0  # tokens on each side that a token is given at the start, see `TokenConv`; 0: none, as CLIP
     skip_last: int = 0  # layers at the end that are not run; 1 gives the penultimate state, as in SD-2.x
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
@@ -33,6 +36,11 @@ class TextEncoderConfig:
         for name in ("vocab_size", "length", "width", "layers", "heads", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: at least 1")
+        for name in ("token_std", "position_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: above 0")
+        if not 0 <= self.token_conv < self.length:
+            raise ValueError(f"token_conv: {self.token_conv}; valid: 0 to length - 1 = {self.length - 1}")
         if self.activation not in ("quick_gelu", "gelu"):
             raise ValueError(f"activation: {self.activation!r}; valid: 'quick_gelu', 'gelu'")
         if not 0 <= self.skip_last < self.layers:
@@ -108,6 +116,31 @@ class Layer(nn.Module):
         return x + self.linear2(h)
 
 
+class TokenConv(nn.Module):
+    """Adds to every token its neighbours, each channel of each distance times a number of its own: a depthwise
+    convolution beside the identity (Canon layers, Allen-Zhu 2025; So et al. 2021, "Primer", after each projection).
+
+    The numbers are drawn at random and fall with the distance, so "square" already says "red, one before me" when
+    training begins, in directions that differ from those of "red" itself (as in holographic reduced representations,
+    Plate 1995). Attention alone has to find who belongs to whom, and a denoiser's gradient says little of that.
+    """
+
+    def __init__(self, width: int, reach: int, causal: bool, std: float = 0.5):
+        super().__init__()
+        self.before, self.after = reach, 0 if causal else reach
+        distances = torch.arange(-self.before, self.after + 1)
+        spread = torch.where(distances == 0, 0.0, std / distances.abs().clamp(min=1))  # (taps,)
+        # flat, because these are gains: the optimizer takes what has two axes for a matrix
+        self.gains = nn.Parameter((torch.randn(len(distances), width) * spread[:, None]).flatten())
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, D); mask bool (B, L), True = real token. Returns (B, L, D); padding is no neighbour."""
+        real = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+        gains = self.gains.view(-1, x.shape[2])  # (taps, D)
+        windows = F.pad(real, (0, 0, self.before, self.after)).unfold(1, len(gains), 1)  # (B, L, D, taps)
+        return x + (windows * gains.T.to(x.dtype)).sum(dim=-1)
+
+
 class TextEncoder(nn.Module):
     """Token ids -> one vector a token, which the UNet attends to."""
 
@@ -118,8 +151,9 @@ class TextEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.length, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.01)
+        nn.init.normal_(self.token_embedding.weight, std=config.token_std)
+        nn.init.normal_(self.position_embedding.weight, std=config.position_std)
+        self.token_conv = TokenConv(config.width, config.token_conv, config.causal) if config.token_conv else None
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids int (B, L), L up to `length`; mask bool (B, L), True = real token, None = all real.
@@ -133,6 +167,8 @@ class TextEncoder(nn.Module):
     def encode_embeddings(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """As `forward`, from token embeddings (B, L, D): for embeddings that belong to no token of the vocabulary."""
         batch, length = tokens.shape[:2]
+        if self.token_conv is not None:
+            tokens = self.token_conv(tokens, mask)
         x = tokens + self.position_embedding.weight[:length]  # (B, L, D)
         allowed = self.attention_mask(key_mask(mask, batch, length), length, x.device)
         for layer in self.layers[: self.config.layers - self.config.skip_last]:

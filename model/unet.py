@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import ContextCache, CrossAttention, key_mask
+from model.attention import ContextCache, ContextPool, CrossAttention, key_mask
 from model.blocks import (
     Downsample,
+    Positions,
     ResBlock,
     SpatialTransformer,
     TimeMLP,
@@ -45,6 +46,8 @@ class UNetConfig:
     linear_projection: bool = True  # shape of the weights around a transformer: Linear, or 1x1 convolution as in SD-1.x
     norm_groups: int = 32
     qk_norm: bool = False
+    positions: int = 0  # learned positions after conv_in, for latents of this side only; 0: none, any size
+    pooled_context: bool = False  # the mean of the context is added to the time embedding, as in SDXL
     dropout: float = 0.0
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
@@ -52,6 +55,8 @@ class UNetConfig:
         for name in ("in_channels", "out_channels", "blocks", "depth", "head_width", "context_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: at least 1")
+        if self.positions < 0:
+            raise ValueError(f"positions: {self.positions}; valid: the side of the latent, or 0 for none")
         if not self.channels or len(self.attention) != len(self.channels):
             raise ValueError(f"attention: {self.attention}; valid: one entry for each of channels {self.channels}")
         if self.channels[0] % 2:
@@ -162,7 +167,9 @@ class UNet(nn.Module):
         channels, blocks, last = config.channels, config.blocks, len(config.channels) - 1
 
         self.time = TimeMLP(channels[0], 4 * channels[0])
+        self.pool = ContextPool(config.context_width, 4 * channels[0]) if config.pooled_context else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.positions = Positions(config.positions, channels[0]) if config.positions else None
         self.down = nn.ModuleList()
         skips = [channels[0]]  # widths of what the way up will take back
         for level, c in enumerate(channels):
@@ -205,7 +212,7 @@ class UNet(nn.Module):
         if self.training:
             raise ValueError("cache: the network is in training mode; valid: after eval()")
         self.check_context(context)
-        return ContextCache.of(self.cross_attentions(), context, mask, self.trainings)
+        return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 cache: ContextCache | None = None) -> Tensor:
@@ -216,10 +223,12 @@ class UNet(nn.Module):
         shapes, on a cache beside a context, in training mode, and on one that the weights may have outlived.
         """
         self.check_input(x, t)
-        pairs, mask = self.context_pairs(x, context, mask, cache)
+        pairs, mask, pooled = self.context_parts(x, context, mask, cache)
 
-        time = self.time(t, x.dtype)  # (B, 4 channels[0])
+        time = self.time(t, x.dtype, pooled)  # (B, 4 channels[0])
         x = self.conv_in(x)  # (B, channels[0], H, W)
+        if self.positions is not None:
+            x = self.positions(x)
         skips = [x]
         for down in self.down:
             x = down(x, skips, time, pairs, mask)
@@ -235,6 +244,10 @@ class UNet(nn.Module):
             raise ValueError(
                 f"x: {tuple(x.shape)}; valid: (B, {self.config.in_channels}, H, W), H and W multiples of {multiple}"
             )
+        side = self.config.positions
+        if side and x.shape[2:] != (side, side):
+            raise ValueError(f"x: {tuple(x.shape)}; valid: (B, {self.config.in_channels}, {side}, {side}), the network "
+                             "has learned positions for this size only")
         if t.shape != x.shape[:1]:
             raise ValueError(f"t: {tuple(t.shape)}; valid: {tuple(x.shape[:1])}, one timestep an image")
 
@@ -246,20 +259,22 @@ class UNet(nn.Module):
         if context.ndim != 3 or context.shape[2] != width or batch not in (None, context.shape[0]):
             raise ValueError(f"context: {tuple(context.shape)}; valid: ({'B' if batch is None else batch}, L, {width})")
 
-    def context_pairs(self, x: Tensor, context: Tensor | None, mask: Tensor | None,
-                      cache: ContextCache | None) -> tuple[Pairs, Tensor | None]:
-        """Keys and values for every cross-attention in turn, and their mask (B, 1, 1, L) or None."""
+    def context_parts(self, x: Tensor, context: Tensor | None, mask: Tensor | None,
+                      cache: ContextCache | None) -> tuple[Pairs, Tensor | None, Tensor | None]:
+        """Keys and values for every cross-attention in turn, their mask (B, 1, 1, L) or None, and what the time
+        embedding is given of the prompt, (B, 4 channels[0]) or None."""
         layers = self.cross_attentions()
         if cache is not None:
             if context is not None or mask is not None:
                 raise ValueError("cache: given beside a context or a mask; valid: one or the other")
             if self.training:
                 raise ValueError("cache: the network is in training mode; valid: after eval()")
-            cache.check(layers, x, self.trainings)
-            return iter(cache.layers), cache.mask
-        if not layers:
-            return iter(()), None
+            cache.check(layers, x, self.trainings, self.pool)
+            return iter(cache.layers), cache.mask, cache.pooled
+        if not layers and self.pool is None:
+            return iter(()), None, None
         self.check_context(context, x.shape[0])
         assert context is not None
         pairs = [layer.keys_values(context) for layer in layers]
-        return iter(pairs), key_mask(mask, *context.shape[:2])
+        pooled = None if self.pool is None else self.pool(context, mask)
+        return iter(pairs), key_mask(mask, *context.shape[:2]), pooled

@@ -8,6 +8,7 @@ from random_weights import randomize
 
 from model.pretrained.names import text_encoder_from_transformers, text_encoder_to_transformers
 from model.text_encoder import TextEncoder, TextEncoderConfig, pooled
+from training.muon import matrices_and_others
 
 transformers = pytest.importorskip("transformers")
 
@@ -238,6 +239,55 @@ def test_pooled_takes_the_last_real_token():
         pooled(context, mask[:, :3])
 
 
+def told(causal: bool, reach: int = 2) -> TextEncoder:
+    """An encoder whose tokens are given their neighbours."""
+    return TextEncoder(replace(CASES["openclip"], causal=causal, token_conv=reach))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("causal", [False, True])
+def test_token_conv_gives_a_token_its_neighbours_and_no_padding(causal):
+    network, (ids, mask) = told(causal).eval(), prompts()
+    x = torch.randn(1, 12, 48)
+    moved = x.clone()
+    moved[0, 6] += 1.0
+    change = (network.token_conv(moved) - network.token_conv(x))[0].norm(dim=1)  # (L,)
+    near = range(6, 9) if causal else range(4, 9)
+    assert [place for place in range(12) if change[place] > 1e-4] == list(near)
+    assert change[7] > change[8] > 0  # what is nearer is heard better
+    short = network(ids[1:2, :5], mask[1:2, :5])
+    torch.testing.assert_close(network(ids, mask)[1:2, :5], short, atol=1e-5, rtol=0)
+    torch.testing.assert_close(network(ids.where(mask, 7), mask)[mask], network(ids, mask)[mask], atol=0, rtol=0)
+
+
+@torch.no_grad()
+def test_token_conv_makes_a_word_depend_on_the_word_before_it():
+    """Of "red square" and "blue square" the contexts of "square" are apart when training begins."""
+    def moved(network: TextEncoder) -> float:
+        one, other = (network(torch.tensor([[1, colour, 5, 2]]))[0, 2] for colour in (3, 4))
+        return float((one - other).norm() / one.norm())
+
+    config = replace(CASES["openclip"], causal=False, token_std=1.0, position_std=0.3)
+    with_neighbours, without = (moved(TextEncoder(replace(config, token_conv=reach))) for reach in (2, 0))
+    assert with_neighbours > 0.3 and with_neighbours > 1.5 * without
+
+
+def test_token_conv_is_stepped_as_gains():
+    """Muon would make a table of numbers, each of which scales one channel, orthogonal."""
+    network = told(causal=True)
+    matrices, others = matrices_and_others(network)
+    assert any(p is network.token_conv.gains for p in others) and len(network.token_conv.gains) == 3 * 48
+    assert not network.token_conv.gains.view(3, 48)[-1].any()  # the token itself comes through beside it
+
+
+def test_embeddings_start_at_their_configured_size_and_clips_otherwise():
+    config = replace(CASES["clip"], vocab_size=4000, length=200)
+    for settings, token, position in (({}, 0.02, 0.01), ({"token_std": 1.0, "position_std": 0.3}, 1.0, 0.3)):
+        network = TextEncoder(replace(config, **settings))
+        assert float(network.token_embedding.weight.detach().std()) == pytest.approx(token, rel=0.05)
+        assert float(network.position_embedding.weight.detach().std()) == pytest.approx(position, rel=0.05)
+
+
 def test_states_have_unit_size_at_initialisation_whatever_the_depth():
     ids, mask = prompts()
     for layers in (1, 12):
@@ -251,6 +301,8 @@ def test_states_have_unit_size_at_initialisation_whatever_the_depth():
     ({"skip_last": 2}, "skip_last: 2; valid: 0 to layers - 1 = 1"),
     ({"activation": "relu"}, "activation: 'relu'; valid: 'quick_gelu', 'gelu'"),
     ({"length": 0}, "length: 0; valid: at least 1"),
+    ({"token_std": 0.0}, "token_std: 0.0; valid: above 0"),
+    ({"token_conv": 12}, "token_conv: 12; valid: 0 to length - 1 = 11"),
 ])
 def test_wrong_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

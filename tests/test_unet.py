@@ -326,6 +326,7 @@ def test_timestep_embedding_closed_form():
     ({"head_width": 5}, "head_width: 5 does not divide 16"),
     ({"heads": 3}, "heads: 3 does not divide 16"),
     ({"blocks": 0}, "blocks: 0; valid: at least 1"),
+    ({"positions": -1}, "positions: -1; valid: the side of the latent, or 0"),
     ({"dropout": 1.0}, "dropout: 1.0; valid"),
     ({"channels": (15, 32), "norm_groups": 1, "head_width": 1}, "even first count"),
 ])

@@ -33,7 +33,8 @@ class DenoiserStage:
     """Networks, diffusion process and training of the denoiser. ``caption_dropout`` is the share of captions replaced
     by the empty one, for classifier-free guidance (Ho and Salimans 2022); ``images`` is how many pictures of the
     source are used, null for all; ``cache`` encodes them once, before the first step, as they are without chance, and
-    false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes."""
+    false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes;
+    ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024)."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -41,6 +42,8 @@ class DenoiserStage:
     prediction_type: PredictionType = "v_prediction"
     weighting: Weighting = "none"
     timesteps: TimestepSampling = "stratified"
+    timestep_mean: float = 0.0
+    timestep_std: float = 1.0
     caption_dropout: float = 0.1
     images: int | None = None
     cache: bool = True
@@ -53,6 +56,8 @@ class DenoiserStage:
         if self.unet.context_width != self.text_encoder.width:
             raise ValueError(f"unet.context_width: {self.unet.context_width} differs from text_encoder.width: "
                              f"{self.text_encoder.width}; the UNet reads what the text encoder writes")
+        if not self.timestep_std > 0:
+            raise ValueError(f"timestep_std: {self.timestep_std}; valid: above 0")
         if self.images is not None and self.images < 1:
             raise ValueError(f"images: {self.images}; valid: from 1 up, or null for all")
         if self.validation < 1:
@@ -91,7 +96,8 @@ class Denoising:
         random = generator(self.seed, "denoiser", position)
         mean = part.of_read(read.mean)
         x_0 = Posterior(mean, part.of_read(read.logvar)).sample(part.randn(mean.shape, random))
-        t = part.of_batch(sample_timesteps(part.batch, self.config.timesteps, self.schedule, random))
+        t = part.of_batch(sample_timesteps(part.batch, self.config.timesteps, self.schedule, random,
+                                           self.config.timestep_mean, self.config.timestep_std))
         eps = part.randn(mean.shape, random)
         return {"loss": self.losses(networks, x_0, part.of_read(read.captions), t, eps).mean()}
 
