@@ -71,6 +71,10 @@ class Tokenizer:
             mask[row, : len(tokens)] = True
         return ids, mask
 
+    def offsets(self, caption: str) -> list[tuple[int, int]]:
+        """The characters (from, to) of each token of ``encode``'s row up to the end token, (0, 0) for start and end."""
+        return [(0, 0), *self.bpe.encode(caption, add_special_tokens=False).offsets[: self.length - 2], (0, 0)]
+
     def lost(self, caption: str) -> str:
         """The end of ``caption`` that does not fit into ``length`` tokens; empty when all of it is read."""
         ids = self.bpe.encode(caption, add_special_tokens=False).ids

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor
 
 
+def nearest_noise(candidates: Tensor, x_0: Tensor) -> Tensor:
+    """Of candidates (K, B, C, H, W) the one nearest to each image of x_0 (B, C, H, W), same shape.
+
+    Every noise then belongs to fewer images, so that what a network is asked for at high noise contradicts itself less
+    (Li et al. 2024, "Immiscible Diffusion"; by a draw of K for each image as in its successor, not by an assignment
+    within the batch, so that the noise of an image does not depend on its neighbours). K of one is plain noise.
+    """
+    distance = (candidates - x_0).flatten(2).square().sum(dim=2)  # (K, B)
+    return candidates[distance.argmin(dim=0), torch.arange(len(x_0), device=x_0.device)]
+
+
 class PerImageNoise:
     """Each call returns the next draw (B, C, H, W) in fp32; the first is x_T, later ones feed stochastic samplers.
 

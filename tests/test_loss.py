@@ -5,6 +5,7 @@ import torch
 from scipy import stats
 
 from diffusion.loss import diffusion_loss, loss_weight, sample_timesteps
+from diffusion.noise import nearest_noise
 from diffusion.prediction import prediction_from_x_0, target
 from diffusion.schedule import Schedule, ScheduleConfig, per_image
 
@@ -124,6 +125,16 @@ def test_logit_normal_times():
     shifted = sample_timesteps(4096, "logit_normal", Schedule(ScheduleConfig(kind="flow", shift=3.0)), generator(2))
     plain = sample_timesteps(4096, "logit_normal", FLOW, generator(2))
     torch.testing.assert_close(shifted / (1 - shifted), 3.0 * plain / (1 - plain), rtol=1e-3, atol=1e-4)
+
+
+def test_the_nearest_noise_is_taken_for_each_image_and_stays_nearly_normal():
+    x_0 = torch.randn(64, 4, 6, 6, generator=generator(3))
+    candidates = torch.randn(5, 64, 4, 6, 6, generator=generator(4))
+    chosen = nearest_noise(candidates, x_0)
+    distances = (candidates - x_0).square().sum(dim=(2, 3, 4))
+    torch.testing.assert_close((chosen - x_0).square().sum(dim=(1, 2, 3)), distances.min(dim=0).values)
+    assert torch.equal(nearest_noise(candidates[:, 3:4], x_0[3:4]), chosen[3:4])  # whatever stands beside it
+    assert abs(float(chosen.std()) - 1) < 0.03 and torch.equal(nearest_noise(candidates[:1], x_0), candidates[0])
 
 
 def test_bad_values_are_refused(pair):

@@ -129,6 +129,21 @@ def facts_of(scene: Scene, sized: bool, setting: bool, inverse: bool = False) ->
             "background": scene["background"] if setting else None, "mood": scene["mood"] if setting else None}
 
 
+def named_places(scene: Scene, caption: str) -> list[tuple[int, int, float, float, float]]:
+    """For each object that a caption of the scene names: the characters (from, to) of its words, and x, y and radius
+    of where it is drawn, in units of the picture's side. Larger ones first: what is inside comes after what holds it.
+    """
+    found = []
+    for thing in sorted(scene["objects"], key=lambda thing: -thing["radius"]):
+        name = _name(thing, sized=False)
+        begin = caption.find(name)
+        if begin >= 0:  # the plural begins with the singular, and no two objects share colour and shape unless counted
+            sized = f"{thing['size']} "
+            first = begin - len(sized) if caption[:begin].endswith(sized) else begin
+            found.append((first, begin + len(name), *thing["centre"], thing["radius"]))
+    return found
+
+
 def phrasings(scene: Scene) -> list[tuple[str, Facts]]:
     """Every caption of a scene graph with its facts, short ones first; no two captions are equal."""
     first, second, third = _bodies(scene)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.shapes.phrasings import Facts, phrasings
+from data.shapes.phrasings import Facts, named_places, phrasings
 from data.shapes.render import render
 from data.shapes.scene_graph import SPLITS, Scene, SceneMix, Split, draw_scene, has_room, pick, stream
 
@@ -73,6 +73,10 @@ class Shapes:
 
     def captions(self, index: int) -> tuple[str, ...]:
         return tuple(caption for caption, _ in self.prompts(index))
+
+    def places(self, index: int, caption: str) -> list[tuple[int, int, float, float, float]]:
+        """Which words of a caption of the item name what is drawn where, see `data.captions.named_places`."""
+        return named_places(self.scene(index), caption)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = self._checked(index)

@@ -9,6 +9,7 @@ import torch
 
 from data.tokenizer import Tokenizer
 from diffusion.loss import TimestepSampling, Weighting, diffusion_loss, sample_timesteps
+from diffusion.noise import nearest_noise
 from diffusion.prediction import PredictionType
 from diffusion.schedule import Schedule, ScheduleConfig
 from files.sheets import save_grid
@@ -21,6 +22,7 @@ from pipeline.system import Networks, TextToImage
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole
 from training.stages.context import StageContext
+from training.stages.grounding import GroundingConfig, attention_kept, grounding_loss
 from training.stages.pairs import CachedPairs, Encode, Pairs, Read, ReadPairs, encoder_of
 
 MULTIPLE = 16  # of the length of the captions of a batch: fp32 values in the widest vector of a CPU
@@ -33,8 +35,10 @@ class DenoiserStage:
     """Networks, diffusion process and training of the denoiser. ``caption_dropout`` is the share of captions replaced
     by the empty one, for classifier-free guidance (Ho and Salimans 2022); ``images`` is how many pictures of the
     source are used, null for all; ``cache`` encodes them once, before the first step, as they are without chance, and
-    false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes;
-    ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024)."""
+    false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes.
+    ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024);
+    ``noise_candidates`` are drawn for every image and the nearest is taken (`nearest_noise`); ``grounding`` supervises
+    attention by the scene, of sources that say where in an image things are."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -42,12 +46,14 @@ class DenoiserStage:
     prediction_type: PredictionType = "v_prediction"
     weighting: Weighting = "none"
     timesteps: TimestepSampling = "stratified"
+    noise_candidates: int = 1
     timestep_mean: float = 0.0
     timestep_std: float = 1.0
     caption_dropout: float = 0.1
     images: int | None = None
     cache: bool = True
     validation: int = 256
+    grounding: GroundingConfig = field(default_factory=GroundingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
@@ -56,10 +62,15 @@ class DenoiserStage:
         if self.unet.context_width != self.text_encoder.width:
             raise ValueError(f"unet.context_width: {self.unet.context_width} differs from text_encoder.width: "
                              f"{self.text_encoder.width}; the UNet reads what the text encoder writes")
+        if self.noise_candidates < 1:
+            raise ValueError(f"noise_candidates: {self.noise_candidates}; valid: from 1 up")
         if not self.timestep_std > 0:
             raise ValueError(f"timestep_std: {self.timestep_std}; valid: above 0")
         if self.images is not None and self.images < 1:
             raise ValueError(f"images: {self.images}; valid: from 1 up, or null for all")
+        if self.grounding.weight and (not self.cache or self.unet.gradient_checkpointing or self.train.compile):
+            raise ValueError(f"grounding.weight: {self.grounding.weight}; valid with cache: false, with "
+                             "gradient_checkpointing and with compile: 0")
         if self.validation < 1:
             raise ValueError(f"validation: {self.validation}; valid: from 1 pair up")
 
@@ -98,8 +109,17 @@ class Denoising:
         x_0 = Posterior(mean, part.of_read(read.logvar)).sample(part.randn(mean.shape, random))
         t = part.of_batch(sample_timesteps(part.batch, self.config.timesteps, self.schedule, random,
                                            self.config.timestep_mean, self.config.timestep_std))
-        eps = part.randn(mean.shape, random)
-        return {"loss": self.losses(networks, x_0, part.of_read(read.captions), t, eps).mean()}
+        candidates = [part.randn(mean.shape, random) for _ in range(self.config.noise_candidates)]
+        eps = nearest_noise(torch.stack(candidates), x_0) if len(candidates) > 1 else candidates[0]
+        captions, grounding = part.of_read(read.captions), self.config.grounding
+        weight = grounding.weight_at(position / self.config.train.steps)
+        if not weight or read.places is None:
+            return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
+        with attention_kept(networks.unet.cross_attentions()) as maps:
+            loss = self.losses(networks, x_0, captions, t, eps).mean()
+        attention = grounding_loss(maps, self.tokenizer, captions, part.of_read(read.places), mean.shape[2:],
+                                   grounding.heads)
+        return {"loss": loss + weight * attention, "attention": attention.detach()}
 
     @torch.no_grad()
     def validate(self, networks: Networks, read: Read) -> dict[str, float]:
@@ -169,7 +189,8 @@ def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode)
     source, train = context.source, config.train
     count = min(config.images or len(source), len(source))
     if config.cache:
-        return CachedPairs(context, "train", count, encode, train.batch, config.caption_dropout)
+        return CachedPairs(context, "train", count, encode, train.batch, config.caption_dropout,
+                           config.grounding.weight > 0)
     return ReadPairs(context, count, encode, train.batch, config.caption_dropout, train.workers)
 
 

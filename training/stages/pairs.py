@@ -16,6 +16,7 @@ from files.images import to_unit
 from files.whole import sha256_of
 from model.autoencoder import Autoencoder
 from training.stages.context import StageContext
+from training.stages.grounding import Place
 
 
 class Read(NamedTuple):
@@ -24,6 +25,7 @@ class Read(NamedTuple):
     mean: torch.Tensor
     logvar: torch.Tensor
     captions: list[str]
+    places: list[list[Place]] | None = None  # which words name what is drawn where, where the source knows it
 
 
 class Pairs(Protocol):
@@ -53,14 +55,17 @@ class CachedPairs:
     every epoch."""
 
     def __init__(self, context: StageContext, split: Literal["train", "validation"], count: int, encode: Encode,
-                 batch: int, dropout: float = 0.0):
+                 batch: int, dropout: float = 0.0, places: bool = False):
         source = context.source if split == "train" else context.validation
+        if places and not hasattr(source, "places"):
+            raise ValueError(f"grounding.weight: above 0; valid for {type(source).__name__}: 0, it does not say where "
+                             "in its images things are")
         key = {**context.data_key, "split": split, "precision": "float32",
                "autoencoder": sha256_of(context.run.weights("autoencoder"))}
         with context.processes.main_first():
             self.latents = LatentCache(context.run.path / "cache", key, count,
                                        lambda indices: encode(image_batch(source, indices)), min(batch, 128))
-        self.source, self.batch, self.dropout = source, batch, dropout
+        self.source, self.batch, self.dropout, self.with_places = source, batch, dropout, places
         self.seed, self.processes = context.seed, context.processes
         self.order = Order(count, context.seed)
 
@@ -74,7 +79,15 @@ class CachedPairs:
     def of(self, places: Places) -> Read:
         """The pairs at these places."""
         mean, logvar = self.latents.moments(places.indices)
-        return Read(mean, logvar, caption_batch(self.source, places, self.seed, self.dropout))
+        captions = caption_batch(self.source, places, self.seed, self.dropout)
+        return Read(mean, logvar, captions, self.places_of(places.indices, captions))
+
+    def places_of(self, indices: np.ndarray, captions: list[str]) -> list[list[Place]] | None:
+        """Which words of each caption name what is drawn where; None where nobody asks."""
+        if not self.with_places:
+            return None
+        return [self.source.places(int(index), caption)  # type: ignore[attr-defined]
+                for index, caption in zip(indices, captions)]
 
     def first(self, count: int) -> Read:
         """The first ``count`` pairs as in epoch 0."""
