@@ -120,16 +120,16 @@ class TokenConv(nn.Module):
     """Adds to every token its neighbours, each channel of each distance times a number of its own: a depthwise
     convolution beside the identity (Canon layers, Allen-Zhu 2025; So et al. 2021, "Primer", after each projection).
 
-    The numbers are drawn at random and fall with the distance, so "square" already says "red, one before me" when
-    training begins, in directions that differ from those of "red" itself (as in holographic reduced representations,
-    Plate 1995). Attention alone has to find who belongs to whom, and a denoiser's gradient says little of that.
+    The numbers are drawn at random and fall with the root of the distance, so "square" already says "red, one before
+    me" when training begins, in directions that differ from those of "red" itself (as in holographic reduced
+    representations, Plate 1995). Attention alone has to find who belongs to whom, and a denoiser's gradient says little of that.
     """
 
     def __init__(self, width: int, reach: int, causal: bool, std: float = 0.5):
         super().__init__()
         self.before, self.after = reach, 0 if causal else reach
         distances = torch.arange(-self.before, self.after + 1)
-        spread = torch.where(distances == 0, 0.0, std / distances.abs().clamp(min=1))  # (taps,)
+        spread = torch.where(distances == 0, 0.0, std / distances.abs().clamp(min=1).sqrt())  # (taps,)
         # flat, because these are gains: the optimizer takes what has two axes for a matrix
         self.gains = nn.Parameter((torch.randn(len(distances), width) * spread[:, None]).flatten())
 

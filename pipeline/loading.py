@@ -102,8 +102,9 @@ def load_weaker(system: TextToImage, path: str | Path) -> TextToImage:
         raise FileNotFoundError(f"no run folder or checkpoint {path}")
     networks = Networks(UNet(system.config.unet), TextEncoder(system.config.text_encoder))
     try:
-        networks.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["average"])
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        average = torch.load(path, map_location="cpu", weights_only=True)["average"]
+        networks.load_state_dict({name: tensor for name, tensor in average.items() if not name.startswith("words.")})
+    except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged or no state of this run's denoiser: {reason}") from None
     frozen(placed(networks, system.device))

@@ -33,11 +33,12 @@ WHOLE = 256 * 256  # pixels of a picture up to which a batch is decoded at once;
 
 
 class Networks(nn.Module):
-    """The two networks that are trained together, and saved together in the state of an unfinished stage."""
+    """The networks that are trained together, and saved together in the state of an unfinished stage. ``words`` reads
+    words off features while training lasts (training/stages/grounding.py); nothing of it is used in sampling."""
 
-    def __init__(self, unet: UNet, text_encoder: TextEncoder):
+    def __init__(self, unet: UNet, text_encoder: TextEncoder, words: nn.Linear | None = None):
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.unet, self.text_encoder, self.words = unet, text_encoder, words
 
 
 class TextToImage:

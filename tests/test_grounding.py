@@ -14,7 +14,14 @@ from model.unet import UNetConfig
 from training.loop import TrainConfig
 from training.seed import whole
 from training.stages.denoiser import DenoiserStage, Denoising, new_networks
-from training.stages.grounding import GroundingConfig, attention_kept, grounding_loss, named_tokens
+from training.stages.grounding import (
+    GroundingConfig,
+    attention_kept,
+    attention_loss,
+    named_tokens,
+    output_kept,
+    words_loss,
+)
 from training.stages.pairs import CachedPairs
 
 SIDE, LENGTH = 8, 40
@@ -47,7 +54,7 @@ def test_every_object_of_every_phrasing_has_its_words_and_its_place(source):
             places = source.places(index, caption)
             assert len(places) == len(scene["objects"])
             for begin, end, x, y, radius in places:
-                thing = next(thing for thing in scene["objects"] if [*thing["centre"], thing["radius"]] == [x, y, radius])
+                thing = next(one for one in scene["objects"] if [*one["centre"], one["radius"]] == [x, y, radius])
                 name = f"{thing['colour']} {thing['shape']}"
                 sized = facts["objects"][0]["size"] is not None
                 assert caption[begin:end] == (f"{thing['size']} {name}" if sized else name)
@@ -71,22 +78,48 @@ def test_loss_by_hand(tokenizer):
     words = named_tokens(tokenizer, [caption], places, 4, 4, 5)[0]  # (16, 5)
     assert words.any(dim=1).sum() == 4
     attention = torch.full((1, 3, 16, 5), 0.2)
-    share = words[words.any(dim=1)][0].sum() / 5
-    loss = grounding_loss([attention], tokenizer, [caption], places, (4, 4), 2)
-    torch.testing.assert_close(loss, -share.log())
+    loss = attention_loss([attention], tokenizer, [caption], places, (4, 4), 2)
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())
     right = torch.where(words, 1.0 / words.sum(dim=1, keepdim=True).clamp(min=1), 0.0).expand(1, 3, 16, 5).clone()
     right[:, 2] = 0.0  # a head that is free
-    assert grounding_loss([right], tokenizer, [caption], places, (4, 4), 2) < 1e-6
-    assert grounding_loss([right], tokenizer, [caption], places, (4, 4), 3) > 1.0
-    assert grounding_loss([attention], tokenizer, [""], [[]], (4, 4), 2) == 0.0
+    count = words.sum(dim=1).max()
+    least = attention_loss([right], tokenizer, [caption], places, (4, 4), 2)
+    torch.testing.assert_close(least, count.float().log())
+    assert attention_loss([right], tokenizer, [caption], places, (4, 4), 3) > least + 1.0
+    one_word = torch.where(words, right, 0.0).cumsum(dim=-1).eq(right.amax(dim=-1, keepdim=True)).float() * words
+    if count > 1:  # all of the attention on one of the words
+        assert attention_loss([one_word], tokenizer, [caption], places, (4, 4), 2) > least + 1.0
+    assert attention_loss([attention], tokenizer, [""], [[]], (4, 4), 2) == 0.0
     coarse = torch.full((1, 3, 4, 5), 0.2)  # another level of the same network
-    torch.testing.assert_close(grounding_loss([attention, coarse], tokenizer, [caption], places, (4, 4), 2), loss)
+    torch.testing.assert_close(attention_loss([attention, coarse], tokenizer, [caption], places, (4, 4), 2), loss)
+
+
+def test_words_that_features_say(tokenizer):
+    caption, places = "a red circle", [[(2, 12, 0.25, 0.25, 0.2)]]
+    features = torch.randn(1, 6, 4, 4, requires_grad=True)
+    head = torch.nn.Linear(6, 512)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    torch.testing.assert_close(words_loss(features, head, tokenizer, [caption], places), torch.tensor(512.0).log())
+    ids = tokenizer.encode([caption])[0][0][named_tokens(tokenizer, [caption], places, 4, 4, LENGTH)[0].any(dim=0)]
+    with torch.no_grad():
+        head.bias[ids] = 50.0  # says these words and no others, each as much
+    torch.testing.assert_close(words_loss(features, head, tokenizer, [caption], places),
+                               torch.tensor(float(len(ids))).log())
+    torch.nn.init.normal_(head.weight)
+    words_loss(features, head, tokenizer, [caption], places).backward()
+    assert (features.grad[0].abs().amax(dim=0) > 0).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert words_loss(features, head, tokenizer, [""], [[]]) == 0.0
+    with output_kept(head) as kept:
+        out = head(torch.zeros(6))
+    head(torch.zeros(6))
+    assert len(kept) == 1 and kept[0] is out
 
 
 def test_weight_falls_to_nothing():
-    config = GroundingConfig(weight=0.4, until=0.5)
-    assert [config.weight_at(share) for share in (0.0, 0.25, 0.5, 0.9)] == [0.4, 0.2, 0.0, 0.0]
-    for settings in ({"weight": -1.0}, {"until": 0.0}, {"heads": 0}):
+    config = GroundingConfig(until=0.5)
+    assert [config.left_at(share) for share in (0.0, 0.25, 0.5, 0.9)] == [1.0, 0.5, 0.0, 0.0] and not config.on
+    for settings in ({"attention": -1.0}, {"words": -1.0}, {"until": 0.0}, {"heads": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: .*valid"):
             GroundingConfig(**settings)
 
@@ -98,7 +131,7 @@ def stage() -> DenoiserStage:
                         context_width=16, norm_groups=4),
         text_encoder=TextEncoderConfig(vocab_size=512, length=LENGTH, width=16, layers=1, heads=2, mlp_width=32,
                                        causal=False),
-        grounding=GroundingConfig(weight=0.5), train=TrainConfig(steps=10, batch=4))
+        grounding=GroundingConfig(attention=0.5, words=0.25), train=TrainConfig(steps=10, batch=4))
 
 
 def test_a_step_has_the_term_with_its_gradient_and_leaves_the_layers_alone(stage, source, tokenizer, tmp_path):
@@ -120,20 +153,27 @@ def test_a_step_has_the_term_with_its_gradient_and_leaves_the_layers_alone(stage
     assert read.places is not None and [len(places) for places in read.places]
     found = denoising.loss_at(networks, read, 0, whole(4))
     plain = denoising.loss_at(networks, read._replace(places=None), 0, whole(4))
-    assert set(plain) == {"loss"} and set(found) == {"loss", "attention"}
-    torch.testing.assert_close(found["loss"], plain["loss"] + 0.5 * found["attention"])
+    assert set(plain) == {"loss"} and set(found) == {"loss", "attention", "words"}
+    torch.testing.assert_close(found["loss"], plain["loss"] + 0.5 * found["attention"] + 0.25 * found["words"])
     found["loss"].backward()
     layers = networks.unet.cross_attentions()
     assert all(layer.watch is None and layer.q.weight.grad.abs().max() > 0 for layer in layers)
-    assert set(denoising.loss_at(networks, read, 6, whole(4))) == {"loss"}  # after 0.6 of the ten steps
+    assert networks.words is not None and networks.words.weight.grad.abs().max() > 0
+    assert not networks.unet.mid._forward_hooks
+    late = denoising.loss_at(networks, read, 6, whole(4))  # after 0.6 of the ten steps
+    plain = denoising.loss_at(networks, read._replace(places=None), 6, whole(4))
+    torch.testing.assert_close(late["loss"], plain["loss"])
+    networks.words.weight.grad = None
+    late["loss"].backward()
+    assert networks.words.weight.grad is not None and not networks.words.weight.grad.any()
 
 
 def test_sources_and_settings_that_cannot_are_refused(stage, source):
-    with pytest.raises(ValueError, match="grounding.weight: above 0; valid for list: 0"):
+    with pytest.raises(ValueError, match="grounding: on; valid for list: attention 0"):
         CachedPairs([], 0, lambda x: x, RunFolder("."), {}, 4, 0, places=True)  # type: ignore[arg-type]
     for settings in ({"cache": False}, {"unet": replace(stage.unet, gradient_checkpointing=True)},
                      {"train": replace(stage.train, compile=True)}):
-        with pytest.raises(ValueError, match="grounding.weight: 0.5; valid"):
+        with pytest.raises(ValueError, match="grounding: .*; valid with cache: false"):
             replace(stage, **settings)
 
 

@@ -134,7 +134,7 @@ def test_the_nearest_noise_is_taken_for_each_image_and_stays_nearly_normal():
     distances = (candidates - x_0).square().sum(dim=(2, 3, 4))
     torch.testing.assert_close((chosen - x_0).square().sum(dim=(1, 2, 3)), distances.min(dim=0).values)
     assert torch.equal(nearest_noise(candidates[:, 3:4], x_0[3:4]), chosen[3:4])  # whatever stands beside it
-    assert abs(float(chosen.std()) - 1) < 0.03 and torch.equal(nearest_noise(candidates[:1], x_0), candidates[0])
+    assert abs(float(chosen.std()) - 1) < 0.05 and torch.equal(nearest_noise(candidates[:1], x_0), candidates[0])
 
 
 def test_bad_values_are_refused(pair):

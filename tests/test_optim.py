@@ -40,6 +40,29 @@ def test_weight_decay_acts_on_matrices_only():
         torch.testing.assert_close(parameter.detach(), torch.full_like(parameter, expected))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_matrices_of_a_child_learn_at_their_share_of_the_rate(optimizer):
+    """One step from zero moves them by that share of what their like elsewhere move; biases go at the full rate."""
+    model = nn.ModuleDict({"text": nn.Linear(6, 6), "rest": nn.Linear(6, 6)})
+    random = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    for layer in model.values():
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        layer.weight.grad, layer.bias.grad = random.clone(), torch.ones(6)
+    config = OptimConfig(optimizer=optimizer, slower={"text": 0.25})
+    stepped = build_optimizer(model, config)
+    for group in stepped.param_groups:
+        group["lr"] = 0.1 * group["share"]
+    stepped.step()
+    torch.testing.assert_close(model["text"].weight, 0.25 * model["rest"].weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model["text"].bias, model["rest"].bias)
+    assert model["rest"].weight.abs().max() > 0.01
+    with pytest.raises(ValueError, match="optim.slower: txt; valid: text, rest"):
+        build_optimizer(model, OptimConfig(slower={"txt": 0.5}))
+    with pytest.raises(ValueError, match="slower: text: 0.0; valid"):
+        OptimConfig(slower={"text": 0.0})
+
+
 @pytest.mark.parametrize("rows, columns, smallest, tolerance", [
     (16, 144, 1.0, 0.02), (144, 16, 1.0, 0.02), (32, 32, 1e-6, 0.4), (32, 288, 1e-6, 0.4)])
 def test_orthogonalized_matches_the_iteration_in_fp64(rows, columns, smallest, tolerance):

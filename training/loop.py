@@ -114,7 +114,8 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
         observer = Observer(task, config, log, best, processes.main, autocast)
         while step < config.steps:
             position, done = step + guard.moved, step + 1  # the place in the data, the steps when this one is done
-            set_learning_rate(optimizer, learning_rate(step, config.steps, config.optim))
+            rate = learning_rate(step, config.steps, config.optim)
+            set_learning_rate(optimizer, rate)
             clock.start(exact=done % config.log_every == 0 or done == config.steps)
 
             data = task.data_at(position)
@@ -147,7 +148,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
             clock.mark("average")
 
             if done % config.log_every == 0 or done == config.steps:
-                log.flush(done, learning_rate=optimizer.param_groups[0]["lr"], gradient_norm=norm,
+                log.flush(done, learning_rate=rate, gradient_norm=norm,
                           **spent(clock, cost, device))
             observer.look(averages[0], done)
             if config.snapshots.every and (done % config.snapshots.every == 0 or done == config.steps):
@@ -158,9 +159,9 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The same rate for every group of parameters."""
+    """The rate for every group of parameters, each of which takes its own share of it (`training/optim.py`)."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share"]
 
 
 def seed_globally(seed: int, name: str, position: int, part: Part) -> None:

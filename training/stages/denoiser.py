@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from data.tokenizer import Tokenizer
 from diffusion.loss import TimestepSampling, Weighting, diffusion_loss, sample_timesteps
@@ -22,7 +23,7 @@ from pipeline.system import Networks, TextToImage
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole
 from training.stages.context import StageContext
-from training.stages.grounding import GroundingConfig, attention_kept, grounding_loss
+from training.stages.grounding import GroundingConfig, Place, attention_kept, attention_loss, output_kept, words_loss
 from training.stages.pairs import CachedPairs, Encode, Pairs, Read, ReadPairs, encoder_of
 
 MULTIPLE = 16  # of the length of the captions of a batch: fp32 values in the widest vector of a CPU
@@ -38,7 +39,7 @@ class DenoiserStage:
     false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes.
     ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024);
     ``noise_candidates`` are drawn for every image and the nearest is taken (`nearest_noise`); ``grounding`` supervises
-    attention by the scene, of sources that say where in an image things are."""
+    the UNet by the scene, of sources that say where in an image things are."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -68,9 +69,9 @@ class DenoiserStage:
             raise ValueError(f"timestep_std: {self.timestep_std}; valid: above 0")
         if self.images is not None and self.images < 1:
             raise ValueError(f"images: {self.images}; valid: from 1 up, or null for all")
-        if self.grounding.weight and (not self.cache or self.unet.gradient_checkpointing or self.train.compile):
-            raise ValueError(f"grounding.weight: {self.grounding.weight}; valid with cache: false, with "
-                             "gradient_checkpointing and with compile: 0")
+        if self.grounding.on and (not self.cache or self.unet.gradient_checkpointing or self.train.compile):
+            raise ValueError(f"grounding: {self.grounding}; valid with cache: false, with gradient_checkpointing and "
+                             "with compile: attention 0 and words 0")
         if self.validation < 1:
             raise ValueError(f"validation: {self.validation}; valid: from 1 pair up")
 
@@ -78,8 +79,9 @@ class DenoiserStage:
 def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Networks:
     """The networks with their initial weights."""
     torch.manual_seed(seed)
-    return placed(Networks(UNet(config.unet), TextEncoder(config.text_encoder)), device)
-
+    unet, text_encoder = UNet(config.unet), TextEncoder(config.text_encoder)
+    words = nn.Linear(config.unet.channels[-1], config.text_encoder.vocab_size) if config.grounding.words else None
+    return placed(Networks(unet, text_encoder, words), device)
 
 
 class Denoising:
@@ -111,15 +113,25 @@ class Denoising:
                                            self.config.timestep_mean, self.config.timestep_std))
         candidates = [part.randn(mean.shape, random) for _ in range(self.config.noise_candidates)]
         eps = nearest_noise(torch.stack(candidates), x_0) if len(candidates) > 1 else candidates[0]
-        captions, grounding = part.of_read(read.captions), self.config.grounding
-        weight = grounding.weight_at(position / self.config.train.steps)
-        if not weight or read.places is None:
+        captions, places = part.of_read(read.captions), part.of_read(read.places) if read.places else None
+        left = self.config.grounding.left_at(position / self.config.train.steps)
+        if places is None or not (left or networks.words):  # the words' layer has a gradient in every step, as DDP asks
             return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
-        with attention_kept(networks.unet.cross_attentions()) as maps:
+        return self.grounded(networks, x_0, captions, places, t, eps, left)
+
+    def grounded(self, networks: Networks, x_0: torch.Tensor, captions: list[str], places: list[list[Place]],
+                 t: torch.Tensor, eps: torch.Tensor, left: float) -> dict[str, torch.Tensor]:
+        """The mean loss with the terms of the known scene, of whose weights there is so much ``left``."""
+        config, terms = self.config.grounding, {}
+        with attention_kept(networks.unet.cross_attentions()) as maps, output_kept(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
-        attention = grounding_loss(maps, self.tokenizer, captions, part.of_read(read.places), mean.shape[2:],
-                                   grounding.heads)
-        return {"loss": loss + weight * attention, "attention": attention.detach()}
+        if config.attention and left:
+            terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, x_0.shape[2:], config.heads)
+            loss = loss + left * config.attention * terms["attention"]
+        if networks.words is not None:
+            terms["words"] = words_loss(features[0], networks.words, self.tokenizer, captions, places)
+            loss = loss + left * config.words * terms["words"]
+        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
     def validate(self, networks: Networks, read: Read) -> dict[str, float]:
@@ -190,7 +202,7 @@ def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode)
     count = min(config.images or len(source), len(source))
     if config.cache:
         return CachedPairs(context, "train", count, encode, train.batch, config.caption_dropout,
-                           config.grounding.weight > 0)
+                           config.grounding.on)
     return ReadPairs(context, count, encode, train.batch, config.caption_dropout, train.workers)
 
 

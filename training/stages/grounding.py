@@ -3,8 +3,9 @@
 After TokenCompose (Wang et al. 2024), which takes segmentation masks of a published model; here the scene is known, and
 the loss is the cross-entropy of the other side: not where a word is looked at, but which words a place looks at. The
 denoising loss alone says little of that, because a place whose colour and kind are already to be seen in the noise
-needs no words. Some heads are left free, for words that belong to no object. Axis letters: B batch, h heads, N places
-of a feature map, L tokens, H W size.
+needs no words. Some heads are left free, for words that belong to no object. The second term asks the features of such
+a place for its words, which is where attention has to bring them. Axis letters: B batch, h heads, N places of a feature
+map, L tokens, V vocabulary, C channels, H W size.
 """
 import contextlib
 import math
@@ -13,34 +14,42 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
 from model.attention import CrossAttention
+from model.blocks import to_tokens
 
 Place = tuple[int, int, float, float, float]  # characters of the words from, to; x, y, radius in units of the side
 
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """``weight`` of the term at the first step, 0 is off; it falls to 0 along a line at the share ``until`` of the run.
-    ``heads`` of every cross-attention are supervised, those with the lowest numbers."""
+    """``attention`` and ``words`` weigh the two terms at the first step, 0 is off; they fall to 0 along a line at the
+    share ``until`` of the run. ``heads`` of every cross-attention are supervised, those with the lowest numbers."""
 
-    weight: float = 0.0
+    attention: float = 0.0
+    words: float = 0.0
     until: float = 0.6
     heads: int = 2
 
     def __post_init__(self):
-        if not self.weight >= 0:
-            raise ValueError(f"weight: {self.weight}; valid: from 0 up")
+        for name in ("attention", "words"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: {getattr(self, name)}; valid: from 0 up")
         if not 0 < self.until <= 1:
             raise ValueError(f"until: {self.until}; valid: a share of the run in (0, 1]")
         if self.heads < 1:
             raise ValueError(f"heads: {self.heads}; valid: from 1 up")
 
-    def weight_at(self, share: float) -> float:
-        """The weight when this share of the run is done."""
-        return self.weight * max(0.0, 1.0 - share / self.until)
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to supervise."""
+        return self.attention > 0 or self.words > 0
+
+    def left_at(self, share: float) -> float:
+        """What is left of the weights when this share of the run is done."""
+        return max(0.0, 1.0 - share / self.until)
 
 
 @contextlib.contextmanager
@@ -54,6 +63,17 @@ def attention_kept(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
     finally:
         for layer in layers:
             layer.watch = None
+
+
+@contextlib.contextmanager
+def output_kept(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the module adds its output to the list whenever it runs."""
+    kept: list[Tensor] = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 
 def named_tokens(tokenizer: Tokenizer, captions: Sequence[str], places: Sequence[Sequence[Place]], height: int,
@@ -75,11 +95,13 @@ def named_tokens(tokenizer: Tokenizer, captions: Sequence[str], places: Sequence
     return torch.from_numpy(found)
 
 
-def grounding_loss(maps: Sequence[Tensor], tokenizer: Tokenizer, captions: Sequence[str],
-                   places: Sequence[Sequence[Place]], size: tuple[int, int], heads: int) -> Tensor:
-    """-log of the attention that places of an object pay to its words, mean over such places, heads and layers.
+def attention_loss(maps: Sequence[Tensor], tokenizer: Tokenizer, captions: Sequence[str],
+                   places: Sequence[Sequence[Place]], size: Sequence[int], heads: int) -> Tensor:
+    """-log of the attention that places of an object pay to its words, mean over words, places, heads and layers.
 
-    maps (B, h, N, L) of each layer, at any halvings of the latent's size; a scalar, 0 where no object is named.
+    maps (B, h, N, L) of each layer, at any halvings of the latent's size; a scalar, 0 where no object is named. It is
+    least where every word has the same share: the share of all of them together would be had by looking at the colour
+    alone, and kinds of shapes would stay unheard.
     """
     targets: dict[int, Tensor] = {}
     losses = []
@@ -90,8 +112,25 @@ def grounding_loss(maps: Sequence[Tensor], tokenizer: Tokenizer, captions: Seque
             targets[count] = named_tokens(tokenizer, captions, places, round(size[0] * scale), round(size[1] * scale),
                                           length).to(attention.device)
         wanted = targets[count]  # (B, N, L)
-        paid = (attention[:, :heads].float() * wanted[:, None]).sum(dim=-1)  # (B, heads, N)
-        named = wanted.any(dim=-1)[:, None]  # (B, 1, N)
-        # 1e-4: a place that pays nothing must not outweigh all others
-        losses.append(-(paid.clamp(min=1e-4).log() * named).sum() / (named.sum() * paid.shape[1]).clamp(min=1))
+        share = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, N, L), of each word
+        paid = attention[:, :heads].float().clamp(min=1e-4).log()  # a place that pays nothing must not outweigh others
+        count_named = wanted.any(dim=-1).sum() * paid.shape[1]
+        losses.append(-(paid * share[:, None]).sum() / count_named.clamp(min=1))
     return torch.stack(losses).mean()
+
+
+def words_loss(features: Tensor, head: nn.Linear, tokenizer: Tokenizer, captions: Sequence[str],
+               places: Sequence[Sequence[Place]]) -> Tensor:
+    """Cross-entropy of the words that ``head`` (C -> V) reads off the features (B, C, H, W) of places where something
+    is drawn, against the words that name it, each with the same share; a scalar, 0 where no object is named."""
+    ids, _ = tokenizer.encode(list(captions))  # (B, L)
+    height, width = features.shape[2:]
+    wanted = named_tokens(tokenizer, captions, places, height, width, ids.shape[1])  # (B, N, L)
+    rows, spots = wanted.any(dim=-1).nonzero(as_tuple=True)  # (M,) each
+    if not len(rows):
+        return features.new_zeros(())
+    share = wanted[rows, spots].float()  # (M, L)
+    share = (share / share.sum(dim=-1, keepdim=True)).to(features.device)
+    said = head(to_tokens(features)[rows.to(features.device), spots.to(features.device)])  # (M, V)
+    read = said.float().log_softmax(dim=-1).gather(1, ids[rows].to(features.device))  # (M, L)
+    return -(read * share).sum() / len(rows)

@@ -58,8 +58,8 @@ class CachedPairs:
                  batch: int, dropout: float = 0.0, places: bool = False):
         source = context.source if split == "train" else context.validation
         if places and not hasattr(source, "places"):
-            raise ValueError(f"grounding.weight: above 0; valid for {type(source).__name__}: 0, it does not say where "
-                             "in its images things are")
+            raise ValueError(f"grounding: on; valid for {type(source).__name__}: attention 0 and words 0, it does not "
+                             "say where in its images things are")
         key = {**context.data_key, "split": split, "precision": "float32",
                "autoencoder": sha256_of(context.run.weights("autoencoder"))}
         with context.processes.main_first():
