@@ -14,7 +14,7 @@ from diffusion.schedule import Schedule, per_image
 from diffusion.spacing import shifted_time
 
 Weighting = Literal["none", "min_snr", "soft_min_snr", "p2"]
-TimestepSampling = Literal["uniform", "stratified", "sobol", "logit_normal"]
+TimestepSampling = Literal["uniform", "stratified", "sobol", "logit_normal", "stratified_logit_normal"]
 
 
 def diffusion_loss(
@@ -117,14 +117,16 @@ def sample_timesteps(
     kind: "uniform", independent draws; "stratified", one draw in each n-th of the range, in random order (the batch
         covers all noise levels, so the gradient is less noisy); "sobol", a scrambled Sobol sequence, the same idea
         with power-of-two strata; "logit_normal", sigmoid of a normal(mean, std), which dwells on middle levels
-        (Esser et al. 2024, eq. 19).
+        (Esser et al. 2024, eq. 19); "stratified_logit_normal", the same from one draw in each n-th of its probability.
     """
     device = generator.device
     if kind == "uniform":
         u = torch.rand(n, generator=generator, device=device)
-    elif kind == "stratified":
+    elif kind in ("stratified", "stratified_logit_normal"):
         order = torch.randperm(n, generator=generator, device=device)
         u = (order + torch.rand(n, generator=generator, device=device)) / n
+        if kind == "stratified_logit_normal":
+            u = torch.sigmoid(mean + std * torch.special.ndtri(u.double().clamp(1e-6, 1.0 - 1e-6)).float())
     elif kind == "sobol":
         seed = int(torch.randint(2**31, (1,), generator=generator, device=device))
         u = torch.quasirandom.SobolEngine(1, scramble=True, seed=seed).draw(n)[:, 0].to(device)
@@ -135,6 +137,6 @@ def sample_timesteps(
     u = u.clamp(max=1.0 - 2.0**-24)  # (order + rand) / n may round up to 1
     if schedule.is_flow:
         # 1 - u is never 0: t = 0 has no noise and nothing to learn. For logit_normal the mean keeps its sign.
-        t = u.clamp(min=1e-6) if kind == "logit_normal" else 1.0 - u
+        t = u.clamp(min=1e-6) if kind.endswith("logit_normal") else 1.0 - u
         return shifted_time(t, schedule.config.shift)
     return (u * schedule.steps).long().clamp(max=schedule.steps - 1)

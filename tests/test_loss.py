@@ -122,6 +122,9 @@ def test_logit_normal_times():
     for mean, std in ((0.0, 1.0), (-0.8, 0.5)):
         t = sample_timesteps(4096, "logit_normal", FLOW, generator(2), mean=mean, std=std).double()
         assert stats.kstest(torch.logit(t).numpy(), "norm", args=(mean, std)).pvalue > 1e-3
+        strata = sample_timesteps(64, "stratified_logit_normal", FLOW, generator(2), mean=mean, std=std).double()
+        places = torch.special.ndtr((torch.logit(strata) - mean) / std) * 64
+        assert places.floor().sort().values.tolist() == list(range(64)) and not places.equal(places.sort().values)
     shifted = sample_timesteps(4096, "logit_normal", Schedule(ScheduleConfig(kind="flow", shift=3.0)), generator(2))
     plain = sample_timesteps(4096, "logit_normal", FLOW, generator(2))
     torch.testing.assert_close(shifted / (1 - shifted), 3.0 * plain / (1 - plain), rtol=1e-3, atol=1e-4)

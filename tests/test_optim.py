@@ -49,7 +49,7 @@ def test_matrices_of_a_child_learn_at_their_share_of_the_rate(optimizer):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
         layer.weight.grad, layer.bias.grad = random.clone(), torch.ones(6)
-    config = OptimConfig(optimizer=optimizer, slower={"text": 0.25})
+    config = OptimConfig(optimizer=optimizer, slow=("text",))
     stepped = build_optimizer(model, config)
     for group in stepped.param_groups:
         group["lr"] = 0.1 * group["share"]
@@ -57,10 +57,10 @@ def test_matrices_of_a_child_learn_at_their_share_of_the_rate(optimizer):
     torch.testing.assert_close(model["text"].weight, 0.25 * model["rest"].weight, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(model["text"].bias, model["rest"].bias)
     assert model["rest"].weight.abs().max() > 0.01
-    with pytest.raises(ValueError, match="optim.slower: txt; valid: text, rest"):
-        build_optimizer(model, OptimConfig(slower={"txt": 0.5}))
-    with pytest.raises(ValueError, match="slower: text: 0.0; valid"):
-        OptimConfig(slower={"text": 0.0})
+    with pytest.raises(ValueError, match="optim.slow: txt; valid: text, rest"):
+        build_optimizer(model, OptimConfig(slow=("txt",)))
+    with pytest.raises(ValueError, match="slow_share: 0.0; valid"):
+        OptimConfig(slow_share=0.0)
 
 
 @pytest.mark.parametrize("rows, columns, smallest, tolerance", [

@@ -1,6 +1,6 @@
 """The optimizer and its learning-rate schedule: AdamW (Loshchilov and Hutter 2019) or Muon, warm-up, then a decay."""
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,8 +15,8 @@ class OptimConfig:
     """``learning_rate`` is the peak; ``warmup`` in steps; ``decay`` is the share of the run that the final decay of
     ``wsd`` (warm-up, stable, decay; Hu et al. 2024) takes; ``clip`` bounds the norm of the whole gradient;
     ``iteration`` is how Muon makes a matrix orthogonal: ``newton_schulz`` as published, ``short`` in half the time
-    (`training/polar.py`). ``slower`` names children of the model whose matrices learn at a share of the rate: what a
-    text encoder says of a word must not change faster than a denoiser learns what it means."""
+    (`training/polar.py`). ``slow`` names children of the model whose matrices learn at ``slow_share`` of the rate:
+    what a text encoder says of a word must not change faster than a denoiser learns what it means."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
@@ -27,7 +27,8 @@ class OptimConfig:
     decay: float = 0.3
     clip: float = 1.0
     iteration: Iteration = "short"
-    slower: dict[str, float] = field(default_factory=dict)
+    slow: tuple[str, ...] = ()
+    slow_share: float = 0.25
 
     def __post_init__(self):
         if not 0 < self.learning_rate < 1:
@@ -37,9 +38,8 @@ class OptimConfig:
         for name in ("warmup", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: from 0 up")
-        for name, share in self.slower.items():
-            if not 0 < share <= 1:
-                raise ValueError(f"slower: {name}: {share}; valid: a share of the rate in (0, 1]")
+        if not 0 < self.slow_share <= 1:
+            raise ValueError(f"slow_share: {self.slow_share}; valid: a share of the rate in (0, 1]")
         if self.clip <= 0:
             raise ValueError(f"clip: {self.clip}; valid: above 0")
         if not 0 <= self.decay <= 1:
@@ -49,19 +49,19 @@ class OptimConfig:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Muon or fused AdamW; weight decay acts on matrices and filters, not on embeddings, biases and gains.
 
-    ``share`` of a group is that of the learning rate. Raises ValueError where ``slower`` names no child of the model.
+    ``share`` of a group is that of the learning rate. Raises ValueError where ``slow`` names no child of the model.
     """
     matrices, others = matrices_and_others(model)
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay, "share": 1.0},
                                     {"params": others, "weight_decay": 0.0, "share": 1.0}]
     children = dict(model.named_children())
-    for name, share in config.slower.items():
+    for name in config.slow:
         if name not in children:
-            raise ValueError(f"optim.slower: {name}; valid: {', '.join(children)}")
+            raise ValueError(f"optim.slow: {name}; valid: {', '.join(children)}")
         own = {id(p) for p in children[name].parameters()}
-        slow = [p for p in matrices if id(p) in own]
+        theirs = [p for p in matrices if id(p) in own]
         groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in own]
-        groups.append({"params": slow, "weight_decay": config.weight_decay, "share": share})
+        groups.append({"params": theirs, "weight_decay": config.weight_decay, "share": config.slow_share})
     if config.optimizer == "muon":
         for group in groups:
             group["muon"] = group is not groups[1]

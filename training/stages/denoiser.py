@@ -126,7 +126,8 @@ class Denoising:
         with attention_kept(networks.unet.cross_attentions()) as maps, output_kept(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
         if config.attention and left:
-            terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, x_0.shape[2:], config.heads)
+            terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, (x_0.shape[2], x_0.shape[3]),
+                                                config.heads)
             loss = loss + left * config.attention * terms["attention"]
         if networks.words is not None:
             terms["words"] = words_loss(features[0], networks.words, self.tokenizer, captions, places)
