@@ -122,7 +122,8 @@ class TokenConv(nn.Module):
 
     The numbers are drawn at random and fall with the root of the distance, so "square" already says "red, one before
     me" when training begins, in directions that differ from those of "red" itself (as in holographic reduced
-    representations, Plate 1995). Attention alone has to find who belongs to whom, and a denoiser's gradient says little of that.
+    representations, Plate 1995). Attention alone has to find who belongs to whom, and a denoiser's gradient says little
+    of that.
     """
 
     def __init__(self, width: int, reach: int, causal: bool, std: float = 0.5):
