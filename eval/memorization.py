@@ -34,7 +34,6 @@ class Memorization:
 
     near: Estimate
     nearer: Estimate
-    median: float
 
 
 def nearest(queries: Tensor, training: Iterable[Tensor]) -> Nearest:

@@ -19,6 +19,7 @@ import evaluate
 from data.tokenizer import Tokenizer
 from eval.compare import comparison_table, paired_difference
 from eval.inception_score import inception_score
+from eval.kernel import kid
 from files.config import to_dict
 from files.images import to_unit
 from files.weights import save_weights
@@ -86,6 +87,22 @@ def check_page(folder: Path) -> str:
     return text
 
 
+def check_opening(text: str, metrics: str) -> None:
+    """The page opens with prompt, sample and a mark for each promise; a value stays on one line with its interval."""
+    opening = text.split("<h2>")[1]
+    assert opening.startswith("Prompts, samples, and what was kept")
+    figures = re.findall(r"<figure(.*?)><figcaption>(.+?)</figcaption><img src=\"images/\d+.png\" alt=\".+?\">"
+                         r"<ul class=\"marks\">(.*?)</ul></figure>", opening)
+    assert len(figures) == len(re.findall("<figure", opening)) == 8
+    counts = json.loads(metrics)["per_prompt"]["attributes"]
+    assert [[marks.count("&#10003;"), marks.count("<li")] for _, _, marks in figures] == counts
+    assert all(("missed" in kind) == ("&#10007;" in marks) for kind, _, marks in figures)
+    assert "td.interval{white-space:nowrap}" in text and '<table class="wide">' in text
+    cells = re.findall(r"<td( class=\"interval\")?>([^<]*)</td>", text)
+    assert all(kind for kind, cell in cells if re.fullmatch(r"[\d.]+ \(\d+-\d+\)", cell))
+    assert sum(bool(kind) for kind, _ in cells) > 20
+
+
 def test_the_full_suite_writes_figures_with_their_making(run):
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     protocol = metrics["protocol"]
@@ -126,7 +143,7 @@ def test_the_quick_suite_prints_its_table_and_goes_on_where_it_was(tiny_run, tmp
     printed, metrics = capsys.readouterr().out, (run / "report" / "metrics.json").read_text()
     assert "| prompts | n | attributes | scene |" in printed and "| reader: real images | 8 |" in printed
     assert "8 unseen prompts, 3 ddim steps, guidance" in printed and "wrote" in printed
-    check_page(run / "report")
+    check_opening(check_page(run / "report"), metrics)
     files = sorted((run / "report" / "cache").rglob("*.npy"))
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
     assert len(files) == 4
@@ -211,6 +228,22 @@ def test_the_inception_score_has_the_error_of_its_mean():
     one = distances.inception_estimate(logits)
     assert one.value == value
     assert one.high - value == pytest.approx(2.262157 * deviation * (10 / 9) ** 0.5 / 10**0.5, rel=1e-6)
+
+
+def test_figures_of_papers_come_with_inception_and_enough_images(monkeypatch):
+    """The KID over subsets is left out where a set is smaller than a subset; its mean is near that over all pairs."""
+    draw = torch.Generator().manual_seed(0)
+    found = [SimpleNamespace(vectors=torch.randn(60, 8, generator=draw) + shift) for shift in (1.0, 0.0, 0.5, 0.0)]
+    sets = distances.FeatureSets(*found, training=None)
+    features = SimpleNamespace(logits=lambda vectors: vectors)
+    assert list(distances.published_figures(sets, features)) == ["Inception score, 10 parts"]
+    monkeypatch.setattr(distances, "KID_SUBSETS", 20)
+    monkeypatch.setattr(distances, "KID_SUBSET_SIZE", 40)
+    figure = distances.published_figures(sets, features)["KID x 1000, 20 subsets of 40"]
+    for column, vectors in zip((figure.value, figure.real, figure.ceiling), found):
+        expected = kid(vectors.vectors, found[3].vectors).scaled(1000)
+        assert column.low < expected.value < column.high
+    assert figure.value.value > figure.ceiling.value > figure.real.value
 
 
 def test_other_settings_are_other_samples(run, tmp_path):

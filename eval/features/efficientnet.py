@@ -109,8 +109,8 @@ class Features:
     width = WIDTH
 
     def __init__(self, device: torch.device | str = "cpu", path: str | Path | None = None):
-        """Read the weights at ``path``, or without it those of the package. Raises ValueError when they are missing or do
-        not fit."""
+        """Read the weights at ``path``, or without it those of the package. Raises ValueError when they are missing or
+        do not fit."""
         path = packaged_weights() if path is None else Path(path)
         self.network = load_efficientnet_lite0(path).to(device).to(memory_format=torch.channels_last)
         self.device = torch.device(device)

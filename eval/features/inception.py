@@ -1,8 +1,9 @@
 """InceptionV3 in the form that the FID is defined on (Heusel et al. 2017): the graph of TensorFlow's file of 2015.
 
-Szegedy et al. 2015, figures 5 to 7. It differs from torchvision's in its poolings (averages do not count
-the padding, and the last block takes the maximum) and in its 1008 classes. The names of tensors are those of the
-published weights, the file pt_inception-2015-12-05-6726825d.pth of pytorch-fid and torch-fidelity. Axis letters: B batch, C channels, H W size.
+Szegedy et al. 2015, figures 5 to 7. It differs from torchvision's in its poolings (averages do not count the padding,
+and the last block takes the maximum) and in its 1008 classes. The names of tensors are those of the published weights,
+the file pt_inception-2015-12-05-6726825d.pth of pytorch-fid and torch-fidelity. Axis letters: B batch, C channels, H W
+size.
 """
 import hashlib
 from pathlib import Path

@@ -2,8 +2,8 @@
 
 Scenes of emoji have no geometry that could be measured, as scenes of shapes have (`eval/scenes/reader.py`), but what
 they promise can be rendered: the promised scene, and the same scene with one promise broken. A question is such a set
-of candidates. A promise is kept when a candidate that keeps it is the nearest. A guess is right once in as many times as
-there are answers, and this chance is reported beside every score.
+of candidates. A promise is kept when a candidate that keeps it is the nearest. A guess is right once in as many times
+as there are answers, and this chance is reported beside every score.
 
 The distance is the mean squared difference in CIELAB of images halved in size, the smallest over small shifts and over
 the layouts that a promise leaves open. Axis letters: N candidate images, S side, V shifts, P pixels, K colours.

@@ -179,6 +179,7 @@ class SceneReader:
         return [blob for blob in blobs if not _is_edge(blob, blobs, image, label)]
 
     def _object(self, rgb: Array, setting: str, blobs: Sequence[_Blob], index: int) -> SeenObject:
+        """The object that a blob shows: the shape whose mask overlaps its coverage best, and the size that fits."""
         size = rgb.shape[0]
         blob = blobs[index]
         rows, columns = np.flatnonzero(blob.filled.any(1)), np.flatnonzero(blob.filled.any(0))
@@ -204,7 +205,7 @@ class SceneReader:
                           (px, py), radius, overlap)
 
     def _cover(self, rgb: Array, setting: str, blobs: Sequence[_Blob], index: int, box: tuple[slice, slice]) -> Array:
-        """Share of each pixel that the object covers, (h, w): 1 in its core, at its edge by the mixture of colours."""
+        """The share of each pixel that the object covers, (h, w): 1 in its core, and less at its edge."""
         blob = blobs[index]
         filled = blob.filled[box]
         core = ndimage.binary_erosion(filled, PLUS)
@@ -226,21 +227,22 @@ class SceneReader:
 
 
 def _smooth(rgb: Array) -> Array:
-    """(H, W, 3) weighed 1 2 1 along both sides."""
+    """An image (H, W, 3), averaged with weights 1/4, 1/2, 1/4 along both axes."""
     weights = [0.25, 0.5, 0.25]
     return ndimage.convolve1d(ndimage.convolve1d(rgb, weights, 0, mode="nearest"), weights, 1, mode="nearest")
 
 
 def _difference(first: Array, second: Array) -> Array:
+    """The Euclidean distance of two arrays along the last axis."""
     step = first - second
     return np.sqrt((step * step).sum(-1))
 
 
 def _is_edge(blob: _Blob, blobs: Sequence[_Blob], image: Array, label: Array) -> bool:
-    """Whether `blob` is no object but a blurred edge: a thin band whose colour is a mixture of those on its two sides.
+    """Whether a blob is a blurred edge and not an object: a thin band whose colour mixes those of its two sides.
 
-    A mixture of purple and white, say, is nearest to pink. image (H, W, 3) is in CIELAB, label (H, W) has 0 where
-    the background is nearest.
+    A mixture of purple and white, for example, is nearest to pink. The image (H, W, 3) is in CIELAB; ``label`` (H, W)
+    is 0 where the background is nearest.
     """
     if ndimage.distance_transform_edt(np.pad(blob.seen, 1)).max() > THIN:
         return False
@@ -258,7 +260,7 @@ def _is_edge(blob: _Blob, blobs: Sequence[_Blob], image: Array, label: Array) ->
 
 
 def _moments(distance: Callable[[Array, Array], Array]) -> tuple[float, float, float]:
-    """Area of a shape in squared radii, and its centroid in radii."""
+    """(area of a shape in squared radii, the two coordinates of its centroid in radii)."""
     count, reach = 512, 1.2
     grid = ((np.arange(count, dtype=np.float32) + 0.5) / count * 2 - 1) * reach
     step = 2 * reach / count
