@@ -80,12 +80,12 @@ def parameters_of(path: str | Path) -> dict[str, Any]:
 
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 pictures as float in [-1, 1], same shape."""
+    """Images of uint8 as floats in [-1, 1], of the same shape."""
     return images.float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Pictures in [-1, 1] rounded to uint8, same shape; values outside are clipped."""
+    """Images in [-1, 1] rounded to uint8, of the same shape; values outside are clipped."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 

@@ -95,12 +95,12 @@ def histogram(values: np.ndarray, caption: str, bins: int = 30, marks: Sequence[
             "</figure>")
 
 
-def sheet(pictures: Sequence[np.ndarray], columns: int, cell: int) -> Image.Image:
-    """Pictures (H, W, 3) uint8 beside each other, each within a square of ``cell`` pixels."""
-    rows = -(-len(pictures) // columns)
+def sheet(images: Sequence[np.ndarray], columns: int, cell: int) -> Image.Image:
+    """Images uint8 (H, W, 3) beside each other, each within a square of ``cell`` pixels."""
+    rows = -(-len(images) // columns)
     result = Image.new("RGB", (columns * (cell + 4), rows * (cell + 4)), "#f2f2f2")
-    for number, picture in enumerate(pictures):
-        image = Image.fromarray(picture)
+    for number, pixels in enumerate(images):
+        image = Image.fromarray(pixels)
         image.thumbnail((cell, cell))
         row, column = divmod(number, columns)
         result.paste(image, (column * (cell + 4) + (cell + 4 - image.width) // 2,
@@ -109,7 +109,7 @@ def sheet(pictures: Sequence[np.ndarray], columns: int, cell: int) -> Image.Imag
 
 
 def inline(image: Image.Image, caption: str) -> str:
-    """A picture inside the page, with a line under it."""
+    """An image inside the page, with a caption under it."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
     data = base64.b64encode(file.getvalue()).decode()
