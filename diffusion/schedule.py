@@ -34,8 +34,8 @@ class ScheduleConfig:
     beta_start, beta_end: ends of the betas; "cosine", "betas" and "flow" do not read them.
     betas: the T variances of kind "betas", each above 0 and below 1.
     zero_terminal_snr: rescale so that the last time holds no signal (Lin et al. 2023, algorithm 1).
-    shift: divides alpha_t / sigma_t by this number. A picture with m^2 times the pixels needs m times more noise to
-        hide the same content (Hoogeboom et al. 2023; Esser et al. 2024, eq. 23); `resolution_shift` computes it.
+    shift: divides alpha_t / sigma_t by this number. An image with m^2 times the pixels needs m times more noise to
+        hide the same content (Hoogeboom et al. 2023; Esser et al. 2024, eq. 23): from side s to side S it is S / s.
         Discrete kinds move the table; "flow" moves the visited times and leaves alpha_t = 1 - t.
     """
 
@@ -257,13 +257,6 @@ def zero_terminal_snr_alpha_bar(alpha_bar: Tensor) -> Tensor:
     return root**2
 
 
-def resolution_shift(size: int, base_size: int) -> float:
-    """`shift` that carries a schedule tuned for pictures of side `base_size` to side `size` (same unit, any)."""
-    if size < 1 or base_size < 1:
-        raise ValueError(f"size: value {size} with base_size {base_size}; valid: positive integers")
-    return size / base_size
-
-
 def per_image(values: Tensor, x: Tensor) -> Tensor:
     """values (B,) shaped (B, 1, 1, ...) to multiply x (B, ...)."""
     return values.reshape(-1, *[1] * (x.ndim - 1))
@@ -274,4 +267,4 @@ def sigmoid(z: float) -> float:
     return 1.0 / (1.0 + math.exp(-z)) if z >= 0.0 else math.exp(z) / (1.0 + math.exp(z))
 
 
-__all__ = ["Schedule", "ScheduleConfig", "ScheduleKind", "Spacing", "per_image", "resolution_shift", "shifted_time"]
+__all__ = ["Schedule", "ScheduleConfig", "ScheduleKind", "Spacing", "per_image", "shifted_time"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from diffusion.schedule import Schedule, ScheduleConfig, betas, resolution_shift
+from diffusion.schedule import Schedule, ScheduleConfig, betas
 from files.config import from_dict, to_dict
 
 DISCRETE = ("linear", "scaled_linear", "cosine", "sigmoid")
@@ -68,7 +68,6 @@ def test_shift_divides_the_snr_by_its_square():
             if kind == "flow" and t == 1.0:
                 continue  # SNR 0 on both sides
             assert shifted.snr(u) == pytest.approx(plain.snr(t) / 9.0, rel=1e-9)
-    assert resolution_shift(512, 128) == 4.0
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -110,10 +109,9 @@ def test_flow_times_match_diffusers(shift):
 
 
 @pytest.mark.parametrize("size", [64, 128, 512])
-def test_resolution_shift_is_the_dynamic_shift_of_diffusers(size):
+def test_a_shift_by_the_side_is_the_dynamic_shift_of_diffusers(size):
     """exp(mu) is the shift; Esser et al. 2024, eq. 23: the square root of the ratio of pixels."""
-    shift = resolution_shift(size, 64)
-    assert shift == math.sqrt(size**2 / 64**2)
+    shift = size / 64
     theirs = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type="exponential")
     theirs.set_timesteps(sigmas=[1 - i / 10 for i in range(10)], mu=math.log(shift))
     times = Schedule(ScheduleConfig(kind="flow", shift=shift)).timesteps(10)
