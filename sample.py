@@ -1,51 +1,36 @@
-"""Sample pictures: python sample.py "a small red star" "two blue circles" --run runs/shapes
+"""Sample images: python sample.py "a small red star" "two blue circles" --run runs/shapes
 From published weights: python sample.py "a photo of a horse" --pretrained PATH --steps 30 --size 512
 
-Writes one PNG a picture, with the settings it was made from inside, a labelled grid, and results.jsonl with a line for
-each picture asked for, refused ones too. What the flags mean is in docs/sampling.md, docs/prompts.md, docs/editing.md
-and docs/moderation.md; the parts are in sampling/.
+Writes one PNG an image, with the settings it was made from inside, a labelled grid, and results.jsonl with a line for
+each image that was requested, refused ones too. What the flags mean is in docs/sampling.md, docs/prompts.md,
+docs/editing.md and docs/moderation.md; the parts are in sampling/.
 """
-import argparse
-import contextlib
 import os
-import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from files.images import png_bytes, save_bytes
-from model.attention_maps import AttentionMaps
+from pipeline.moderation import OFF
 from pipeline.prompts import chunks_of
 from pipeline.system import TextToImage
-from sampling.draw import (
-    Sources,
-    check,
-    drawn_latents,
-    exact_arithmetic,
-    pictures,
-    reconstruction_error,
-    texts_of,
-    times_of,
-)
-from sampling.options import REFINEMENTS, load_system, moderation_of, parse, read_prompts, requests_of
-from sampling.request import Request, settings_of
-from sampling.results import Gate, grey, softened
-from sampling.sheets import SHOWN, frames_of, save_attention, save_frames, save_overview
-from sampling.verify import shared_settings, sources_of, verified
+from sampling.draw import texts_of
+from sampling.engine import Job, draw_samples, gate_of, step_count
+from sampling.flags import Command, parse
+from sampling.gate import blur_where_decided
+from sampling.loading import load_moderation, load_system, read_sources
+from sampling.metadata import shared_settings
+from sampling.plan import read_prompts, requests_of_plan
+from sampling.request import Request
+from sampling.results import SampleFolder
+from sampling.sheets import LARGEST_GRID, Sheet, save_overview
+from sampling.verify import verify
 
 REFUSED = 5  # exit code, as that of `python moderate.py check`
 
 
-def file_name(number: int, prompt: str, seed: int) -> str:
-    """00012_a-small-red-star_seed7.png"""
-    words = re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.ASCII).strip("-")[:40].rstrip("-")
-    return f"{number:05d}_{words or 'empty'}_seed{seed}.png"
-
-
-def warn_of_long_prompts(system: TextToImage, requests: list[Request]) -> None:
+def warn_of_long_prompts(system: TextToImage, requests: Sequence[Request]) -> None:
     """Say which prompts are longer than one context, and what is lost of those that do not fit into all of them."""
     room = system.tokenizer.length - 2
     for text in texts_of(requests):
@@ -58,114 +43,64 @@ def warn_of_long_prompts(system: TextToImage, requests: list[Request]) -> None:
                   file=sys.stderr)
 
 
-def batches(requests: list[Request], size: int) -> list[list[int]]:
-    """Numbers of the requests that are drawn together: of one kind, at most ``size``."""
-    kinds: dict[tuple, list[int]] = {}
-    for number, request in enumerate(requests):
-        kinds.setdefault(request.kind, []).append(number)
-    return [numbers[i:i + size] for numbers in kinds.values() for i in range(0, len(numbers), size)]
-
-
-def draw_and_save(system: TextToImage, requests: list[Request], sources: Sources, shared: dict, out: Path,
-                  options: argparse.Namespace, gate: Gate) -> torch.Tensor | None:
-    """Draw every request that may be drawn and write its files; the first SHOWN pictures, uint8 (B, 3, H, W), grey ones
-    in the place of those that were refused, or None when all were."""
-    allowed = [number for number in range(len(requests)) if gate.asked[number].action != "block"]
-    parts = [[allowed[k] for k in part] for part in batches([requests[k] for k in allowed],
-                                                            1 if options.exact else options.batch)]
-    alone = sources.refinements is not None  # inversion has no batches
-    steps = [len(times_of(system, requests[part[0]], sources)) * (len(part) if alone else 1) for part in parts]
-    kept: dict[int, torch.Tensor] = {}
-    with tqdm(total=sum(steps), desc=f"{len(requests)} pictures", unit="step") as bar:
-        def progress(times: list) -> Iterable:
-            for time in times:
-                yield time
-                bar.update()
-
-        for part in parts:
-            trace: list[torch.Tensor] | None = [] if options.frames else None
-            maps = AttentionMaps(len(part)) if options.attention else None
-            latents = drawn_latents(system, [requests[k] for k in part], sources, progress, trace, maps)
-            if sources.refinements is not None and sources.image is not None:
-                for latent in latents.split(1):
-                    bar.write(reconstruction_error(system, latent, sources.image), file=sys.stdout)
-            images = pictures(system, latents, sources)
-            decisions = gate.judged(images, latents, requests, part)
-            for place, (number, image, (decision, stage)) in enumerate(zip(part, images, decisions)):
-                request = requests[number]
-                if decision.action == "block":
-                    gate.refuse(number, request, decision, stage)
-                    continue
-                path = out / file_name(number, request.prompt, request.seed)
-                made = {"moderation": decision.action} if decision.action != "allow" else {}
-                settings = None if options.no_metadata else {**settings_of(request), **shared, **made}
-                image = softened(image, decision)
-                save_bytes(png_bytes(image, settings), path)
-                gate.results.add(number, request, decision, stage, path)
-                kept[number] = image
-                if trace and decision.action != "blur":
-                    frames, labels = frames_of(system, trace, place, options.frames, sources)
-                    if gate.may_show(frames, number, request):
-                        save_frames(frames, labels, path)
-                if maps and decision.action != "blur":
-                    save_attention(system, request, maps, place, image, path)
-            for number in [k for k in kept if k >= SHOWN and not options.xy]:
-                del kept[number]
-    return overview_of(kept, len(requests) if options.xy else min(SHOWN, len(requests)))
-
-
-def overview_of(kept: dict[int, torch.Tensor], count: int) -> torch.Tensor | None:
-    """Pictures uint8 (B, 3, H, W) by number, grey ones for those that are not there; None when none is."""
-    if not kept:
-        return None
-    blank = grey(next(iter(kept.values())))
-    return torch.stack([kept.get(number, blank) for number in range(count)])
-
-
-def sample(options: argparse.Namespace) -> int:
-    """Draw what is asked for, as files; 5 when all of it was refused, else 0."""
-    prompts = read_prompts(options)
-    if options.invert and options.refinements is None:
-        options.refinements = REFINEMENTS
-    sources = sources_of(options)
-    system, source = load_system(options)
-    requests = requests_of(options, prompts, system.config.sampling)
-    check(system, requests, sources)
-    moderation = moderation_of(options, source)
-    warn_of_long_prompts(system, requests)
-    folder = Path("runs") / source.stem if options.pretrained else source
-    out = Path(options.out) if options.out else folder / "samples" / "out"
+def output_folder(command: Command) -> Path:
+    """The folder of the images, made where it is missing. Raises OSError when nothing can be written to it."""
+    source = command.system.path
+    run = Path("runs") / source.stem if command.system.pretrained else source
+    out = Path(command.out) if command.out else run / "samples" / "out"
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} cannot be written to")
-    shared = shared_settings(system, source, options)
-    with (exact_arithmetic(torch.get_num_threads()) if options.exact else contextlib.nullcontext(),
-          Gate(moderation, system, requests, sources, out) as gate):
-        images = draw_and_save(system, requests, sources, shared, out, options, gate)
+    return out
+
+
+def sample(command: Command) -> int:
+    """Draw what is requested, as files; 5 when all of it was refused, else 0."""
+    prompts = read_prompts(command.plan)
+    sources = read_sources(command.sources)
+    system = load_system(command.system)
+    job = Job(system, requests_of_plan(command.plan, prompts, system.config.sampling), sources)
+    moderation = load_moderation(command.moderation, command.system)
+    warn_of_long_prompts(system, job.requests)
+    out = output_folder(command)
+    shared = shared_settings(system, command.system, command.sources, command.draw.exact)
+    kept = len(job.requests) if command.plan.axes else LARGEST_GRID
+    with SampleFolder(out, job, shared if command.metadata else None, moderation.checks, kept) as folder:
+        if moderation.mode == "off":
+            print(f"warning: {OFF}", file=sys.stderr)
+        gate = gate_of(job, moderation)
+        with tqdm(total=step_count(job, gate, command.draw), desc=f"{len(job.requests)} images", unit="step") as bar:
+            for made in draw_samples(job, gate, command.draw, after_step=bar.update):
+                folder.add(made)
+    images, refused = folder.overview(), len(folder.refused)
     if images is None:
-        print(f"nothing was drawn: all of {len(requests)} refused; see {gate.results.path}", file=sys.stderr)
+        print(f"nothing was drawn: all of {refused} refused; see {folder.results.path}", file=sys.stderr)
         return REFUSED
-    given = None if sources.image is None else softened(sources.image, gate.given)
-    overview = save_overview(images, requests, options.xy, source.name, out, gate.refused, given)
-    refused = f" ({gate.results.refused} refused, see {gate.results.path.name})" if gate.results.refused else ""
-    print(f"{len(requests) - gate.results.refused} pictures and {overview.name} in {out}{refused}")
+    original = None if sources.image is None else blur_where_decided(sources.image, gate.of_source)
+    sheet = Sheet(command.system.path.name, out, command.plan.axes, folder.refused, original)
+    overview = save_overview(images, job.requests, sheet)
+    hint = f" ({refused} refused, see {folder.results.path.name})" if refused else ""
+    print(f"{len(job.requests) - refused} images and {overview.name} in {out}{hint}")
     return 0
 
 
-def main(arguments: list[str]) -> int:
-    """Sample, or verify; 1 when a verified picture is not equal, 5 when everything was refused."""
-    options = parse(arguments)
-    if not options.verify:
-        return sample(options)
+def verify_files(command: Command) -> int:
+    """Draw images again from their own settings and compare them; 1 when one is not equal, else 0."""
     failed = 0
-    for path in options.verify:
+    for path in command.verify:
         try:
-            equal, line = verified(path, options)
+            equal, line = verify(path, command.system, command.sources)
         except (ValueError, OSError) as error:
             equal, line = False, f"error: {error}"
         print(line, file=sys.stdout if equal else sys.stderr)
         failed += not equal
     return 1 if failed else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Sample, or verify; 1 when a verified image is not equal, 5 when everything was refused."""
+    command = parse(arguments)
+    return verify_files(command) if command.verify else sample(command)
 
 
 if __name__ == "__main__":
@@ -174,4 +109,4 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("stopped by the keyboard; the pictures written so far are whole") from None
+        raise SystemExit("stopped by the keyboard; the images written so far are whole") from None

@@ -1,6 +1,6 @@
-"""Editing as a use of sampling: start from a picture, keep part of one, walk between noises, go back to the noise.
+"""Editing as a use of sampling: start from an image, keep part of one, walk between noises, go back to the noise.
 
-Functions over the same callables as the samplers. Pictures here are whatever the network denoises: latents, as a rule.
+Functions over the same callables as the samplers. Images here are whatever the network denoises: latents, as a rule.
 
 Axes: B batch, C channels, H height, W width.
 """
@@ -25,9 +25,9 @@ from diffusion.schedule import Schedule
 def image_to_image_start(
     x_0: Tensor, eps: Tensor, timesteps: Sequence[float], strength: float, schedule: Schedule
 ) -> tuple[Tensor, Sequence[float]]:
-    """(x_t, remaining times) to hand to a sampler: the picture noised to a later start. Meng et al. 2022 (SDEdit).
+    """(x_t, remaining times) to hand to a sampler: the image noised to a later start. Meng et al. 2022 (SDEdit).
 
-    x_0, eps: (B, C, H, W). strength: share of the times that are kept, in (0, 1]; 1 forgets the picture, up to what
+    x_0, eps: (B, C, H, W). strength: share of the times that are kept, in (0, 1]; 1 forgets the image, up to what
     the last level of the schedule leaves of it. Raises ValueError when no time is left.
     """
     remaining = remaining_times(timesteps, strength)
@@ -46,12 +46,12 @@ def remaining_times(timesteps: Sequence[float], strength: float) -> Sequence[flo
 
 
 def invertible_times(timesteps: Sequence[float], schedule: Schedule) -> list[float]:
-    """The times that still hold something of the picture, for `ddim_inversion`: from pure noise no way leads back."""
+    """The times that still hold something of the image, for `ddim_inversion`: from pure noise no way leads back."""
     return [t for t in timesteps if schedule.alpha_sigma(t)[0] > 0.0]
 
 
 class MixedNoise:
-    """Noise on the great circle between two sources, for pictures between two others; each call is the next draw.
+    """Noise on the great circle between two sources, for images between two others; each call is the next draw.
 
     first, second: callables that draw (B, C, H, W). weights (B,): 0 is the first, 1 the second.
     """
@@ -65,14 +65,14 @@ class MixedNoise:
 
 
 class InpaintingDenoiser(TimedDenoiser):
-    """A `denoise` that keeps part of a picture. Every sampler can use it.
+    """A `denoise` that keeps part of an image. Every sampler can use it.
 
-    Where `keep` is 1 the network is shown the kept picture noised to the present level, always with the same eps, and
-    its answer is replaced by the true one; so the sampler's x_0 is the kept picture there, at every step and at the
+    Where `keep` is 1 the network is shown the kept image noised to the present level, always with the same eps, and
+    its answer is replaced by the true one; so the sampler's x_0 is the kept image there, at every step and at the
     end (Lugmayr et al. 2022, eq. 8). The border fits because the network sees both sides; `ddpm` with `repeats` above
     1 makes the painted part agree better with the kept one.
 
-    denoise: the network, guided or not. x_0, eps: the kept picture and noise for it, (B, C, H, W) each; eps should be
+    denoise: the network, guided or not. x_0, eps: the kept image and noise for it, (B, C, H, W) each; eps should be
     the sampler's x_T, so that the first state agrees. keep: 1 to keep, 0 to paint, between to mix, broadcasting
     against x_0, usually (B, 1, H, W).
     """
@@ -93,7 +93,7 @@ class InpaintingDenoiser(TimedDenoiser):
         return partial(self.prediction, number=t)
 
     def prediction(self, x_t: Tensor, t: Tensor, number: float) -> Tensor:
-        """Prediction (B, C, H, W) whose x_0 is the kept picture where it is kept."""
+        """Prediction (B, C, H, W) whose x_0 is the kept image where it is kept."""
         alpha, sigma = self.schedule.alpha_sigma(number)
         shown = torch.lerp(x_t, alpha * self.x_0 + sigma * self.eps, self.keep)
         prediction = denoise_at(self.denoise, number)(shown, t).to(x_t.dtype)
@@ -106,7 +106,7 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """Point at share `weight` of the great circle from a to b, per image (B, C, H, W). Shoemake 1985.
 
     Noise of many dimensions lies near a sphere; a straight mix of two noises would leave it and denoise to a flat
-    picture. Nearly parallel images fall back to the straight mix.
+    image. Nearly parallel images fall back to the straight mix.
     """
     axes = tuple(range(1, a.ndim))
     lengths = a.square().sum(axes, keepdim=True).sqrt() * b.square().sum(axes, keepdim=True).sqrt()

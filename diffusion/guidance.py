@@ -77,7 +77,7 @@ def classifier_free_guidance(
 ) -> Denoise:
     """A `denoise(x_t, t)` that guides. At scale 1 it is `conditional` itself: nothing is doubled, nothing changes.
 
-    Build a new one for each picture or batch: "apg" carries momentum from step to step.
+    Build a new one for each image or batch: "apg" carries momentum from step to step.
     """
 
     def pair(number: float, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ def autoguidance(
     main: Denoise, weak: Denoise, config: GuidanceConfig, schedule: Schedule, prediction_type: str
 ) -> Denoise:
     """A `denoise(x_t, t)` pushed away from a weaker version of the same network (smaller, or trained for less time),
-    both with the condition: better pictures without losing variety. Karras et al. 2024, "Guiding a Diffusion Model
+    both with the condition: better images without losing variety. Karras et al. 2024, "Guiding a Diffusion Model
     with a Bad Version of Itself". At scale 1 it is `main` itself."""
 
     def pair(number: float, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def guided_denoiser(
 
 
 class GuidedDenoiser(TimedDenoiser):
-    """The guided `denoise`. A time above the last one asked for starts a new picture and clears the momentum."""
+    """The guided `denoise`. A time above the last one asked for starts a new image and clears the momentum."""
 
     def __init__(
         self, conditional: Denoise, pair: Pair, config: GuidanceConfig, schedule: Schedule, prediction_type: str

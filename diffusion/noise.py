@@ -22,7 +22,7 @@ class PerImageNoise:
 
     seeds: one integer per image. Image k of every draw is a function of seeds[k] and of how many draws came before.
     shape: (C, H, W) of one image.
-    Draws happen on the CPU, so the same seed gives the same picture on every device.
+    Draws happen on the CPU, so the same seed gives the same image on every device.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:

@@ -4,7 +4,7 @@ Axes: B batch, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,48 +13,71 @@ from torch import Tensor
 from diffusion.editing import InpaintingDenoiser, image_to_image_start, remaining_times
 from diffusion.guidance import Denoise, GuidanceConfig, autoguidance, classifier_free_guidance
 from diffusion.noise import PerImageNoise
-from diffusion.samplers import get_sampler
+from diffusion.samplers import Value, get_sampler
 from diffusion.schedule import Schedule
 from diffusion.spacing import Spacing
+
+# Older files hold these three beside `sampler`, for every sampler; one that did not read them has these defaults there.
+OLDER_OPTIONS: dict[str, Value] = {"eta": 0.0, "order": 2, "clean_end": True}
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures are drawn when nothing else is asked for: sampler, its steps and their spacing, guidance.
+    """How images are sampled where a call does not say otherwise: sampler, its options, steps, spacing and guidance.
 
-    eta: of ddim, 0 is deterministic; other samplers do not read it.
-    order: of the dpm_solver samplers and unipc, 1 to 3; other samplers do not read it.
+    options: of the sampler, by name; docs/samplers.md lists them. Those that equal the sampler's defaults are omitted,
+        so that `replace(config, sampler=...)` refuses only an option that was chosen and that the new one lacks.
     offset: added to the times of "leading" spacing; 1 for published Stable Diffusion 1.x weights.
-    clean_end: of ddim and pndm. False ends at the level of time 0, which leaves a trace of noise, instead of x_0;
-        published Stable Diffusion weights ask for it (`set_alpha_to_one: false`).
+    Raises ValueError for values that are not valid and for an option that the sampler does not have.
     """
 
     sampler: str = "ddim"
     steps: int = 25
     spacing: Spacing = "trailing"
-    eta: float = 0.0
-    order: int = 2
+    options: dict[str, Value] = field(default_factory=dict, hash=False)
     offset: int = 0
-    clean_end: bool = True
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
 
     def __post_init__(self) -> None:
-        get_sampler(self.sampler)
+        sampler = get_sampler(self.sampler)
         if not 1 <= self.steps <= 10_000:
             raise ValueError(f"steps: value {self.steps}; valid: 1 .. 10000")
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"eta: value {self.eta}; valid: 0 .. 1")
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"order: value {self.order}; valid: 1, 2, 3")
         if self.offset < 0:
             raise ValueError(f"offset: value {self.offset}; valid: 0 or more")
+        try:
+            complete = sampler.complete(self.options)
+        except ValueError as error:
+            raise ValueError(f"options.{error}") from None
+        chosen = {name: value for name, value in complete.items() if value != sampler.options[name].default}
+        object.__setattr__(self, "options", chosen)
+
+    @property
+    def complete_options(self) -> dict[str, Value]:
+        """Every option of the sampler with its value."""
+        return get_sampler(self.sampler).complete(self.options)
+
+    @staticmethod
+    def upgrade(data: dict[str, Any]) -> dict[str, Any]:
+        """The plain data of a configuration, of this version or of an older one, in the form of this version: a value
+        that is not an older default becomes an option."""
+        older = {name: data[name] for name, default in OLDER_OPTIONS.items() if name in data and data[name] != default}
+        data = {name: value for name, value in data.items() if name not in OLDER_OPTIONS}
+        options = data.get("options", {})
+        return {**data, "options": {**older, **options}} if older and isinstance(options, dict) else data
+
+
+def with_sampler(config: SamplingConfig, name: str) -> SamplingConfig:
+    """`config` with another sampler, which takes over the options that it has too. Raises ValueError for a name that
+    is not in the registry."""
+    kept = {option: value for option, value in config.options.items() if option in get_sampler(name).options}
+    return replace(config, sampler=name, options=kept)
 
 
 @dataclass(frozen=True)
 class Edit:
-    """A picture to start from: x_0 (B, C, H, W).
+    """An image to start from: x_0 (B, C, H, W).
 
-    strength: share of the steps that are taken, see `image_to_image_start`. keep: 1 where the picture is kept and 0
+    strength: share of the steps that are taken, see `image_to_image_start`. keep: 1 where the image is kept and 0
     where it is painted, (B or 1, 1, H, W); painting at strength 1 starts from noise alone.
     """
 
@@ -83,24 +106,13 @@ def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], T
         denoise = InpaintingDenoiser(denoise, edit.x_0, x, edit.keep, schedule, prediction_type)
     if edit is not None and not (edit.keep is not None and edit.strength == 1.0):
         x, _ = image_to_image_start(edit.x_0, x, times, 1.0, schedule)
-    sampler = get_sampler(config.sampler)
-    return sampler(denoise, x, progress(times), schedule, prediction_type, noise, trace=trace, **options_of(config))
+    return get_sampler(config.sampler)(denoise, x, progress(times), schedule, prediction_type, noise, trace=trace,
+                                       **config.options)
 
 
 def visited_times(schedule: Schedule, config: SamplingConfig, strength: float = 1.0) -> list:
-    """The falling times of a run: the last `strength` of them when it starts from a picture."""
+    """The falling times of a run: the last `strength` of them when it starts from an image."""
     return list(remaining_times(schedule.timesteps(config.steps, config.spacing, config.offset), strength))
-
-
-def options_of(config: SamplingConfig) -> dict[str, Any]:
-    """The settings that the configured sampler reads."""
-    if config.sampler == "ddim":
-        return {"eta": config.eta, "clean_end": config.clean_end}
-    if config.sampler == "pndm":
-        return {"clean_end": config.clean_end}
-    if config.sampler.startswith("dpm_solver") or config.sampler == "unipc":
-        return {"order": config.order}
-    return {}
 
 
 def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingConfig,

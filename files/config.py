@@ -93,10 +93,14 @@ def _copy(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], data: Any, path: str = "") -> T:
-    """An instance of the dataclass ``cls`` from plain YAML data; raises ConfigError naming the key otherwise."""
+    """An instance of the dataclass ``cls`` from plain YAML data; raises ConfigError naming the key otherwise.
+
+    A class whose keys have changed has a static method ``upgrade(data)``, which gives older data its present keys.
+    """
     where = path or "the configuration"
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys, got {data!r}")
+    data = getattr(cls, "upgrade", dict)(data)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in data:
         if key not in fields:
@@ -148,7 +152,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), value, path)
+        kinds = [arg for arg in args if arg is not type(None)]
+        if len(kinds) == 1:
+            return _convert(kinds[0], value, path)
+        if type(value) in kinds:
+            return value
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, path)  # type: ignore[arg-type]
     if origin is tuple and isinstance(value, (list, tuple)):

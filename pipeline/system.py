@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from diffusion.denoise import Denoise
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
-from diffusion.sampling import Edit, SamplingConfig, sample_latents
+from diffusion.sampling import Edit, SamplingConfig, sample_latents, with_sampler
 from diffusion.schedule import Schedule
 from files.images import to_uint8, to_unit
 from model.autoencoder import Autoencoder
@@ -199,5 +199,5 @@ def with_options(config: SamplingConfig, sampler: str | None = None, steps: int 
                  scale: float | None = None) -> SamplingConfig:
     """``config`` with the settings that are given in place of its own; raises ValueError for ones that cannot be."""
     guidance = config.guidance if scale is None else replace(config.guidance, scale=scale)
-    return replace(config, sampler=sampler or config.sampler, steps=config.steps if steps is None else steps,
-                   guidance=guidance)
+    config = with_sampler(config, sampler or config.sampler)
+    return replace(config, steps=config.steps if steps is None else steps, guidance=guidance)

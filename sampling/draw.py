@@ -1,10 +1,10 @@
-"""Requests to pictures: sampling, image to image, inpainting, interpolation and inversion behind one function.
+"""Latents and images of requests: sampling, image to image, inpainting, interpolation and inversion.
 
-Axis letters: B pictures, C latent channels, H W latent size, f pixels to a latent pixel.
+Axis letters: B images, C latent channels, H W latent size, f pixels to a latent pixel.
 """
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from diffusion.editing import MixedNoise, ddim_inversion, invertible_times
 from diffusion.guidance import classifier_free_guidance
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
-from diffusion.sampling import Edit, check_sampling, options_of, visited_times
+from diffusion.sampling import Edit, check_sampling, visited_times
 from files.images import to_uint8
 from model.attention_maps import AttentionMaps, watched
 from pipeline.prompts import between, padded
@@ -21,11 +21,12 @@ from pipeline.system import TextToImage
 from sampling.request import Request
 
 Progress = Callable[[list], Iterable]
+REFINEMENTS, MOST_REFINEMENTS = 3, 100  # repeats of each step of an inversion, by default and at most
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Pictures that a call starts from: image uint8 (3, f H, f W), paint bool (f H, f W), True where it is painted.
+    """What a call starts from: image uint8 (3, f H, f W), paint bool (f H, f W), True where it is painted.
 
     refinements: not None inverts the image instead, with so many repeats a step.
     """
@@ -35,10 +36,14 @@ class Sources:
     refinements: int | None = None
 
 
-def check(system: TextToImage, requests: Sequence[Request], sources: Sources) -> None:
-    """Raise ValueError now for what would stop the drawing later."""
+def check_requests(system: TextToImage, requests: Sequence[Request], sources: Sources) -> None:
+    """Raise ValueError now for what would stop the sampling later."""
     for kind in {request.kind: request for request in requests}.values():
         check_sampling(system.schedule, system.config.prediction_type, kind.config, kind.strength)
+        sampler, eta = kind.config.sampler, kind.config.options.get("eta", 0.0)
+        if sources.refinements is not None and (sampler != "ddim" or eta):
+            raise ValueError(f"{sampler} with eta {eta} cannot be inverted; valid: ddim with eta 0, whose steps can be "
+                             "undone")
     for text in texts_of(requests):
         requests[0].read(text)
     if sources.image is not None:
@@ -46,11 +51,11 @@ def check(system: TextToImage, requests: Sequence[Request], sources: Sources) ->
     if sources.paint is not None and sources.image is not None and sources.paint.shape != sources.image.shape[1:]:
         height, width = sources.paint.shape
         raise ValueError(f"the mask has {height}x{width} pixels (HxW); valid: {sources.image.shape[1]}x"
-                         f"{sources.image.shape[2]}, those of the picture")
+                         f"{sources.image.shape[2]}, those of the image")
 
 
 def texts_of(requests: Sequence[Request]) -> list[str]:
-    """Every prompt that is read for these requests, each once."""
+    """Every prompt that these requests read, each once."""
     texts = [text for request in requests for text in
              (request.prompt, request.negative, *([request.toward.prompt] if request.toward else []))]
     return list(dict.fromkeys(texts))
@@ -63,23 +68,23 @@ def times_of(system: TextToImage, request: Request, sources: Sources) -> list[fl
 
 
 @torch.inference_mode()
-def drawn_latents(system: TextToImage, requests: Sequence[Request], sources: Sources, progress: Progress = iter,
-                  trace: list | None = None, maps: AttentionMaps | None = None) -> torch.Tensor:
-    """Unit-scale latents (B, C, H, W) of requests of one kind. ``trace`` receives x_0 of every step, ``maps`` where
-    each word is looked at."""
+def latents_of_requests(system: TextToImage, requests: Sequence[Request], sources: Sources, progress: Progress = iter,
+                        trace: list | None = None, maps: AttentionMaps | None = None) -> torch.Tensor:
+    """Unit-scale latents (B, C, H, W) of requests of one kind. ``trace`` receives x_0 of every step, ``maps`` the
+    cross-attention to each token."""
     first = requests[0]
     with watched(system.unet, maps):
         if sources.refinements is not None:
-            return torch.cat([reconstruction(system, request, sources, progress, trace) for request in requests])
+            return torch.cat([reconstruct(system, request, sources, progress, trace) for request in requests])
         if first.toward is not None:
-            return between_requests(system, requests, progress, trace)
+            return interpolated_latents(system, requests, progress, trace)
         return system.latents([request.read(request.prompt) for request in requests],
                               [request.seed for request in requests], first.config, first.read(first.negative),
                               progress, edit_of(system, first.strength, sources, len(requests)), trace)
 
 
 def edit_of(system: TextToImage, strength: float | None, sources: Sources, count: int) -> Edit | None:
-    """What ``count`` pictures start from; a latent pixel is kept where every pixel under it is."""
+    """What ``count`` images start from; a latent pixel is kept where every pixel under it is."""
     if sources.image is None or strength is None:
         return None
     x_0 = system.encoded_images(sources.image[None]).expand(count, -1, -1, -1)  # (B, C, H, W)
@@ -89,7 +94,7 @@ def edit_of(system: TextToImage, strength: float | None, sources: Sources, count
     return Edit(x_0, strength, (1.0 - painted).to(x_0.device))
 
 
-def pictures(system: TextToImage, latents: torch.Tensor, sources: Sources) -> torch.Tensor:
+def decode_images(system: TextToImage, latents: torch.Tensor, sources: Sources) -> torch.Tensor:
     """uint8 (B, 3, f H, f W) of latents; where nothing was painted the pixels of the source, untouched."""
     images = to_uint8(system.decode(latents)).cpu()
     if sources.paint is None or sources.image is None:
@@ -97,9 +102,10 @@ def pictures(system: TextToImage, latents: torch.Tensor, sources: Sources) -> to
     return torch.where(sources.paint, images, sources.image)
 
 
-def between_requests(system: TextToImage, requests: Sequence[Request], progress: Progress = iter,
-                     trace: list | None = None) -> torch.Tensor:
-    """Latents on the way between two prompts and seeds: linear in the context, spherical in every draw of noise."""
+def interpolated_latents(system: TextToImage, requests: Sequence[Request], progress: Progress = iter,
+                         trace: list | None = None) -> torch.Tensor:
+    """Latents (B, C, H, W) on the way between two prompts and seeds: linear in the context, spherical in every draw of
+    noise."""
     ends = [request.toward for request in requests if request.toward is not None]
     config = requests[0].config
     contexts = [between(states_of(system, request, request.prompt), states_of(system, request, end.prompt), end.weight)
@@ -119,26 +125,27 @@ def states_of(system: TextToImage, request: Request, text: str) -> torch.Tensor:
     return context[0] if mask is None else context[0][mask[0]]
 
 
-def reconstruction(system: TextToImage, request: Request, sources: Sources, progress: Progress = iter,
-                   trace: list | None = None) -> torch.Tensor:
-    """Latents (1, C, H, W) of the source, inverted to noise by ``ddim_inversion`` and sampled from there by `ddim`."""
+def reconstruct(system: TextToImage, request: Request, sources: Sources, progress: Progress = iter,
+                trace: list | None = None) -> torch.Tensor:
+    """Latents (1, C, H, W) of the source, inverted to noise by ``ddim_inversion`` and sampled from there by ``ddim``,
+    the sampler of the request. Raises ValueError where there is no source."""
     config = request.config
     guided = config.guidance.scale != 1.0
     context, mask = system.encode([request.read(request.negative)] * guided + [request.read(request.prompt)])
     conditional, doubled = system.denoisers(context, mask, 1)
     kind = system.config.prediction_type
     if sources.image is None:
-        raise ValueError("image: value None; valid: a picture to invert")
+        raise ValueError("image: value None; valid: an image to invert")
     denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)
     times = times_of(system, request, sources)
     x_T = ddim_inversion(denoise, system.encoded_images(sources.image[None]), times, system.schedule, kind,
                          sources.refinements or 0)
-    return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, trace=trace,
-                               **options_of(replace(config, sampler="ddim")))
+    return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, None, trace=trace,
+                               **config.options)
 
 
 def reconstruction_error(system: TextToImage, latents: torch.Tensor, image: torch.Tensor) -> str:
-    """One line: how far an inverted and sampled latent (1, C, H, W) is from its picture, and the autoencoder's share
+    """One line: how far an inverted and sampled latent (1, C, H, W) is from its image, and the autoencoder's share
     of it."""
     x_0 = system.encoded_images(image[None])
     direct, back = (to_uint8(system.decode(x)).cpu().float() for x in (x_0, latents))
@@ -147,7 +154,7 @@ def reconstruction_error(system: TextToImage, latents: torch.Tensor, image: torc
     def rms(a: torch.Tensor) -> float:
         return a.square().mean().sqrt().item()
 
-    return (f"reconstruction error: latent {100 * rms(latents - x_0) / rms(x_0):.2f} % (root mean square); picture "
+    return (f"reconstruction error: latent {100 * rms(latents - x_0) / rms(x_0):.2f} % (root mean square); image "
             f"{rms(back - original):.2f} levels of 255, of which the autoencoder alone makes "
             f"{rms(direct - original):.2f}")
 

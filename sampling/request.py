@@ -1,15 +1,17 @@
-"""One picture that is asked for: everything that decides its pixels beside the weights, and back from metadata."""
+"""One image that is requested: everything that decides its pixels beside the weights, and back from metadata."""
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from diffusion.sampling import SamplingConfig
+from diffusion.samplers import SAMPLERS
+from diffusion.sampling import OLDER_OPTIONS, SamplingConfig, with_sampler
 from diffusion.spacing import Spacing
 from files.config import ConfigError, from_dict, to_dict
 from pipeline.prompts import Prompt, parse_prompt
 from pipeline.system import with_options
 
-CHUNKS, MOST_CHUNKS = 4, 64  # contexts that a prompt may fill when nothing is said, and at most
+CHUNKS, MOST_CHUNKS = 4, 64  # contexts that a prompt may fill by default, and at most
 LAST_SEED = 2**62 - 1
 
 
@@ -21,7 +23,7 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Toward:
-    """The other end of an interpolation, and how far on the way there the picture stands: 0 to 1."""
+    """The other end of an interpolation, and how far on the way there the image stands: 0 to 1."""
 
     prompt: str
     seed: int
@@ -35,7 +37,7 @@ class Toward:
 
 @dataclass(frozen=True)
 class Request:
-    """One picture. ``strength`` is None for one that starts from noise; prompts are as they were written."""
+    """One image. ``strength`` is None for one that starts from noise; prompts are as they were written."""
 
     prompt: str
     seed: int
@@ -53,7 +55,7 @@ class Request:
 
     @property
     def kind(self) -> tuple:
-        """What pictures must share to be drawn in one batch."""
+        """What images must share to be drawn in one batch."""
         return self.config, self.negative, self.strength, self.toward is None
 
     def read(self, text: str) -> Prompt:
@@ -62,13 +64,14 @@ class Request:
 
 
 SAMPLING = tuple(field.name for field in fields(SamplingConfig))
+OF_CONFIG = {*SAMPLING, *OLDER_OPTIONS}  # the keys of metadata that describe the sampling, in files of any version
 OWN = tuple(field.name for field in fields(Request) if field.name != "config")
 
 
 def settings_of(request: Request) -> dict[str, Any]:
-    """The metadata of a request; what is as it is when nothing is said is left out."""
+    """The metadata of a request. Every option of the sampler is there; of the request itself defaults are omitted."""
     settings: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed, "negative": request.negative,
-                                **to_dict(request.config)}
+                                **to_dict(request.config), "options": request.config.complete_options}
     if request.strength is not None:
         settings["strength"] = request.strength
     if request.toward is not None:
@@ -81,24 +84,37 @@ def settings_of(request: Request) -> dict[str, Any]:
 
 
 def request_of(settings: dict[str, Any]) -> Request:
-    """The request whose metadata this is; raises ConfigError for what is missing or cannot be."""
-    if missing := [key for key in SAMPLING if key not in settings]:
+    """The request whose metadata this is. Raises ConfigError for a missing key and for a value that is not valid."""
+    required = {*SAMPLING} - {"options"} | {*OLDER_OPTIONS} if is_older(settings) else SAMPLING
+    if missing := sorted(key for key in required if key not in settings):
         raise ConfigError(f"missing key '{missing[0]}'")
-    return from_dict(Request, {"config": {key: settings[key] for key in SAMPLING},
+    return from_dict(Request, {"config": {key: settings[key] for key in settings if key in OF_CONFIG},
                                **{key: settings[key] for key in OWN if key in settings}})
+
+
+def is_older(settings: dict[str, Any]) -> bool:
+    """Whether metadata holds three options for every sampler, as older versions wrote it."""
+    return "options" not in settings and not OLDER_OPTIONS.keys().isdisjoint(settings)
+
+
+def older_settings_of(request: Request) -> dict[str, Any]:
+    """`settings_of`, in the form that older versions wrote."""
+    settings = settings_of(request)
+    del settings["options"]
+    return {**settings, **{name: request.config.options.get(name, default) for name, default in OLDER_OPTIONS.items()}}
 
 
 # ---- parameters by name: axes of X/Y grids, and --set
 
-def switch(text: str) -> bool:
-    """true or false."""
+def parse_switch(text: str) -> bool:
+    """True of "true" and False of "false"; raises ValueError for another text."""
     if text not in ("true", "false"):
         raise ValueError(text)
     return text == "true"
 
 
-def span(text: str) -> tuple[float, float] | None:
-    """low:high, or off for None."""
+def parse_span(text: str) -> tuple[float, float] | None:
+    """(low, high) of "low:high" and None of "off"; raises ValueError for another text."""
     if text == "off":
         return None
     low, high = text.split(":")
@@ -108,14 +124,16 @@ def span(text: str) -> tuple[float, float] | None:
 OF_REQUEST: dict[str, Callable[[str], Any]] = {"seed": int, "strength": float, "prompt": str, "negative": str,
                                                "chunks": int}
 OF_GUIDANCE: dict[str, Callable[[str], Any]] = {
-    "method": str, "interval": span, "rescale": float, "apg_parallel": float, "apg_norm": float, "apg_momentum": float,
-    "zero_init": float, "threshold": float, "threshold_limit": float}
+    "method": str, "interval": parse_span, "rescale": float, "apg_parallel": float, "apg_norm": float,
+    "apg_momentum": float, "zero_init": float, "threshold": float, "threshold_limit": float}
 OF_SAMPLING: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float, "sampler": str}
-SETTINGS: dict[str, Callable[[str], Any]] = {
-    "spacing": str, "eta": float, "order": int, "offset": int, "clean_end": switch, **OF_GUIDANCE}  # without a flag
+READERS: dict[type, Callable[[str], Any]] = {bool: parse_switch, int: int, float: float, str: str}
+OF_SAMPLER = {name: READERS[option.kind] for sampler in SAMPLERS.values() for name, option in sampler.options.items()}
+# what has no flag of its own
+SETTINGS: dict[str, Callable[[str], Any]] = {"spacing": str, "offset": int, **OF_SAMPLER, **OF_GUIDANCE}
 AXES = {**OF_SAMPLING, **OF_REQUEST, **SETTINGS}
-NOUNS: dict[Callable[[str], Any], str] = {int: "a whole number", float: "a number", switch: "true or false",
-                                          span: "LOW:HIGH or off"}
+NOUNS: dict[Callable[[str], Any], str] = {int: "a whole number", float: "a number", parse_switch: "true or false",
+                                          parse_span: "LOW:HIGH or off"}
 
 
 @dataclass(frozen=True)
@@ -127,11 +145,11 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        texts = [written(value) for value in self.values]
+        texts = [value_text(value) for value in self.values]
         return texts if self.name == "prompt" else [f"{self.name} {text}" for text in texts]
 
 
-def written(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A value as it is written on the command line."""
     if value is None:
         return "off"
@@ -165,16 +183,21 @@ def with_settings(config: SamplingConfig, texts: Sequence[str]) -> SamplingConfi
             parsed = SETTINGS[name](value.strip())
         except ValueError:
             raise ValueError(f"--set {text}; valid: {NOUNS[SETTINGS[name]]}") from None
-        config = configured(config, name, parsed)
+        config = with_setting(config, name, parsed)
     return config
 
 
-def configured(config: SamplingConfig, name: str, value: Any) -> SamplingConfig:
-    """``config`` with one parameter of OF_SAMPLING or SETTINGS set; raises ValueError for a value out of range."""
+def with_setting(config: SamplingConfig, name: str, value: Any) -> SamplingConfig:
+    """``config`` with one parameter of OF_SAMPLING or SETTINGS set; raises ValueError for a value out of range and for
+    an option that the sampler does not have."""
     if name == "guidance":
         return with_options(config, scale=value)
     if name in OF_GUIDANCE:
         return replace(config, guidance=replace(config.guidance, **{name: value}))
+    if name in OF_SAMPLER:
+        return replace(config, options={**config.options, name: value})
+    if name == "sampler":
+        return with_sampler(config, value)
     if name == "spacing" and value not in get_args(Spacing):
         raise ValueError(f"spacing: value {value!r}; valid: {', '.join(get_args(Spacing))}")
     return replace(config, **{name: value})
@@ -184,26 +207,40 @@ def with_value(request: Request, name: str, value: Any) -> Request:
     """``request`` with one parameter of AXES set; raises ValueError for a value out of range."""
     if name in OF_REQUEST:
         return replace(request, **{name: value})
-    return replace(request, config=configured(request.config, name, value))
+    return replace(request, config=with_setting(request.config, name, value))
 
 
-def crossed(request: Request, axes: Sequence[Axis]) -> list[Request]:
-    """Every combination, the first axis (columns) changing fastest."""
-    rows = [request] if len(axes) == 1 else [with_value(request, axes[1].name, value) for value in axes[1].values]
-    return [with_value(row, axes[0].name, value) for row in rows for value in axes[0].values]
+def cross(request: Request, axes: Sequence[Axis], settings: Sequence[str] = ()) -> list[Request]:
+    """Every combination, the first axis (columns) changing fastest, with ``settings`` as ``with_settings`` reads them.
+
+    The sampler is set before its options. Raises ValueError for a cell whose sampler lacks an option.
+    """
+    requests = []
+    for values in itertools.product(*(axis.values for axis in reversed(axes))):
+        cell = dict(zip([axis.name for axis in reversed(axes)], values))
+        made = with_value(request, "sampler", cell.pop("sampler", request.config.sampler))
+        made = replace(made, config=with_settings(made.config, settings))
+        for name, value in cell.items():
+            made = with_value(made, name, value)
+        requests.append(made)
+    return requests
 
 
-def interpolated(first: Request, prompt: str, seed: int, count: int) -> list[Request]:
+def interpolate(first: Request, prompt: str, seed: int, count: int) -> list[Request]:
     """``count`` requests on the way from one to another prompt and seed, both ends included."""
     return [replace(first, toward=Toward(prompt, seed, k / (count - 1))) for k in range(count)]
 
 
-def described(config: SamplingConfig) -> dict[str, str]:
-    """Sampler, steps and guidance in words, and every other setting that is not as it is when nothing is said."""
+def describe(config: SamplingConfig) -> dict[str, str]:
+    """Sampler, steps and guidance in words, and every other setting that is not at its default, by name."""
     words = {"sampler": config.sampler, "steps": f"{config.steps} steps",
              "guidance": f"guidance {config.guidance.scale:g}"}
     for name in SETTINGS:
+        if name in OF_SAMPLER:
+            if name in config.options:
+                words[name] = f"{name} {value_text(config.options[name])}"
+            continue
         settings: Any = config.guidance if name in OF_GUIDANCE else config
         if (value := getattr(settings, name)) != getattr(type(settings)(), name):
-            words[name] = f"{name} {written(value)}"
+            words[name] = f"{name} {value_text(value)}"
     return words

@@ -1,92 +1,29 @@
-"""Requests past the gate, and the list of what became of each: results.jsonl beside the pictures."""
+"""The files of one call: an image for each sample, what came with it, and results.jsonl, a line for each request."""
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from tqdm import tqdm
 
-from pipeline.moderation import OFF, Moderation, hidden, reason_of, row_of
-from pipeline.system import TextToImage
-from safety.policy import Decision, most_severe, refusal
-from sampling.draw import Sources
-from sampling.request import Request
+from files.images import png_bytes, save_bytes
+from pipeline.moderation import reason_of, row_of
+from pipeline.prompts import chunks_of
+from sampling.engine import Job, Sample
+from sampling.request import Request, settings_of
+from sampling.sheets import save_attention, save_frames
 
 RESULTS = "results.jsonl"
-GREY = 128  # of the cell that stands for a picture that is not there
+GREY = 128  # of the cell that stands for an image that is not there
 
 
-class Gate:
-    """Decisions on the requests of one call. ``asked`` are those on their prompts; refusals are said on stderr."""
-
-    def __init__(self, moderation: Moderation, system: TextToImage, requests: Sequence[Request], sources: Sources,
-                 out: Path):
-        self.moderation = moderation
-        self.results = Results(out / RESULTS, moderation.checks)
-        if moderation.mode == "off":
-            print(f"warning: {OFF}", file=sys.stderr)
-        self.refused: set[int] = set()
-        self.given = given = Decision("allow")
-        if sources.image is not None:
-            self.given = given = moderation.of_images(sources.image[None])[0]
-        silent = sources.refinements is not None  # an inversion may do without a prompt
-        self.asked = [most_severe([asked(moderation, request, system, silent), given]) for request in requests]
-        for number, (request, decision) in enumerate(zip(requests, self.asked)):
-            if decision.action == "block":
-                self.refuse(number, request, decision, "image given" if decision is given else "prompt")
-
-    def judged(self, images: torch.Tensor, latents: torch.Tensor, requests: Sequence[Request],
-               part: Sequence[int]) -> list[tuple[Decision, str]]:
-        """(decision, the stage it was taken at) of each picture uint8 (B, 3, H, W) of the requests with these numbers.
-        A latent (B, C, H, W) that is not finite has failed: it is not unsafe, and not a picture."""
-        found = []
-        seen = self.moderation.of_images(images, [requests[number].prompt for number in part])
-        for number, decision, latent in zip(part, seen, latents, strict=True):
-            if not torch.isfinite(latent).all():
-                decision = refusal("the picture failed: it is not finite")
-            most = most_severe([self.asked[number], decision])
-            found.append((most, "prompt" if most is self.asked[number] else "image"))
-        return found
-
-    def refuse(self, number: int, request: Request, decision: Decision, stage: str) -> None:
-        """Say and write down that a request has no picture."""
-        print(f"picture {number}: {decision.message}{reason_of(decision)}", file=sys.stderr)
-        self.refused.add(number)
-        self.results.add(number, request, decision, stage, None)
-
-    def may_show(self, frames: torch.Tensor, number: int, request: Request) -> bool:
-        """Whether pictures on the way to one, uint8 (B, 3, H, W), may be written as they are; says so when not."""
-        found = most_severe(self.moderation.of_images(frames, [request.prompt] * len(frames)))
-        if found.action in ("blur", "block"):
-            print(f"frames of picture {number}: {found.message}{reason_of(found)}", file=sys.stderr)
-        return found.action not in ("blur", "block")
-
-    def __enter__(self) -> "Gate":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.results.close()
-
-
-def asked(moderation: Moderation, request: Request, system: TextToImage, silent: bool = False) -> Decision:
-    """The decision on everything that a request conditions on: its prompt, the one it goes towards, and what it pushes
-    away from. ``silent``: there may be no prompt."""
-    written = [request.prompt, *([request.toward.prompt] if request.toward else [])]
-    negatives = [request.read(request.negative)] if request.negative else []
-    if silent and not request.prompt and not negatives:
-        return Decision("allow", reason="no prompt")
-    return moderation.of_prompt([request.read(text) for text in dict.fromkeys(written)], negatives, system.tokenizer)
-
-
-def grey(like: torch.Tensor) -> torch.Tensor:
-    """What stands in a grid for a picture uint8 (3, H, W) that is not there."""
-    return torch.full_like(like, GREY)
-
-
-def softened(image: torch.Tensor, decision: Decision) -> torch.Tensor:
-    """A picture uint8 (3, H, W), blurred where that was decided."""
-    return hidden(image) if decision.action == "blur" else image
+def file_name(request: Request, number: int) -> str:
+    """00012_a-small-red-star_seed7.png"""
+    words = re.sub(r"[^\w]+", "-", request.prompt.lower(), flags=re.ASCII).strip("-")[:40].rstrip("-")
+    return f"{number:05d}_{words or 'empty'}_seed{request.seed}.png"
 
 
 class Results:
@@ -94,17 +31,76 @@ class Results:
     No word of a prompt is in it but in the name of a file that was written. ``checks`` says what was looked at."""
 
     def __init__(self, path: Path, checks: Sequence[str] = ()):
-        self.path, self.checks, self.refused = path, list(checks), 0
+        self.path, self.checks = path, list(checks)
         self._file: IO[str] = open(path, "w", encoding="utf-8")
 
-    def add(self, number: int, request: Request, decision: Decision, stage: str, file: Path | None) -> None:
+    def add(self, sample: Sample, file: Path | None) -> None:
         """Append what became of a request; ``file`` None when nothing was written."""
-        row: dict[str, Any] = {"number": number, "seed": request.seed, "file": file.name if file else None,
-                               "checked": self.checks, **row_of(decision, stage)}
+        row: dict[str, Any] = {"number": sample.number, "seed": sample.request.seed,
+                               "file": file.name if file else None, "checked": self.checks,
+                               **row_of(sample.decision, sample.stage)}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
-        self.refused += file is None
 
     def close(self) -> None:
         """No lines after this."""
         self._file.close()
+
+
+class SampleFolder:
+    """The folder ``out`` of a call, as a context. Refusals are said on stderr.
+
+    shared: metadata of all its images, None to leave none in them. kept: of how many images the pixels are kept, for
+    an overview.
+    """
+
+    def __init__(self, out: Path, job: Job, shared: dict[str, Any] | None, checks: Sequence[str], kept: int):
+        self.out, self.job, self.shared, self.kept = out, job, shared, kept
+        self.results = Results(out / RESULTS, checks)
+        self.refused: set[int] = set()
+        self._images: dict[int, torch.Tensor] = {}
+        self._grey: torch.Tensor | None = None
+
+    def add(self, sample: Sample) -> None:
+        """Write the files of a sample and its line."""
+        if sample.error is not None:
+            tqdm.write(sample.error, file=sys.stdout)
+        if sample.image is None:
+            print(f"image {sample.number}: {sample.decision.message}{reason_of(sample.decision)}", file=sys.stderr)
+            self.refused.add(sample.number)
+            self.results.add(sample, None)
+            return
+        path = self.out / file_name(sample.request, sample.number)
+        marked = {"moderation": sample.decision.action} if sample.decision.action != "allow" else {}
+        settings = None if self.shared is None else {**settings_of(sample.request), **self.shared, **marked}
+        save_bytes(png_bytes(sample.image, settings), path)
+        self.results.add(sample, path)
+        self._grey = torch.full_like(sample.image, GREY)
+        if sample.number < self.kept:
+            self._images[sample.number] = sample.image
+        self._add_extras(sample, sample.image, path)
+
+    def _add_extras(self, sample: Sample, image: torch.Tensor, path: Path) -> None:
+        """Frames, unless a decision forbids them, and attention maps."""
+        if sample.frames is not None:
+            decision = sample.frames.decision
+            if decision.action in ("blur", "block"):
+                print(f"frames of image {sample.number}: {decision.message}{reason_of(decision)}", file=sys.stderr)
+            else:
+                save_frames(sample.frames.images, sample.frames.labels, path)
+        if sample.attention is not None:
+            words = chunks_of(sample.request.read(sample.request.prompt), self.job.system.tokenizer).words
+            save_attention(words, sample.attention, image, path)
+
+    def overview(self) -> torch.Tensor | None:
+        """The kept images in order, uint8 (B, 3, H, W), grey ones for those that were refused; None if all were."""
+        if self._grey is None:
+            return None
+        return torch.stack([self._images.get(number, self._grey)
+                            for number in range(min(self.kept, len(self.job.requests)))])
+
+    def __enter__(self) -> "SampleFolder":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.results.close()

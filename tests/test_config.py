@@ -189,7 +189,9 @@ def test_overrides_that_are_refused(override, message):
     ("sampling.steps=2000", "sampling (sampler ddim, steps 2000, spacing trailing): n: value 2000; valid: 1 .. 1000"),
     ("sampling.sampler=flow_euler", "sampling (sampler flow_euler, steps 3, spacing trailing): schedule: kind"),
     ("sampling.sampler=magic", "sampling.sampler: value 'magic'; valid: "),
-    ("sampling.eta=2", "sampling.eta: value 2.0; valid: "),
+    ("sampling.options.eta=2", "sampling.options.eta: value 2; valid: 0 .. 1"),
+    ("sampling.eta=2", "sampling.options.eta: value 2; valid: 0 .. 1"),  # as older files write it
+    ("sampling.options.order=3", "sampling.options.order: the sampler ddim has no such option; valid: eta, clean_end"),
     ("sampling.guidance.scale=-1", "sampling.guidance.scale: value -1.0; valid: "),
     ("stages=[denoiser, tokenizer]", "stages: ['denoiser', 'tokenizer']; valid: some of tokenizer"),
     ("stages=[]", "stages: []; valid: some of"),

@@ -62,7 +62,7 @@ def test_a_refused_prompt_leaves_a_row_and_no_file(run, tmp_path, capsys):
     assert [row["action"] for row in rows] == ["allow", "block", "allow"] and rows[1]["category"] == "hate"
     assert [row["file"] is None for row in rows] == [False, True, False]
     said = capsys.readouterr()
-    assert "picture 1: refused: hate" in said.err and "2 pictures and grid.png" in said.out and "1 refused" in said.out
+    assert "image 1: refused: hate" in said.err and "2 images and grid.png" in said.out and "1 refused" in said.out
     assert "zorbic" not in (tmp_path / "results.jsonl").read_text() + said.err + said.out
 
 
@@ -179,7 +179,7 @@ def test_frames_on_the_way_are_judged_as_the_pictures_are_and_the_given_one_is_b
         Decision("block" if len(images) > 1 else "allow", "violence", 1.0, 0.0, "concept x") for _ in images])
     code, files, rows = call(run, tmp_path / "out", "a moon", "--frames", "2")
     assert code == 0 and rows[0]["action"] == "allow" and files == ["00000_a-moon_seed0.png", "grid.png"]
-    assert "frames of picture 0: refused: violence" in capsys.readouterr().err
+    assert "frames of image 0: refused: violence" in capsys.readouterr().err
     given = given_pictures(tmp_path)
     monkeypatch.setattr("pipeline.moderation.Moderation.of_images", lambda self, images, prompts=None: [
         Decision("blur", "violence", 1.0, 0.0, "concept x") for _ in images])
@@ -212,9 +212,10 @@ def test_a_judge_that_breaks_lets_no_picture_through(run, tmp_path, monkeypatch,
 
 
 def test_latents_that_are_not_finite_are_no_picture(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "drawn_latents", lambda system, *rest: torch.full((1, *system.latent_shape), torch.nan))
+    monkeypatch.setattr("sampling.engine.latents_of_requests", lambda system, *rest: torch.full(
+        (1, *system.latent_shape), torch.nan))
     code, files, rows = call(run, tmp_path, "a moon")
-    assert code == 5 and files == [] and "the picture failed: it is not finite" in rows[0]["message"]
+    assert code == 5 and files == [] and "the image failed: it is not finite" in rows[0]["message"]
 
 
 # ---- mutations

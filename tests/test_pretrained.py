@@ -120,7 +120,8 @@ def test_pictures_equal_those_of_diffusers(pair):
     _, pipeline, system = pair
     assert system.latent_shape == (4, 8, 8) and system.schedule.config.kind == "scaled_linear"
     sampling = system.config.sampling
-    assert (sampling.sampler, sampling.spacing, sampling.offset, sampling.clean_end) == ("ddim", "leading", 1, False)
+    assert (sampling.sampler, sampling.spacing, sampling.offset, sampling.options) == (
+        "ddim", "leading", 1, {"clean_end": False})
     assert difference(ours(system), theirs(pipeline, 16, 16)) < LEVEL
 
 

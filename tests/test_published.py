@@ -80,6 +80,22 @@ def test_what_has_no_counterpart_is_refused(change, message):
         process_of_scheduler({"_class_name": "DDIMScheduler", **change})
 
 
+def test_options_of_a_sampler_are_read_and_written():
+    for name, key, value, options in (
+            ("DDPMScheduler", "variance_type", "fixed_large", {"variance": "large"}),
+            ("LCMScheduler", "timestep_scaling", 5.0, {"timestep_scaling": 5.0}),
+            ("DPMSolverSinglestepScheduler", "solver_order", 3, {"order": 3}),
+            ("DDIMScheduler", "set_alpha_to_one", False, {"clean_end": False})):
+        process = process_of_scheduler({"_class_name": name, key: value})
+        assert process[2].options == options
+        written = scheduler_of_process(*process)
+        assert written[key] == value and process_of_scheduler(written) == process
+    with pytest.raises(ValueError, match="variance_type 'learned' is not supported; valid: fixed_small"):
+        process_of_scheduler({"_class_name": "DDPMScheduler", "variance_type": "learned"})
+    with pytest.raises(ValueError, match="options.eta: value 0.5 of ddim has no counterpart in diffusers; valid: 0.0"):
+        scheduler_of_process(ScheduleConfig(), "epsilon", SamplingConfig(options={"eta": 0.5}))
+
+
 def test_what_diffusers_lacks_is_not_written():
     with pytest.raises(ValueError, match="kind 'flow' with shift 1.0; valid for diffusers"):
         scheduler_of_process(ScheduleConfig(kind="flow"), "flow", SamplingConfig())

@@ -70,7 +70,7 @@ def test_metadata_is_complete_and_makes_the_picture_again(tiny_run, tmp_path):
     weights = {name.partition(".")[0]: sha256_of(tiny_run / name)[:16] for name in names}
     config = with_options(load_experiment(tiny_run / "config.yaml").sampling, steps=4, scale=2.5)
     assert given == {"prompt": "a red star · é 🟥", "seed": 6, "negative": "blue", "run": "tiny", "weights": weights,
-                     **to_dict(config)}
+                     **to_dict(config), "options": {"eta": 0.0, "clean_end": True}}
     assert (given["steps"], given["sampler"], given["guidance"]["scale"]) == (4, "ddim", 2.5)
     again = run_sample(tiny_run, tmp_path / "b", given["prompt"], "--seed", str(given["seed"]), "--sampler",
                        given["sampler"], "--steps", str(given["steps"]), "--guidance",
@@ -242,7 +242,7 @@ def test_damaged_run_folders_are_refused_by_name(tiny_run, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["a", "--n", "0"], "--n 0; valid: 1 to"),
     (["a", "--n", "1000000000"], "--n 1000000000; valid: 1 to"),
-    (["a", "b", "--n", "100000"], "200000 pictures asked for; valid: up to"),
+    (["a", "b", "--n", "100000"], "200000 images asked for; valid: up to"),
     (["a", "--batch", "0"], "--batch 0; valid: 1 to"),
     (["a", "--steps", "0"], "steps: value 0; valid: 1"),
     (["a", "--steps", "1000000000"], "steps: value 1000000000; valid: 1"),

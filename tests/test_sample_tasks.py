@@ -16,7 +16,7 @@ from model.attention_maps import AttentionMaps, watched
 from pipeline.loading import load_run
 from pipeline.prompts import chunks_of, parse_prompt
 from pipeline.system import TextToImage
-from sampling.draw import Sources, drawn_latents, edit_of
+from sampling.draw import Sources, edit_of, latents_of_requests
 from sampling.request import Request, Toward
 
 
@@ -64,7 +64,7 @@ def test_strength_is_distance(system, tiny_run, tmp_path, given):
     for strength in (0.34, 0.67, 1.0):
         trace: list = []
         request = Request(PROMPT, 0, config, strength=strength)
-        latents = drawn_latents(system, [request], Sources(image), trace=trace)
+        latents = latents_of_requests(system, [request], Sources(image), trace=trace)
         away.append((latents - x_0).norm().item())
         assert len(trace) == int(3 * strength)
     assert away[0] < away[1] < away[2]
@@ -87,8 +87,8 @@ def test_kept_pixels_come_back_byte_for_byte(tiny_run, tmp_path, given, flags):
 def test_the_network_sees_what_is_kept(system, given):
     """Latents that lie wholly under kept pixels are those of the picture."""
     image, paint = read_picture(given["INIT"]), read_mask(given["MASK"])
-    latents = drawn_latents(system, [Request(PROMPT, 0, system.config.sampling, strength=1.0)],
-                            Sources(image, paint))
+    latents = latents_of_requests(system, [Request(PROMPT, 0, system.config.sampling, strength=1.0)],
+                                  Sources(image, paint))
     away = (latents - system.encoded_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
     painted = paint.unflatten(0, (8, 4)).unflatten(2, (8, 4)).permute(0, 2, 1, 3).flatten(2).any(dim=2)
     assert torch.equal(edit_of(system, 1.0, Sources(image, paint), 1).keep[0, 0], 1.0 - painted.float())
@@ -127,7 +127,7 @@ def test_noise_is_spherical_and_text_linear(system, monkeypatch):
     monkeypatch.setattr(system, "sampled", lambda context, mask, count, noise, *rest: seen.update(
         context=context, mask=mask, noise=noise()) or noise())
     request = Request("a red star", 1, system.config.sampling, toward=Toward("a blue star", 2, 0.25))
-    drawn_latents(system, [request], Sources())
+    latents_of_requests(system, [request], Sources())
     a, b = (PerImageNoise([seed], system.latent_shape)() for seed in (1, 2))
     torch.testing.assert_close(seen["noise"], slerp(a, b, 0.25))
     context, mask = system.encode([parse_prompt(text) for text in ("a red star", "a blue star")])
@@ -225,7 +225,7 @@ def test_heat_goes_from_black_to_white():
     (["a", "--xy", "seed=-1"], "seed: value -1; valid: 0 to"),
     (["a", "--xy", "strength=0.5"], "--xy strength without --init"),
     (["a", "--xy", "prompt=b|c"], "a prompt with --xy prompt; valid: one of them"),
-    (["a", "--n", "2", "--xy", "steps=1,2"], "2 pictures with --xy; valid: one prompt"),
+    (["a", "--n", "2", "--xy", "steps=1,2"], "2 images with --xy; valid: one prompt"),
     (["a (b"], "'(' is not closed"), (["{a|b"], "'{' is not closed"), (["a", "--negative", "b]"], "closes nothing"),
     (["a", "--negative", "{b|c}"], "has alternatives; valid: one negative prompt"),
     (["a", "b (", "--interpolate", "2"], "'(' is not closed"),

@@ -87,7 +87,7 @@ def test_every_kind_of_picture_is_verified(tiny_run, tmp_path, given, kind, caps
     assert settings_of(request).items() <= settings.items()
     if named:
         assert sample.main(["--run", str(tiny_run), "--verify", paths[0]]) == 1
-        assert "was made from the picture 'INIT.png'" in capsys.readouterr().err
+        assert "was made from the image 'INIT.png'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +137,35 @@ def test_a_changed_pixel_or_setting_is_found(tiny_run, tmp_path, picture, capsys
     settings = parameters(picture)
     code, said = verify(tiny_run, rewritten(picture, tmp_path / "b.png", {**settings, "seed": 1}), capsys)
     assert code == 1 and "values differ" in said
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "c.png", {**settings, "eta": 0}), capsys)
+    changed = {**settings, "options": {**settings["options"], "eta": 0}}
+    code, said = verify(tiny_run, rewritten(picture, tmp_path / "c.png", changed), capsys)
     assert code == 1 and "the pixels are but not the file" in said  # 0 in place of 0.0
 
 
+@pytest.mark.parametrize("flags", [
+    [], ["--sampler", "heun"], ["--sampler", "euler_ancestral"], ["--set", "eta=0.5"],
+    ["--sampler", "unipc", "--set", "order=3"]])
+def test_images_of_older_versions_are_verified(tiny_run, tmp_path, capsys, flags):
+    """They hold three options for every sampler; a change of one is found as one of any other setting."""
+    made = draw(tiny_run, tmp_path, PROMPT, *flags)["00000_a-small-red-star_seed0.png"]
+    settings = parameters(made)
+    chosen = dict(text.split("=") for text in flags if "=" in text)
+    del settings["options"]
+    settings |= {"eta": float(chosen.get("eta", 0.0)), "order": int(chosen.get("order", 2)), "clean_end": True}
+    code, said = verify(tiny_run, rewritten(made, tmp_path / "older.png", settings), capsys)
+    assert code == 0 and ": equal, " in said
+    code, said = verify(tiny_run, rewritten(made, tmp_path / "seed.png", {**settings, "seed": 1}), capsys)
+    assert code == 1 and "values differ" in said
+    code, said = verify(tiny_run, rewritten(made, tmp_path / "int.png", {**settings, "clean_end": 1}), capsys)
+    assert code == 1
+    del settings["order"]
+    code, said = verify(tiny_run, rewritten(made, tmp_path / "part.png", settings), capsys)
+    assert code == 1 and "missing key 'order'" in said
+
+
 @pytest.mark.parametrize("change, message", [
+    ({"options": {"eta": 0.5, "order": 2}}, "options.order: the sampler ddim has no such option"),
+    ({"options": {"eta": "much"}}, "options.eta: value 'much'; valid: 0 .. 1"),
     ({"weights": {"denoiser": "0" * 16}}, "was made with other weights than those in"),
     ({"steps": "many"}, "steps: got 'many'; valid: a whole number"), ({"steps": None}, "steps"),
     ({"seed": -1}, "seed: value -1"),
@@ -171,6 +195,6 @@ def test_what_cannot_be_verified_says_why(tiny_run, tmp_path, picture, capsys, g
     assert code == 1 and "was not made with --init" in said
     edited = draw(tiny_run, tmp_path / "out", PROMPT, "--init", given["INIT"])["00000_a-small-red-star_seed0.png"]
     code, said = verify(tiny_run, edited, capsys, "--init", given["MASK"])
-    assert code == 1 and "was made from another picture" in said
+    assert code == 1 and "was made from another image" in said
     assert sample.main(["--run", str(tiny_run), "--verify", given["TEXT"], str(picture)]) == 1  # the good one too
     assert "equal" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """X/Y grids over any two parameters, and settings by name."""
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,21 +8,22 @@ import torch
 from sample_calls import PROMPT, draw, parameters, pixels
 
 import sample
+from diffusion.samplers import SAMPLERS
 from files.config import to_dict
 from files.sheets import PAPER, axes_grid
 from pipeline.loading import load_run
-from pipeline.system import TextToImage
+from pipeline.system import TextToImage, with_options
 from sampling.request import (
     AXES,
     SETTINGS,
     Request,
-    crossed,
-    described,
+    cross,
+    describe,
     parse_axis,
     request_of,
     settings_of,
+    value_text,
     with_settings,
-    written,
 )
 
 
@@ -58,26 +60,33 @@ def test_xy_over_other_parameters(tiny_run, tmp_path, axes, cells):
             for file, path in files.items() if file != "xy.png"] == cells
 
 
+# another value of every option, and a sampler that has it
+OPTIONS = {"eta": ("ddim", "0.5"), "clean_end": ("pndm", "false"), "variance": ("ddpm", "large"),
+           "repeats": ("ddpm", "2"), "order": ("unipc", "1"), "sigma_data": ("lcm", "0.25"),
+           "timestep_scaling": ("lcm", "1")}
+
+
 def test_every_axis_changes_its_parameter(system):
-    base = Request(PROMPT, 0, system.config.sampling, strength=0.5)
     values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
-              "negative": "c", "chunks": "2", "spacing": "leading", "eta": "0.5", "order": "1", "offset": "1",
-              "clean_end": "false", "method": "apg", "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25",
-              "apg_norm": "5", "apg_momentum": "-0.25", "zero_init": "0.1", "threshold": "0.9",
-              "threshold_limit": "3"}
+              "negative": "c", "chunks": "2", "spacing": "leading", "offset": "1", "method": "apg",
+              "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25", "apg_norm": "5", "apg_momentum": "-0.25",
+              "zero_init": "0.1", "threshold": "0.9", "threshold_limit": "3",
+              **{name: value for name, (_, value) in OPTIONS.items()}}
     assert values.keys() == AXES.keys()
-    fields_of_settings = {*to_dict(base.config), *to_dict(base.config.guidance), "prompt", "negative", "seed",
-                          "strength", "chunks", "guidance"} - {"scale"}
-    assert values.keys() == fields_of_settings  # nothing that decides a picture of one call is left out
+    base = Request(PROMPT, 0, system.config.sampling, strength=0.5)
+    fields_of_settings = {*to_dict(base.config), *to_dict(base.config.guidance), *OPTIONS, "prompt", "negative", "seed",
+                          "strength", "chunks", "guidance"} - {"scale", "options"}
+    assert values.keys() == fields_of_settings  # nothing that decides an image of one call is left out
     for name, value in values.items():
+        start = replace(base, config=with_options(base.config, OPTIONS.get(name, ("ddim", ""))[0]))
         axis = parse_axis(f"{name}={value}")
-        [request] = crossed(base, [axis])
-        assert request != base and written(value_of(request, name)) == value
+        [request] = cross(start, [axis])
+        assert request != start and value_text(value_of(request, name)) == value
         assert axis.labels == [value if name == "prompt" else f"{name} {value}"]
         assert request_of(settings_of(request)) == request
         if name in SETTINGS:
-            assert with_settings(base.config, [f"{name}={value}"]) == request.config
-            assert described(request.config)[name] == f"{name} {value}"
+            assert with_settings(start.config, [f"{name}={value}"]) == request.config
+            assert describe(request.config)[name] == f"{name} {value}"
     assert parse_axis("interval=off,0.2:inf").values == (None, (0.2, math.inf))
 
 
@@ -85,8 +94,42 @@ def value_of(request: Request, name: str):
     """What a request has for one parameter."""
     if name == "guidance":
         return request.config.guidance.scale
+    if name in OPTIONS:
+        return request.config.complete_options[name]
     return getattr(next(part for part in (request, request.config, request.config.guidance) if hasattr(part, name)),
                    name)
+
+
+@pytest.mark.parametrize("sampler, name", [
+    (sampler, name) for sampler in SAMPLERS for name in SAMPLERS[sampler].options])
+def test_every_option_reaches_the_image_its_metadata_and_verify(tiny_run, tmp_path, sampler, name):
+    """From --set: another image, unless there is nothing for the option to change; and the same one from --xy."""
+    value = OPTIONS[name][1]
+    flags = [PROMPT, "--sampler", sampler, "--steps", "4", "--exact"]
+    file = "00000_a-small-red-star_seed0.png"
+    plain = draw(tiny_run, tmp_path / "plain", *flags)[file]
+    made = draw(tiny_run, tmp_path / "set", *flags, "--set", f"{name}={value}")[file]
+    assert (pixels(plain) != pixels(made)).any()
+    stored = parameters(made)["options"]
+    assert stored == {**parameters(plain)["options"], name: SETTINGS[name](value)}
+    assert stored.keys() == SAMPLERS[sampler].options.keys()
+    assert draw(tiny_run, tmp_path / "xy", *flags, "--xy", f"{name}={value}")[file].read_bytes() == made.read_bytes()
+    assert sample.main(["--run", str(tiny_run), "--verify", str(made)]) == 0
+
+
+def test_the_sampler_of_a_cell_is_set_before_its_options(system):
+    """In either order of the axes, and for --set; an option that is not the new sampler's stays behind."""
+    base = Request(PROMPT, 0, system.config.sampling)
+    axes = [parse_axis("sampler=unipc,dpm_solver_multistep"), parse_axis("order=1,3")]
+    for pair in (axes, axes[::-1]):
+        assert {(r.config.sampler, r.config.complete_options["order"]) for r in cross(base, pair)} == {
+            (sampler, order) for sampler in ("unipc", "dpm_solver_multistep") for order in (1, 3)}
+    assert [r.config.options for r in cross(base, axes[:1], ["order=3"])] == [{"order": 3}] * 2
+    with pytest.raises(ValueError, match="options.order: the sampler ddim has no such option; valid: eta, clean_end"):
+        cross(base, [parse_axis("sampler=unipc,ddim")], ["order=3"])
+    noisy = replace(base, config=with_settings(base.config, ["eta=0.5", "clean_end=false"]))
+    assert [r.config.options for r in cross(noisy, [parse_axis("sampler=ddim,pndm,heun")])] == [
+        {"eta": 0.5, "clean_end": False}, {"clean_end": False}, {}]
 
 
 def test_variants_of_guidance_are_choices_like_others(tiny_run, tmp_path):
@@ -104,7 +147,7 @@ def test_variants_of_guidance_are_choices_like_others(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--set", "steps=5"], "--set steps=5; valid: NAME=VALUE with one of spacing, eta"),
+    (["--set", "steps=5"], "--set steps=5; valid: NAME=VALUE with one of spacing, offset"),
     (["--set", "rescale"], "--set rescale; valid: NAME=VALUE"),
     (["--set", "rescale=much"], "--set rescale=much; valid: a number"),
     (["--set", "interval=1"], "--set interval=1; valid: LOW:HIGH or off"),
@@ -113,6 +156,13 @@ def test_variants_of_guidance_are_choices_like_others(tiny_run, tmp_path):
     (["--set", "spacing=wide"], "spacing: value 'wide'; valid: leading, linspace, trailing"),
     (["--set", "interval=4:1"], "interval: value (4.0, 1.0); valid"),
     (["--set", "zero_init=0.1"], "zero_init: value 0.1 with prediction_type 'v_prediction'"),
+    (["--set", "eta=0.5", "--sampler", "heun"], "options.eta: the sampler heun has no such option; valid: none"),
+    (["--set", "order=3"], "options.order: the sampler ddim has no such option; valid: eta, clean_end"),
+    (["--set", "eta=1.5"], "options.eta: value 1.5; valid: 0 .. 1"),
+    (["--set", "eta=nan"], "options.eta: value nan; valid: 0 .. 1"),
+    (["--sampler", "ddpm", "--set", "variance=medium"], "options.variance: value 'medium'; valid: small, large"),
+    (["--sampler", "ddpm", "--set", "repeats=0"], "options.repeats: value 0; valid: a whole number, 1 .. 100"),
+    (["--xy", "sampler=ddim,heun", "eta=0,1"], "options.eta: the sampler heun has no such option; valid: none"),
     (["--xy", "interval=1,2"], "--xy interval=1,2; valid: LOW:HIGH or off between the commas"),
     (["--xy", "spacing=karras"], "spacing: value 'karras' spaces sigma / alpha"),
 ])

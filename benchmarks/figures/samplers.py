@@ -34,6 +34,7 @@ import torch
 from data.shapes.render import vocabulary
 from data.shapes.shapes import Shapes
 from diffusion.guidance import GuidanceConfig
+from diffusion.samplers import Value
 from diffusion.sampling import SamplingConfig
 from eval.scenes.score import ATTRIBUTES, read_scenes, score_scene
 from files.config import to_dict
@@ -77,23 +78,23 @@ def sampler_study(scale: float) -> Study:
     """Every sampler that does something of its own on this schedule, over steps. `euler` is `ddim` and
     `euler_ancestral` is `ddpm` (tests/test_samplers.py); the flow samplers need a flow."""
     guidance = GuidanceConfig(scale=scale)
-    kinds = {
-        "ddim": ("ddim", 2), "dpm_solver_multistep, order 2": ("dpm_solver_multistep", 2),
-        "ddpm": ("ddpm", 2), "heun": ("heun", 2), "unipc, order 2": ("unipc", 2),
-        "dpm_solver_sde, order 2": ("dpm_solver_sde", 2),
-        "dpm_solver_singlestep, order 2": ("dpm_solver_singlestep", 2), "pndm": ("pndm", 2),
-        "dpm_solver_multistep, order 3": ("dpm_solver_multistep", 3), "lcm": ("lcm", 2),
+    kinds: dict[str, tuple[str, dict[str, Value]]] = {
+        "ddim": ("ddim", {}), "dpm_solver_multistep, order 2": ("dpm_solver_multistep", {"order": 2}),
+        "ddpm": ("ddpm", {}), "heun": ("heun", {}), "unipc, order 2": ("unipc", {"order": 2}),
+        "dpm_solver_sde, order 2": ("dpm_solver_sde", {"order": 2}),
+        "dpm_solver_singlestep, order 2": ("dpm_solver_singlestep", {"order": 2}), "pndm": ("pndm", {}),
+        "dpm_solver_multistep, order 3": ("dpm_solver_multistep", {"order": 3}), "lcm": ("lcm", {}),
     }
     study = Study("sampler", "sampler calls of the network a picture", Point("ddim", SamplingConfig(
         "ddim", 25, guidance=guidance)))
     for n, turn in ((10, 0), (4, 0), (6, 2), (25, 4), (15, 5), (50, 6)):
-        for name, (sampler, order) in kinds.items():
+        for name, (sampler, options) in kinds.items():
             if n == 50 and name not in ("ddim", "ddpm", "dpm_solver_sde, order 2"):
                 continue
             if name == "lcm" and n in (15, 6):
                 continue
             steps = (n + 1) // 2 if name == "heun" else n  # heun calls twice a step
-            point = Point(name, SamplingConfig(sampler, steps, order=order, guidance=guidance), turn=turn)
+            point = Point(name, SamplingConfig(sampler, steps, options=options, guidance=guidance), turn=turn)
             study.points.append(point)
             if n == 10:
                 study.shown[f"{name}, {steps} steps"] = point

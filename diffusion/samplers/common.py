@@ -10,11 +10,12 @@ that carries x_T (B, C, H, W) along falling times to x_0, in fp32 or wider.
     timesteps        falling times of `schedule`, any iterable (wrap it to show progress)
     noise            returns a fresh draw (B, C, H, W) at each call; deterministic samplers ignore it
     trace            a list that receives the predicted x_0 of every step, or None
+    options          what this sampler alone reads, declared in its signature (`options.py`)
 
 Coefficients are Python floats and nothing is read back from the device. Gradients follow the caller's mode.
 
 Letters in all sampler files: t the present time, s the next one (None for the end, x_0 itself), lambda half the log
-SNR, log(alpha / sigma), which rises from noise to picture, h the step in lambda.
+SNR, log(alpha / sigma), which rises from noise to image, h the step in lambda.
 """
 
 import math
@@ -30,10 +31,9 @@ from diffusion.schedule import Schedule
 
 Noise = Callable[[], Tensor]
 Times = Iterable[float]
-Sampler = Callable[..., Tensor]
 
-__all__ = ["Denoise", "Noise", "Sampler", "Times", "ddim_step", "half_log_snr", "initial_state", "level", "predict",
-           "required", "steps", "steps_left"]
+__all__ = ["Denoise", "Noise", "Times", "ddim_step", "half_log_snr", "initial_state", "level", "predict",
+           "require_noise", "time_pairs", "time_pairs_left"]
 
 
 def predict(denoise: Denoise, x: Tensor, t: float) -> Tensor:
@@ -51,14 +51,14 @@ def initial_state(x_T: Tensor) -> Tensor:
     return x_T.to(torch.promote_types(x_T.dtype, torch.float32))
 
 
-def steps(timesteps: Times) -> Iterator[tuple[float, float | None]]:
+def time_pairs(timesteps: Times) -> Iterator[tuple[float, float | None]]:
     """Pairs (t, s) of a time and the next one, None after the last. Raises ValueError if the times do not fall."""
-    return ((t, s) for t, s, _ in steps_left(timesteps, 1))
+    return ((t, s) for t, s, _ in time_pairs_left(timesteps, 1))
 
 
-def steps_left(timesteps: Times, ahead: int = 2) -> Iterator[tuple[float, float | None, int]]:
-    """As `steps`, with the number of steps left, this one included, at most ahead + 1. Only `ahead` times are taken
-    before they are used, so that a progress bar around the times keeps its meaning."""
+def time_pairs_left(timesteps: Times, ahead: int = 2) -> Iterator[tuple[float, float | None, int]]:
+    """As `time_pairs`, with the number of steps left, this one included, at most ahead + 1. Only `ahead` times are
+    taken before they are used, so that a progress bar around the times keeps its meaning."""
     times = iter(timesteps)
     window = deque(islice(times, ahead + 1))
     if not window:
@@ -94,7 +94,7 @@ def ddim_step(x: Tensor, eps: Tensor, level_t: tuple[float, float], level_s: tup
     return (alpha_s / alpha_t) * x + (sigma_s - alpha_s * sigma_t / alpha_t) * eps
 
 
-def required(noise: Noise | None, name: str) -> Noise:
+def require_noise(noise: Noise | None, name: str) -> Noise:
     """`noise`, or ValueError for a stochastic sampler that got none."""
     if noise is None:
         raise ValueError(f"noise: value None; valid: a callable drawing (B, C, H, W), {name} adds noise at every step")

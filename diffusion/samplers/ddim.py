@@ -14,11 +14,13 @@ is a sum of squares: computed so, it cannot fall below 0 by rounding, and keeps 
 """
 
 import math
+from typing import Annotated
 
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, required, steps
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, require_noise, time_pairs
+from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
 
@@ -31,19 +33,15 @@ def ddim(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    eta: float = 0.0,
-    clean_end: bool = True,
+    eta: Annotated[float, Option("Share of fresh noise: 0 is deterministic, 1 is `ddpm`.", 0.0, 1.0)] = 0.0,
+    clean_end: Annotated[bool, Option("False ends at the noise level of time 0, as Stable Diffusion was published, "
+                                      "and not at x_0.")] = True,
 ) -> Tensor:
-    """x_0 (B, C, H, W); arguments as in `samplers.common`. eta in 0 .. 1 needs `noise` when it is not 0.
-
-    clean_end: False ends at the level of time 0 instead of x_0, as Stable Diffusion was published.
-    """
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. An eta above 0 needs `noise`."""
     check_prediction_type(schedule, prediction_type)
-    if not 0.0 <= eta <= 1.0:
-        raise ValueError(f"eta: value {eta}; valid: 0 (deterministic) .. 1 (ddpm)")
-    draw = required(noise, "ddim with eta > 0") if eta > 0.0 else None
+    draw = require_noise(noise, "ddim with eta > 0") if eta > 0.0 else None
     x = initial_state(x_T)
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = level(schedule, t), level(schedule, s, clean_end)
         prediction = predict(denoise, x, t)
         x_0 = x_0_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)

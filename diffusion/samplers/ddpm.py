@@ -9,12 +9,13 @@ and the network's x_0 stands in for the true one. At alpha_t = 0 everything stay
 """
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, required, steps
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, require_noise, time_pairs
+from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
 
@@ -27,25 +28,23 @@ def ddpm(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    variance: Literal["small", "large"] = "small",
-    repeats: int = 1,
+    variance: Annotated[Literal["small", "large"], Option(
+        "Noise of a step: that of the reversal when x_0 is known, or all that the chain adds there.")] = "small",
+    repeats: Annotated[int, Option(
+        "Times that each step but the last is taken, so that inpainting settles to what is kept.", 1, 100)] = 1,
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`.
 
     variance: "small" is the variance of the reversal above (exact if x_0 is a point), "large" is b itself (exact if
     x_0 is standard normal); Ho et al. 2020, section 3.2. The last step adds no noise.
     repeats: times that each step but the last is taken, going back up the chain in between, at that many times the
-    cost. With `tasks.InpaintingDenoiser` that lets the painted part settle to what is kept (Lugmayr et al. 2022,
+    cost. With `editing.InpaintingDenoiser` that lets the painted part settle to what is kept (Lugmayr et al. 2022,
     "RePaint", algorithm 1); a plain network gains nothing from it.
     """
     check_prediction_type(schedule, prediction_type)
-    if variance not in ("small", "large"):
-        raise ValueError(f"variance: value {variance!r}; valid: small, large")
-    if repeats < 1:
-        raise ValueError(f"repeats: value {repeats}; valid: 1 or more")
-    draw = required(noise, "ddpm")
+    draw = require_noise(noise, "ddpm")
     x = initial_state(x_T)
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         (alpha_t, sigma_t), (alpha_s, sigma_s) = level(schedule, t), level(schedule, s)
         a = alpha_t / alpha_s
         b = sigma_t**2 - a**2 * sigma_s**2

@@ -18,6 +18,7 @@ constant x_0. The step to x_0 is first order as well.
 """
 
 import math
+from typing import Annotated
 
 from torch import Tensor
 
@@ -30,14 +31,16 @@ from diffusion.samplers.common import (
     initial_state,
     level,
     predict,
-    required,
-    steps,
-    steps_left,
+    require_noise,
+    time_pairs,
+    time_pairs_left,
 )
+from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
 Level = tuple[float, float]
 Point = tuple[float, Tensor]  # (lambda, predicted x_0)
+Order = Annotated[int, Option("Order of the method: the number of predictions that a step combines.", 1, 3)]
 
 
 def dpm_solver_multistep(
@@ -49,7 +52,7 @@ def dpm_solver_multistep(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    order: int = 2,
+    order: Order = 2,
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`. DPM-Solver++(1M, 2M, 3M), one network call a step."""
     return multistep(denoise, x_T, timesteps, schedule, prediction_type, None, trace, order)
@@ -64,10 +67,10 @@ def dpm_solver_sde(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    order: int = 2,
+    order: Order = 2,
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`. SDE-DPM-Solver++(1M, 2M, 3M), one network call a step."""
-    draw = required(noise, "dpm_solver_sde")
+    draw = require_noise(noise, "dpm_solver_sde")
     return multistep(denoise, x_T, timesteps, schedule, prediction_type, draw, trace, order)
 
 
@@ -83,10 +86,9 @@ def multistep(
 ) -> Tensor:
     """The loop of both multistep forms; `draw` makes it the SDE."""
     check_prediction_type(schedule, prediction_type)
-    check_order(order)
     x = initial_state(x_T)
     history: list[Point] = []  # newest first
-    for i, (t, s, left) in enumerate(steps_left(timesteps)):
+    for i, (t, s, left) in enumerate(time_pairs_left(timesteps)):
         here, there = level(schedule, t), level(schedule, s)
         x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
         if trace is not None:
@@ -141,7 +143,7 @@ def dpm_solver_singlestep(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    order: int = 2,
+    order: Order = 2,
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`. DPM-Solver++(2S, 3S), one network call a time.
 
@@ -150,11 +152,10 @@ def dpm_solver_singlestep(
     thirds of the group in lambda, as on the "exponential" grid; elsewhere the method is of order 2.
     """
     check_prediction_type(schedule, prediction_type)
-    check_order(order)
     x = initial_state(x_T)
     group: list[Point] = []  # since the start of the group, oldest first
     start, start_level = x, (1.0, 0.0)
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s)
         x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
         if trace is not None:
@@ -181,9 +182,3 @@ def singlestep_update(start: Tensor, group: list[Point], here: Level, there: Lev
     D1 = (h / (lambda_r - lambda_t)) * (x_0_r - D0)
     # Lu et al. 2022, algorithm 1 for order 2; Lu et al. 2022 (DPM-Solver), algorithm 2 for order 3, for x_0
     return x_s + (alpha_s * (0.5 * w_0 if len(group) == 2 else w_1)) * D1
-
-
-def check_order(order: int) -> None:
-    """Raises ValueError for an order that does not exist."""
-    if order not in (1, 2, 3):
-        raise ValueError(f"order: value {order}; valid: 1, 2, 3")

@@ -14,10 +14,13 @@ and alpha_next s_up is the standard deviation of the DDPM step: DDIM with eta = 
 people look for them, and the code is shared because the method is. What differs elsewhere is the grid of times.
 """
 
+from typing import Annotated
+
 from torch import Tensor
 
 from diffusion.samplers.common import Denoise, Noise, Times
 from diffusion.samplers.ddim import ddim
+from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
 
@@ -44,7 +47,7 @@ def euler_ancestral(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    eta: float = 1.0,
+    eta: Annotated[float, Option("Share of fresh noise: 0 is `euler`, 1 is the original.", 0.0, 1.0)] = 1.0,
 ) -> Tensor:
-    """x_0 (B, C, H, W); arguments as in `samplers.common`. eta scales the noise that is added, 1 in the original."""
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. One network call a step."""
     return ddim(denoise, x_T, timesteps, schedule, prediction_type, noise, trace=trace, eta=eta)

@@ -1,6 +1,6 @@
 """Euler and Heun on straight paths: flow matching. Lipman et al. 2023; Liu et al. 2023 (rectified flow).
 
-With alpha_t = 1 - t and sigma_t = t the path from noise to picture has velocity dx/dt = eps - x_0, which is what a flow
+With alpha_t = 1 - t and sigma_t = t the path from noise to image has velocity dx/dt = eps - x_0, which is what a flow
 model predicts. Euler is x_s = x_t + (s - t) velocity; Heun repeats that with the mean of the velocities at both ends.
 A path that is straight is followed exactly by one step, which is what training for straightness buys. Euler here equals
 `euler.py`; Heun differs from `heun.py` because it averages the velocity in t and not eps in sigma / alpha.
@@ -9,7 +9,7 @@ A path that is straight is followed exactly by one step, which is what training 
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, velocity_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, steps
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, time_pairs
 from diffusion.schedule import Schedule
 
 
@@ -57,7 +57,7 @@ def flow(
         raise ValueError(f"schedule: kind {schedule.config.kind!r} has no straight paths; valid for flow_euler and "
                          "flow_heun: flow (euler and heun take any)")
     x = initial_state(x_T)
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         velocity = velocity_from_prediction(predict(denoise, x, t), x, *level(schedule, t), prediction_type)
         if trace is not None:
             trace.append(x - t * velocity)

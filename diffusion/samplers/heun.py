@@ -10,7 +10,7 @@ From pure noise (alpha = 0) s is infinite and the mean of two slopes means nothi
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, predict, steps
+from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, predict, time_pairs
 from diffusion.schedule import Schedule
 
 
@@ -27,7 +27,7 @@ def heun(
     """x_0 (B, C, H, W); arguments as in `samplers.common`. 2 n - 1 network calls for n times."""
     check_prediction_type(schedule, prediction_type)
     x = initial_state(x_T)
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s)
         prediction = predict(denoise, x, t)
         x_0 = x_0_from_prediction(prediction, x, *here, prediction_type)

@@ -1,6 +1,6 @@
 """Multistep sampling of a consistency model. Song et al. 2023, algorithm 1; Luo et al. 2023 (LCM).
 
-A consistency model maps any point of a trajectory straight to its start, so one call gives a picture. More calls
+A consistency model maps any point of a trajectory straight to its start, so one call gives an image. More calls
 improve it: noise the result to the next level and map again,
 
     x_s = alpha_s f(x_t, t) + sigma_s z
@@ -9,13 +9,16 @@ The boundary condition f(x, 0) = x is built in through f = c_skip x_t + c_out x_
 
     c_skip = d^2 / (d^2 + (k t)^2)        c_out = k t / sqrt(d^2 + (k t)^2)        d = 0.5, k = 10
 
-Made for a distilled network; an ordinary one gives blurred pictures, since its x_0 is an average.
+Made for a distilled network; an ordinary one gives blurred images, since its x_0 is an average.
 """
+
+from typing import Annotated
 
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, required, steps
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, require_noise, time_pairs
+from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
 
@@ -28,15 +31,17 @@ def lcm(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    sigma_data: float = 0.5,
-    timestep_scaling: float = 10.0,
+    sigma_data: Annotated[float, Option(
+        "d of the boundary condition: how far from the start x_t itself still counts.", 0.001, 100.0)] = 0.5,
+    timestep_scaling: Annotated[float, Option(
+        "k of the boundary condition: how fast it gives way to the predicted x_0 with time.", 0.001, 1000.0)] = 10.0,
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`. sigma_data, timestep_scaling: d and k above; k counts in
     times of 0 .. T for a flow too."""
     check_prediction_type(schedule, prediction_type)
-    draw = required(noise, "lcm")
+    draw = require_noise(noise, "lcm")
     x = initial_state(x_T)
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s)
         x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
         scaled = timestep_scaling * t * (schedule.steps if schedule.is_flow else 1)

@@ -11,11 +11,14 @@ Heun's, so n times cost n + 1 network calls. The variant that starts with Runge-
 nine more calls and published models skip it.
 """
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, predict, steps
+from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, predict, time_pairs
+from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
 # Adams-Bashforth weights by length of the history, newest first
@@ -36,16 +39,14 @@ def pndm(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    clean_end: bool = True,
+    clean_end: Annotated[bool, Option("False ends at the noise level of time 0, as Stable Diffusion was published, "
+                                      "and not at x_0.")] = True,
 ) -> Tensor:
-    """x_0 (B, C, H, W); arguments as in `samplers.common`. n + 1 network calls for n times.
-
-    clean_end: False ends at the level of time 0 instead of x_0, as Stable Diffusion was published.
-    """
+    """x_0 (B, C, H, W); arguments as in `samplers.common`. n + 1 network calls for n times."""
     check_prediction_type(schedule, prediction_type)
     x = initial_state(x_T)
     history: list[Tensor] = []  # eps, newest first
-    for t, s in steps(timesteps):
+    for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s, clean_end)
         prediction = predict(denoise, x, t)
         eps = epsilon_from_prediction(prediction, x, *here, prediction_type)

@@ -17,8 +17,17 @@ import torch
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, half_log_snr, initial_state, level, predict, steps_left
-from diffusion.samplers.dpm_solver import Level, Point, check_order
+from diffusion.samplers.common import (
+    Denoise,
+    Noise,
+    Times,
+    half_log_snr,
+    initial_state,
+    level,
+    predict,
+    time_pairs_left,
+)
+from diffusion.samplers.dpm_solver import Level, Order, Point
 from diffusion.schedule import Schedule
 
 
@@ -31,15 +40,14 @@ def unipc(
     noise: Noise | None = None,
     *,
     trace: list | None = None,
-    order: int = 2,
+    order: Order = 2,
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`. UniPC-1 to 3 in the B_2 form, one network call a step."""
     check_prediction_type(schedule, prediction_type)
-    check_order(order)
     x = initial_state(x_T)
     before, before_level = x, (1.0, 0.0)  # state and level that the last step started from
     history: list[Point] = []  # newest first; of the last step until the corrector has run
-    for t, s, left in steps_left(timesteps):
+    for t, s, left in time_pairs_left(timesteps):
         here, there = level(schedule, t), level(schedule, s)
         x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
         if trace is not None:

@@ -1,0 +1,93 @@
+"""The system that a call names, the images that it starts from and the moderation that it asks for, loaded."""
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from files.images import read_mask, read_picture
+from model.device import default_device
+from pipeline.loading import load_pretrained, load_run, load_weaker
+from pipeline.moderation import Moderation, weights_of
+from pipeline.system import TextToImage
+from safety.audit import AuditLog, read_key
+from safety.policy import Mode
+from safety.prompt import DEFAULT
+from sampling.draw import Sources
+
+RUN = "runs/shapes"
+
+
+@dataclass(frozen=True)
+class SystemChoice:
+    """Which system samples: a run folder, or the published checkpoint at the path ``pretrained``.
+
+    tokenizer, prediction: of a single file that does not hold them. weak: a run folder or a state to be the weaker
+    network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles.
+    """
+
+    run: str | None = None
+    pretrained: str | None = None
+    tokenizer: str | None = None
+    prediction: str | None = None
+    weak: str | None = None
+    size: str | None = None
+    tiled: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The folder or file that the system is in."""
+        return Path(self.pretrained or self.run or RUN)
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of ``Sources``: an image to start from, a mask of what is painted, or an image to invert."""
+
+    init: str | None = None
+    mask: str | None = None
+    invert: str | None = None
+    refinements: int | None = None
+
+
+@dataclass(frozen=True)
+class ModerationChoice:
+    """What is done about harm, and by which files. audit: the log and its key."""
+
+    mode: Mode = "block"
+    concepts: str | None = None
+    clip: str | None = None
+    audit: tuple[str, str] | None = None
+
+
+def load_system(choice: SystemChoice) -> TextToImage:
+    """The system that is chosen, with its weaker one, at the size that is chosen. Raises ValueError or OSError naming
+    what is missing, damaged or not valid."""
+    if choice.pretrained:
+        system = load_pretrained(choice.path, default_device(), choice.tokenizer, choice.prediction, None)
+    else:
+        system = load_run(choice.path, default_device(), None)
+    if choice.size is not None:
+        if not (size := re.fullmatch(r"(\d{1,6})(?:x(\d{1,6}))?", choice.size)):
+            raise ValueError(f"--size {choice.size}; valid: N, or HxW, in pixels")
+        system.set_size(int(size[1]), int(size[2] or size[1]))
+    if choice.weak is not None:
+        system.guide = load_weaker(system, choice.weak)
+    system.tiled = choice.tiled
+    return system
+
+
+def read_sources(files: SourceFiles) -> Sources:
+    """The images that a call starts from. Raises ValueError or OSError for a file that is no image."""
+    path = files.init or files.invert
+    return Sources(read_picture(path) if path else None, read_mask(files.mask) if files.mask else None,
+                   files.refinements if files.invert else None)
+
+
+def load_moderation(choice: ModerationChoice, system: SystemChoice) -> Moderation:
+    """The moderation that is chosen. Raises ValueError or OSError for a file that is missing or does not fit."""
+    audit = AuditLog(choice.audit[0], read_key(choice.audit[1])) if choice.audit else None
+    if system.pretrained:  # what comes with weights of others does not decide what may be drawn with them
+        return Moderation.load(choice.mode, DEFAULT, choice.concepts, choice.clip, audit, default_device())
+    if weights_of(system.path) != DEFAULT:
+        print(f"moderation: by {weights_of(system.path)}, not by the weights that are shipped", file=sys.stderr)
+    return Moderation.of_run(system.path, choice.mode, choice.concepts, choice.clip, audit, default_device())
