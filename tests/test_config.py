@@ -220,7 +220,7 @@ def test_the_experiment_round_trips(tiny_config, tmp_path):
 
 
 def test_every_configuration_class_is_frozen_and_holds_plain_types():
-    """What a YAML file can say is what a dataclass can hold: no callables, no class paths, nothing mutable."""
+    """What a YAML file can say is what a dataclass can hold: no callables, no class paths."""
     plain = (int, float, bool, str, type(None))
 
     def check(value, path):

@@ -45,7 +45,7 @@ def test_refused_requests_come_first_and_cost_no_steps(system, moderation):
     gate, settings, steps = gate_of(job, moderation), DrawSettings(batch=1), []
     samples = list(draw_samples(job, gate, settings, lambda: steps.append(1)))
     assert [(sample.number, sample.image is None, sample.stage) for sample in samples] == [
-        (1, True, "prompt"), (0, False, "image"), (2, False, "image")]
+        (1, True, "prompt"), (0, False, "prompt"), (2, False, "prompt")]  # the first of equal decisions
     assert batches_of(job, gate, settings) == [[0], [2]] and len(steps) == step_count(job, gate, settings) == 2 * 3
 
 
