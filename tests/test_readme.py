@@ -31,7 +31,7 @@ def blocks(text: str, kind: str) -> list[str]:
 # ---- the tree
 
 def tree_of(block: str) -> dict[str, set[str]]:
-CLOSED = {"docs/", "tests/"}  # their files have no line of their own: pages have the table of the README
+    """{folder: names listed in it}; "" is the top. Two spaces a level, and a line for each name: "name  what it is"."""
     listed: dict[str, set[str]] = {"": set()}
     folders: list[str] = []
     for line in block.splitlines():
