@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         with processes.main_first():
             run = RunFolder.create(path, to_dict(experiment), lambda data: to_dict(from_dict(Experiment, data)),
                                    processes.main, tuple(STAGES))
-            stack.enter_context(run.locked())
+            stack.enter_context(run.lock())
         run_stages(experiment, run, processes)
 
 

@@ -1,1 +1,1 @@
-"""The ground that everything stands on: whole files, configuration, weights, run folders, images, pages."""
+"""What all other folders build on: atomic files, configuration, weights, run folders, images, pages."""

@@ -1,7 +1,7 @@
 """YAML files and ``key.path=value`` overrides, read strictly into frozen dataclasses.
 
-Every dataclass lives beside the code that reads it; this file only knows how to fill one. An unknown key, a wrong
-type or a value that a dataclass refuses stops the run with the path of the key, the value, and what is valid.
+Every dataclass lives beside the code that uses it; this file only fills them. An unknown key, a wrong type, or a value
+that a dataclass refuses raises ConfigError with the path of the key, the value, and the valid values.
 """
 import dataclasses
 import re
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message names the key, the value and what is valid."""
+    """A configuration that cannot be used; the message names the key, the value and the valid values."""
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, made to refuse a key given twice and to read ``1e-3`` as a number (YAML 1.2)."""
+    """PyYAML's safe loader, which here refuses repeated keys and reads ``1e-3`` as a number (YAML 1.2)."""
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict:
@@ -41,7 +41,7 @@ def _float(loader: _Loader, node: yaml.ScalarNode) -> Any:
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
 _Loader.add_constructor("!exponent", _float)
-# YAML 1.1 reads 1e-3 as a string because it lacks a dot; everybody who writes a learning rate means a number
+# YAML 1.1 reads 1e-3 as a string because it has no dot; in a configuration it is always meant as a number
 _Loader.add_implicit_resolver("!exponent", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
                               list("-+0123456789"))
 
@@ -64,7 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """``data`` with every ``key.path=value`` of the command line set; values are read as YAML."""
+    """A copy of ``data`` with every ``key.path=value`` of ``overrides`` set; values are read as YAML."""
     data = _copy(data)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -121,7 +121,7 @@ def from_dict(cls: type[T], data: Any, path: str = "") -> T:
 
 
 def to_dict(config: Any) -> Any:
-    """Plain YAML data of a dataclass, such that ``from_dict(type(config), to_dict(config)) == config``."""
+    """A dataclass as plain YAML data, such that ``from_dict(type(config), to_dict(config)) == config``."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config) if field.init}
     if isinstance(config, (list, tuple)):
@@ -136,6 +136,7 @@ def _join(path: str, name: Any) -> str:
 
 
 def _describe(hint: Any) -> str:
+    """The values that a type allows, in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
@@ -148,6 +149,7 @@ def _describe(hint: Any) -> str:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    """``value`` as the type ``hint``; raises ConfigError naming ``path`` if it is none of its values."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:

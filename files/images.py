@@ -1,4 +1,4 @@
-"""Pictures in and out: what a call starts from, and PNG files that know how they were made."""
+"""Reading and writing images: input images and masks, and PNG files with the settings that made them."""
 import io
 import json
 import struct
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageOps, PngImagePlugin
 
 from files.whole import whole_file
@@ -17,39 +18,39 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.err
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
-def opened(path: str | Path) -> Image.Image:
-    """The picture in a file, whole and turned upright. Raises FileNotFoundError, or ValueError naming the file."""
+def open_image(path: str | Path) -> Image.Image:
+    """The image in a file, decoded and turned upright. Raises FileNotFoundError, or ValueError naming the file."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no picture {path}")
+        raise FileNotFoundError(f"no image {path}")
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as image:
             warnings.simplefilter("ignore")
-            picture.load()
-            upright = ImageOps.exif_transpose(picture)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
     except UNREADABLE as error:
         reason = " ".join(str(error).split()).replace(str(path), "it")
-        raise ValueError(f"{path} is damaged or no picture: {reason}") from None
+        raise ValueError(f"{path} is damaged or no image: {reason}") from None
     if upright.mode not in MODES:
         raise ValueError(f"{path} has pixels of kind {upright.mode}; valid: 8 bits a channel, grey or RGB")
     return upright
 
 
-def read_picture(path: str | Path) -> torch.Tensor:
-    """uint8 (3, H, W); what is transparent is laid on white."""
-    picture = opened(path)
-    if picture.mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)  # (3, H, W)
+def read_image(path: str | Path) -> torch.Tensor:
+    """The image in a file as uint8 (3, H, W), on white where it is transparent. Raises as ``open_image``."""
+    image = open_image(path)
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
 
 
 def read_mask(path: str | Path) -> torch.Tensor:
-    """bool (H, W), True where the mask is light (128 and above): that is painted, the rest is kept."""
-    return torch.from_numpy(np.array(opened(path).convert("L")) >= 128)
+    """bool (H, W), True where the mask is light (128 or more): these pixels are repainted, the others kept."""
+    return torch.from_numpy(np.array(open_image(path).convert("L")) >= 128)
 
 
 def png_bytes(image: torch.Tensor, settings: dict[str, Any] | None) -> bytes:
-    """uint8 (3, H, W) as a PNG, ``settings`` as JSON in its text field "parameters"; None leaves nothing in it."""
+    """uint8 (3, H, W) as a PNG with ``settings`` as JSON in its text field "parameters"; None writes no field."""
     info = PngImagePlugin.PngInfo()
     if settings is not None:
         info.add_itxt("parameters", json.dumps(settings, ensure_ascii=False, sort_keys=True))
@@ -59,14 +60,14 @@ def png_bytes(image: torch.Tensor, settings: dict[str, Any] | None) -> bytes:
 
 
 def save_bytes(data: bytes, path: Path) -> None:
-    """Write a file, whole or not at all."""
+    """Write ``data``, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 
 
 def parameters_of(path: str | Path) -> dict[str, Any]:
-    """The settings inside a PNG. Raises ValueError for a picture without."""
-    text = opened(path).info.get("parameters")
+    """The settings inside a PNG. Raises ValueError for an image without settings."""
+    text = open_image(path).info.get("parameters")
     if text is None:
         raise ValueError(f"{path} holds no settings: it was written with --no-metadata, by another program, or saved "
                          "again since")

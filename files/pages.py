@@ -1,4 +1,4 @@
-"""HTML pages that open from the disk and need no network: tables, charts, images under their captions."""
+"""HTML pages that need no network: tables, charts, images with captions."""
 import base64
 import html
 import io
@@ -32,22 +32,22 @@ figure{display:inline-block;margin:.4rem 1rem .4rem 0;vertical-align:top}img{max
 .kept{color:#1f7a3f}.broken{color:#c02a22;font-weight:600}figure.missed img{outline:2px solid #d0342c}"""
 
 
-def escaped(text: object) -> str:
-    """Text for HTML; also what no encoding holds, as names of files may."""
+def escape(text: object) -> str:
+    """A text escaped for HTML; surrogates, as in names of files, become backslash escapes."""
     return html.escape(str(text).encode("utf-8", "backslashreplace").decode())
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A page of (heading, HTML) sections."""
-    body = "".join(f"<h2>{escaped(heading)}</h2>\n{content}\n" for heading, content in sections)
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>\n'
-            f"<style>{STYLE}</style></head>\n<body><h1>{escaped(title)}</h1>\n{body}</body></html>\n")
+    """A complete HTML page of (heading, HTML) sections."""
+    body = "".join(f"<h2>{escape(heading)}</h2>\n{content}\n" for heading, content in sections)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>\n'
+            f"<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n{body}</body></html>\n")
 
 
 def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """A table; nothing in it is HTML."""
-    lines = [f"<tr>{''.join(f'<th>{escaped(cell)}</th>' for cell in head)}</tr>"]
-    lines += [f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in row)}</tr>" for row in rows]
+    """An HTML table; its cells are escaped."""
+    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"]
+    lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
     return f"<table>{''.join(lines)}</table>"
 
 
@@ -55,21 +55,21 @@ def markdown_table(text: str) -> str:
     """A Markdown table as HTML. A value stays on one line with its interval."""
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines()
             if line.strip() and not set(line) <= set("|- ")]
-    lines = ["".join(f"<th>{escaped(cell)}</th>" for cell in rows[0])]
-    lines += ["".join(f'<td class="interval">{escaped(cell)}</td>' if INTERVAL.match(cell)
-                      else f"<td>{escaped(cell)}</td>" for cell in row) for row in rows[1:]]
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in rows[0])]
+    lines += ["".join(f'<td class="interval">{escape(cell)}</td>' if INTERVAL.match(cell)
+                      else f"<td>{escape(cell)}</td>" for cell in row) for row in rows[1:]]
     kind = ' class="wide"' if len(rows[0]) >= WIDE else ""
     return f"<table{kind}>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
-def listed(items: Sequence[str], most: int = 200) -> str:
-    """A list, cut after ``most`` entries."""
+def html_list(items: Sequence[str], most: int = 200) -> str:
+    """An HTML list, cut after ``most`` entries; its items are escaped."""
     more = f'<p class="quiet">and {len(items) - most} more</p>' if len(items) > most else ""
-    return f"<ul>{''.join(f'<li>{escaped(item)}</li>' for item in items[:most])}</ul>{more}"
+    return f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in items[:most])}</ul>{more}"
 
 
 def histogram(values: np.ndarray, caption: str, bins: int = 30, marks: Sequence[tuple[float, str]] = ()) -> str:
-    """A chart of counts as inline SVG; ``marks`` are (value, name) of vertical lines."""
+    """A histogram of ``values`` as inline SVG; ``marks`` are the (value, name) of vertical lines."""
     if not len(values):
         return ""
     low, high = float(values.min()), float(values.max())
@@ -87,15 +87,15 @@ def histogram(values: np.ndarray, caption: str, bins: int = 30, marks: Sequence[
         x = (value - edges[0]) / (edges[-1] - edges[0]) * width
         if 0 <= x <= width:
             parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}" stroke="#c33"/>'
-                         f'<text x="{x + 3:.1f}" y="11" font-size="11" fill="#c33">{escaped(name)}</text>')
+                         f'<text x="{x + 3:.1f}" y="11" font-size="11" fill="#c33">{escape(name)}</text>')
     parts.append(f'<text x="0" y="{height + foot - 4}" font-size="11">{low:g}</text><text x="{width}" '
                  f'y="{height + foot - 4}" font-size="11" text-anchor="end">{high:g}</text>')
     return (f'<figure><svg width="{width}" height="{height + foot}" role="img">{"".join(parts)}</svg>'
-            f"<figcaption>{escaped(caption)}; highest bar {counts.max()}, median {np.median(values):g}</figcaption>"
+            f"<figcaption>{escape(caption)}; highest bar {counts.max()}, median {np.median(values):g}</figcaption>"
             "</figure>")
 
 
-def sheet(images: Sequence[np.ndarray], columns: int, cell: int) -> Image.Image:
+def contact_sheet(images: Sequence[np.ndarray], columns: int, cell: int) -> Image.Image:
     """Images uint8 (H, W, 3) beside each other, each within a square of ``cell`` pixels."""
     rows = -(-len(images) // columns)
     result = Image.new("RGB", (columns * (cell + 4), rows * (cell + 4)), "#f2f2f2")
@@ -108,13 +108,13 @@ def sheet(images: Sequence[np.ndarray], columns: int, cell: int) -> Image.Image:
     return result
 
 
-def inline(image: Image.Image, caption: str) -> str:
+def inline_image(image: Image.Image, caption: str) -> str:
     """An image inside the page, with a caption under it."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
     data = base64.b64encode(file.getvalue()).decode()
-    return (f'<figure><img alt="{escaped(caption)}" src="data:image/jpeg;base64,{data}">'
-            f"<figcaption>{escaped(caption)}</figcaption></figure>")
+    return (f'<figure><img alt="{escape(caption)}" src="data:image/jpeg;base64,{data}">'
+            f"<figcaption>{escape(caption)}</figcaption></figure>")
 
 
 def image_figures(images: torch.Tensor, captions: Sequence[str], folder: Path) -> str:
@@ -122,8 +122,8 @@ def image_figures(images: torch.Tensor, captions: Sequence[str], folder: Path) -
     parts = []
     for number, (image, caption) in enumerate(zip(images, captions)):
         source = save_figure(image, folder, number)
-        parts.append(f'<figure><img src="{source}" alt="{escaped(caption)}">'
-                     f"<figcaption>{escaped(caption)}</figcaption></figure>")
+        parts.append(f'<figure><img src="{source}" alt="{escape(caption)}">'
+                     f"<figcaption>{escape(caption)}</figcaption></figure>")
     return f'<div class="images">{"".join(parts)}</div>'
 
 
@@ -138,10 +138,10 @@ def checked_figures(images: torch.Tensor, captions: Sequence[str], marks: Sequen
     for number, (image, caption, promises) in enumerate(zip(images, captions, marks), first):
         source = save_figure(image, folder, number)
         kind = "" if all(kept for _, kept in promises) else ' class="missed"'
-        lines = "".join(f'<li class="kept">&#10003; {escaped(promise)}</li>' if kept
-                        else f'<li class="broken">&#10007; {escaped(promise)}</li>' for promise, kept in promises)
-        parts.append(f'<figure{kind}><figcaption>{escaped(caption)}</figcaption><img src="{source}" '
-                     f'alt="{escaped(caption)}"><ul class="marks">{lines}</ul></figure>')
+        lines = "".join(f'<li class="kept">&#10003; {escape(promise)}</li>' if kept
+                        else f'<li class="broken">&#10007; {escape(promise)}</li>' for promise, kept in promises)
+        parts.append(f'<figure{kind}><figcaption>{escape(caption)}</figcaption><img src="{source}" '
+                     f'alt="{escape(caption)}"><ul class="marks">{lines}</ul></figure>')
     return f'<div class="images checked">{"".join(parts)}</div>'
 
 

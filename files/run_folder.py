@@ -1,4 +1,4 @@
-"""The run folder: everything ``sample.py`` and ``evaluate.py`` need, and what a resume needs.
+"""The run folder: everything that ``sample.py``, ``evaluate.py`` and a resumed training need.
 
     config.yaml manifest.json tokenizer.json *.safetensors metrics.jsonl samples/ report/ state/STAGE/ cache/
 """
@@ -32,7 +32,7 @@ class RunFolder:
     """Paths and records of one run. Use ``create`` to train and ``open`` to sample or evaluate."""
 
     def __init__(self, path: str | Path, main: bool = True):
-        """``main`` False: one of several processes of a run, which reads and writes no records."""
+        """``main`` is False for all but the first process of a run; such processes write no records."""
         self.path, self.main = Path(path), main
         self.metrics = self.path / "metrics.jsonl"
         self.manifest = self.path / "manifest.json"
@@ -41,13 +41,12 @@ class RunFolder:
     def create(cls, path: str | Path, config: dict[str, Any],
                complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True,
                order: Sequence[str] = ()) -> "RunFolder":
-        """The folder of ``config``, new or begun before with the same one; raises ConfigError if it differs.
+        """A new folder for ``config``, or an existing one with the same configuration; else raises ConfigError.
 
-        ``order`` has the names of all stages in the order in which they run.
-
-        ``complete`` fills the defaults of a configuration read back, so that a run outlives a new key. Other ``stages``
-        are no difference: they say what is trained now, and config.yaml lists all that ever were. Nor are the settings
-        of a stage that was not among them before.
+        ``order`` lists the names of all stages in the order in which they run. ``complete`` adds defaults to a
+        configuration that was read back, so that old runs remain valid when a key is added. Two differences are
+        accepted: the list ``stages``, which names the stages to train now (config.yaml lists all that were ever
+        trained), and the settings of a stage that the folder did not have before.
         """
         run = cls(path, main)
         before = run.path / "config.yaml"
@@ -66,7 +65,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """An existing run folder; raises ConfigError when there is none at ``path``."""
+        """An existing run folder; raises ConfigError if there is none at ``path``."""
         run = cls(path)
         if not (run.path / "config.yaml").is_file():
             parent = run.path.parent
@@ -76,17 +75,17 @@ class RunFolder:
         return run
 
     def state(self, stage: str) -> Path:
-        """Where the checkpoints of an unfinished stage lie."""
+        """The folder of the checkpoints of an unfinished stage."""
         return self.path / "state" / stage
 
     def snapshots(self, stage: str) -> Path:
-        """Where the averages of several widths of a stage lie."""
+        """The folder of the weight averages of a stage, of several widths."""
         return self.path / "snapshots" / stage
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Inside, no other program trains into this folder. The lock is the kernel's and ends with the process, however
-        that ends. Raises ConfigError when another one has it."""
+    def lock(self) -> Iterator[None]:
+        """Within this context, no other program trains into the folder. The kernel releases the lock when the process
+        ends, however it ends. Raises ConfigError if another program holds it."""
         if fcntl is None or not self.main:
             yield
             return
@@ -105,38 +104,38 @@ class RunFolder:
             yield
 
     def weights(self, name: str) -> Path:
-        """``NAME.safetensors`` of the run."""
+        """The path of ``NAME.safetensors`` of the run."""
         return self.path / f"{name}.safetensors"
 
     def has(self, *names: str) -> bool:
-        """Whether all of these files are there."""
+        """Whether all of these files exist in the folder."""
         return all((self.path / name).is_file() for name in names)
 
     def require(self, *names: str) -> None:
-        """Raise ConfigError naming the first of these files that is not there."""
+        """Raise ConfigError naming the first of these files that does not exist."""
         for name in names:
             if not self.has(name):
                 raise ConfigError(f"{self.path}: training is not finished, there is no {name} yet; continue it with: "
                                   f"python train.py {self.path / 'config.yaml'} run={self.path}")
 
     def record(self, **values: Any) -> None:
-        """Merge ``values`` into manifest.json, beside what ran: revision, versions, device and command."""
+        """Merge ``values`` into manifest.json, beside the revision, versions, device and command."""
         if self.main:
-            known = {**environment(), **self._known(), **values}
+            known = {**environment(), **self._read_manifest(), **values}
             write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of itself: what ran, on which data, with which configuration."""
+        """The manifest and the configuration, which a checkpoint stores to describe its origin."""
         config = self.path / "config.yaml"
-        return {"manifest": {**self._known(), **environment()},
+        return {"manifest": {**self._read_manifest(), **environment()},
                 "config": read_yaml(config) if config.exists() else None}
 
-    def _known(self) -> dict[str, Any]:
+    def _read_manifest(self) -> dict[str, Any]:
         return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line cut by a crash is left out."""
+    """The rows of metrics.jsonl; an incomplete last line, as a crash leaves it, is skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -148,7 +147,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @functools.lru_cache(maxsize=None)
 def environment() -> dict[str, Any]:
-    """What a figure depends on besides the configuration: code revision, library versions, device, command, time."""
+    """What results depend on besides the configuration: code revision, library versions, device, command, time."""
     try:
         here = Path(__file__).parent
         revision = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True,
@@ -168,7 +167,7 @@ def environment() -> dict[str, Any]:
 
 def _with_stages(known: dict[str, Any], config: dict[str, Any],
                  order: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configurations with the stages of both; what is new of a stage that ``known`` did not have is taken over."""
+    """Both configurations with the stages of both; ``known`` takes over the settings of stages that it did not have."""
     ours, new = known.get("stages", ()), config.get("stages", ())
     stages = [stage for stage in order or dict.fromkeys((*ours, *new)) if stage in (*ours, *new)]
     late = {stage: config[stage] for stage in new if stage not in ours and stage in config}
@@ -176,6 +175,7 @@ def _with_stages(known: dict[str, Any], config: dict[str, Any],
 
 
 def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """One line for each key whose values differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [line for key in keys

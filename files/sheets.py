@@ -16,7 +16,7 @@ def grid(images: torch.Tensor, labels: list[str] | None = None, columns: int = 8
          title: str = "") -> Image.Image:
     """Images (B, 3, H, W) in rows of ``columns``, enlarged to about ``cell`` pixels, each label under its own.
 
-    Enlarging is by whole factors without smoothing, so that what is seen is what was made.
+    Images are enlarged by whole factors without smoothing, so that the grid shows their actual pixels.
     """
     if labels is not None and len(labels) != len(images):
         raise ValueError(f"{len(labels)} labels for {len(images)} images")
@@ -70,7 +70,7 @@ def axes_grid(images: torch.Tensor, columns: list[str], rows: list[str], cell: i
     return sheet
 
 
-def heated(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+def heat_overlay(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
     """An image uint8 (3, H, W) in grey under a map (h, w) of any range: black, red, yellow, white from its lowest to
     its highest value."""
     low, high = heat.min(), heat.max()

@@ -1,4 +1,4 @@
-"""Weights as safetensors files, written whole or not at all. No pickle is ever executed."""
+"""Weights as safetensors files, written whole or not at all. No pickle is ever loaded."""
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ LISTED = 20  # tensors that a message names; a file of another network differs i
 
 
 class CheckpointError(ValueError):
-    """A file of weights or state that cannot be used; the message names it."""
+    """A file of weights or training state that cannot be used; the message names it."""
 
 
 def save_weights(module: nn.Module, path: str | Path, metadata: dict[str, str] | None = None) -> None:
-    """Write every parameter and buffer of ``module`` as safetensors, in plain memory order."""
+    """Write all parameters and buffers of ``module`` as safetensors. Raises CheckpointError if that fails."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
     try:
         with whole_file(path) as temporary:
@@ -30,7 +30,7 @@ def save_weights(module: nn.Module, path: str | Path, metadata: dict[str, str] |
 
 
 def free_space(path: str | Path) -> str:
-    """How much room there is where ``path`` lies, in words."""
+    """The free space on the disk of ``path``, in words."""
     return f"{shutil.disk_usage(Path(path).parent).free / 1e6:.0f} MB free on that disk"
 
 

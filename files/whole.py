@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, a lock between processes, and hashes."""
+"""Atomic writing of files, a lock between processes, and hashes."""
 import contextlib
 import hashlib
 import os
@@ -13,7 +13,7 @@ except ImportError:  # not a POSIX system: there is no such lock
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; when the block ends without an error it becomes ``path`` in one step."""
+    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -38,8 +38,8 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` while the block runs; other processes wait. The system frees it if this one dies."""
+def lock_file(path: Path) -> Iterator[None]:
+    """Hold a lock on the file ``path`` while the block runs; other processes wait. It is freed if this one dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         if fcntl is not None:
@@ -57,6 +57,6 @@ def sha256_of(path: str | Path) -> str:
 
 
 def unit_hash(*parts: str) -> float:
-    """A hash of the parts as a number in [0, 1)."""
+    """A hash of the parts as a number that is uniform in [0, 1)."""
     digest = hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.images import read_mask, read_picture
+from files.images import read_mask, read_image
 from model.device import default_device
 from pipeline.loading import load_pretrained, load_run, load_weaker
 from pipeline.moderation import Moderation, weights_of
@@ -79,7 +79,7 @@ def load_system(choice: SystemChoice) -> TextToImage:
 def read_sources(files: SourceFiles) -> Sources:
     """The images that a call starts from. Raises ValueError or OSError for a file that is no image."""
     path = files.init or files.invert
-    return Sources(read_picture(path) if path else None, read_mask(files.mask) if files.mask else None,
+    return Sources(read_image(path) if path else None, read_mask(files.mask) if files.mask else None,
                    files.refinements if files.invert else None)
 
 

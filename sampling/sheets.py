@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from files.sheets import axes_grid, grid, heated, save_gif, save_grid, save_sheet
+from files.sheets import axes_grid, grid, heat_overlay, save_gif, save_grid, save_sheet
 from sampling.request import Axis, Request, describe, parse_axis
 
 REFUSED = "refused"
@@ -21,7 +21,7 @@ def save_frames(frames: torch.Tensor, labels: list[str], path: Path) -> None:
 def save_attention(words: dict[int, str], heat: torch.Tensor, image: torch.Tensor, path: Path) -> None:
     """The image uint8 (3, H, W) and, for each of the ``words`` by its place among the tokens, the share of attention
     (L, h, w) that it has at each pixel."""
-    cells = torch.stack([image, *(heated(image, heat[place]) for place in words)])
+    cells = torch.stack([image, *(heat_overlay(image, heat[place]) for place in words)])
     save_grid(cells, path.with_name(f"{path.stem}_attention.png"), ["", *words.values()], columns=min(8, len(cells)))
 
 

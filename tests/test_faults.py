@@ -189,13 +189,13 @@ def test_a_checkpoint_says_what_it_is_of(tiny_run):
 def test_two_programs_do_not_train_into_one_folder(tiny_config, tmp_path):
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    with run.locked():
+    with run.lock():
         with pytest.raises(ConfigError) as caught:
-            with RunFolder(tmp_path / "run").locked():
+            with RunFolder(tmp_path / "run").lock():
                 pass
     said = str(caught.value)
     assert "\n" not in said and f"process {os.getpid()} on " in said and "is being trained by another program" in said
-    with RunFolder(tmp_path / "run").locked():
+    with RunFolder(tmp_path / "run").lock():
         pass  # free again
 
 
@@ -214,7 +214,7 @@ def test_the_lock_ends_with_the_process_however_that_ends(tiny_config, tmp_path)
     finally:
         process.kill()
         process.wait()
-    with RunFolder(run).locked():
+    with RunFolder(run).lock():
         pass
 
 

@@ -1,4 +1,4 @@
-"""Pages of results in a real browser: opened from disk without a network, every picture is drawn and nothing is said
+"""Pages of results in a real browser: opened from disk without a network, every image is drawn and nothing is said
 on the console. Runs where Chromium is installed (Debian: the package chromium)."""
 import re
 import shutil

@@ -13,7 +13,7 @@ import pytest
 import torch
 from clip_vocabulary import write_vocabulary
 
-from files.images import read_picture
+from files.images import read_image
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -107,6 +107,6 @@ def test_a_full_size_model_is_sampled_within_its_memory(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nfull size: {weights / 2**30:.2f} GiB of weights, {seconds:.0f} s, peak {peak / 2**30:.2f} GiB")
     assert code == 0, said
-    picture = read_picture(out / "00000_a-photo-of-a-small-red-star_seed0.png")
+    picture = read_image(out / "00000_a-photo-of-a-small-red-star_seed0.png")
     assert picture.shape == (3, 256, 256) and picture.float().std() > 1
     assert 4 * SIZES["unet"] < peak <= LIMIT

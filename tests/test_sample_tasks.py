@@ -10,8 +10,8 @@ from sample_calls import PROMPT, draw, given_pictures, parameters, pixels
 import sample
 from diffusion.editing import slerp
 from diffusion.noise import PerImageNoise
-from files.images import read_mask, read_picture
-from files.sheets import heated
+from files.images import read_image, read_mask
+from files.sheets import heat_overlay
 from model.attention_maps import AttentionMaps, watched
 from pipeline.loading import load_run
 from pipeline.prompts import chunks_of, parse_prompt
@@ -57,7 +57,7 @@ def test_a_long_prompt_is_read_in_chunks_and_that_is_said(tiny_run, tmp_path, ca
 
 def test_strength_is_distance(system, tiny_run, tmp_path, given):
     """Of the steps that are asked for, and of the latents from the picture's."""
-    image = read_picture(given["INIT"])
+    image = read_image(given["INIT"])
     x_0 = system.encoded_images(image[None])
     config = system.config.sampling
     away = []
@@ -86,7 +86,7 @@ def test_kept_pixels_come_back_byte_for_byte(tiny_run, tmp_path, given, flags):
 
 def test_the_network_sees_what_is_kept(system, given):
     """Latents that lie wholly under kept pixels are those of the picture."""
-    image, paint = read_picture(given["INIT"]), read_mask(given["MASK"])
+    image, paint = read_image(given["INIT"]), read_mask(given["MASK"])
     latents = latents_of_requests(system, [Request(PROMPT, 0, system.config.sampling, strength=1.0)],
                                   Sources(image, paint))
     away = (latents - system.encoded_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
@@ -97,11 +97,11 @@ def test_the_network_sees_what_is_kept(system, given):
 
 def test_pictures_are_read_as_they_look(tmp_path):
     Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8)).save(tmp_path / "clear.png")
-    assert read_picture(tmp_path / "clear.png").permute(1, 2, 0).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    assert read_image(tmp_path / "clear.png").permute(1, 2, 0).tolist() == [[[255, 0, 0], [255, 255, 255]]]
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_picture(tmp_path / "turned.jpg").shape == (3, 4, 2)
+    assert read_image(tmp_path / "turned.jpg").shape == (3, 4, 2)
     Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8)).save(tmp_path / "grey.png")
     assert read_mask(tmp_path / "grey.png").tolist() == [[False, False, True, True]]
 
@@ -187,7 +187,7 @@ def test_attention_maps_are_those_of_the_layers(system, tiny_run, tmp_path):
 
 def test_heat_goes_from_black_to_white():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    hot = heated(image, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    hot = heat_overlay(image, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
     assert hot[:, 0, 0].tolist() == [0, 0, 0] and hot[:, 0, -1].tolist() == [178, 178, 178]
     red, green, blue = hot[:, 0, 3].tolist()
     assert red > green > blue == 0
@@ -196,13 +196,13 @@ def test_heat_goes_from_black_to_white():
 # ---- mistakes
 
 @pytest.mark.parametrize("arguments, message", [
-    (["a", "--init", "NOWHERE.png"], "no picture NOWHERE.png"),
-    (["a", "--init", "TEXT"], "TEXT.png is damaged or no picture"),
-    (["a", "--init", "CUT"], "CUT.png is damaged or no picture"),
+    (["a", "--init", "NOWHERE.png"], "no image NOWHERE.png"),
+    (["a", "--init", "TEXT"], "TEXT.png is damaged or no image"),
+    (["a", "--init", "CUT"], "CUT.png is damaged or no image"),
     (["a", "--init", "DEEP"], "has pixels of kind I;16; valid: 8 bits"),
     (["a", "--init", "SMALL"], "16x32 pixels (HxW); valid: 32x32"),
     (["a", "--init", "INIT", "--mask", "SMALL"], "the mask has 16x32 pixels (HxW); valid: 32x32"),
-    (["a", "--init", "INIT", "--mask", "TEXT"], "is damaged or no picture"),
+    (["a", "--init", "INIT", "--mask", "TEXT"], "is damaged or no image"),
     (["a", "--init", "INIT", "--strength", "0"], "strength: value 0.0; valid: above 0, at most 1"),
     (["a", "--init", "INIT", "--strength", "1.5"], "strength: value 1.5; valid: above 0, at most 1"),
     (["a", "--init", "INIT", "--strength", "nan"], "strength: value nan; valid"),

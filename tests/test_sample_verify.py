@@ -187,8 +187,8 @@ def test_what_cannot_be_verified_says_why(tiny_run, tmp_path, picture, capsys, g
     (run / "denoiser.safetensors").write_bytes(weights)
     code, said = verify(run, picture, capsys)
     assert code == 1 and "was made with other weights" in said and "denoiser has the hash" in said
-    for path, message in ((given["INIT"], "holds no settings"), (given["TEXT"], "is damaged or no picture"),
-                          (tmp_path / "none.png", "no picture")):
+    for path, message in ((given["INIT"], "holds no settings"), (given["TEXT"], "is damaged or no image"),
+                          (tmp_path / "none.png", "no image")):
         code, said = verify(tiny_run, Path(path), capsys)
         assert code == 1 and said.startswith("error: ") and message in said
     code, said = verify(tiny_run, picture, capsys, "--init", given["INIT"])
