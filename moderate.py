@@ -85,14 +85,14 @@ def shown(decision: Decision, as_json: bool) -> str:
 def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list[Decision]:
     """Decisions on the pictures of files, each scaled to the size that its CLIP sees, those that are not allowed in the
     log; raises ValueError or OSError for what is missing or damaged."""
-    from files.images import read_picture, to_unit
+    from files.images import read_image, to_unit
     from pipeline.moderation import CONCEPTS, image_moderator  # torch models are loaded only where pictures are judged
 
     if options.run is None:
         raise ValueError("--image needs --run DIR, a run folder with the stage clip and its concepts")
     concepts = options.concepts or options.run / CONCEPTS
     moderator = image_moderator(concepts, options.clip or options.run, options.mode)
-    found = [moderator.check(to_unit(read_picture(path)[None]))[0] for path in options.image]
+    found = [moderator.check(to_unit(read_image(path)[None]))[0] for path in options.image]
     for path, decision in zip(options.image, found):
         if audit is not None and decision.action != "allow":
             audit.write(path.name, "image", decision)

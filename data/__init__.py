@@ -1,1 +1,1 @@
-"""Sources of captioned images, and what turns them into batches. Import from the submodules."""
+"""Sources of captioned images, and the order, loading and tokenizing that turn them into batches."""

@@ -1,9 +1,9 @@
-"""What frozen networks make of the data, computed once and kept on disk: latents of pictures, states of captions.
+"""Outputs of frozen networks, computed once and kept on disk: latents of images, states of captions.
 
-Of latents the moments are kept, not one sample, so every epoch draws new ones. The name of a cache is a hash of all
-that its numbers depend on (network, precision, preparation and content of the data, count): a changed key is another
-cache. One that was interrupted continues. A lock file keeps processes that want the same one from writing it together:
-the first computes, the others wait and read.
+A cache of latents holds the mean and log-variance of each image instead of one draw, so every epoch can draw new
+latents. The name of a cache is a hash of everything that its numbers depend on (network, precision, preparation and
+content of the data, count), so a changed setting leads to another cache. An interrupted cache is continued. A lock file
+keeps several processes from writing the same cache together: the first computes it, the others wait and read.
 Axis letters: N entries, C latent channels, H W latent size, B of a batch, L tokens, D width.
 """
 import hashlib
@@ -16,36 +16,36 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from files.whole import locked
+from files.whole import lock_file
 
 Encode = Callable[[np.ndarray], tuple[torch.Tensor, torch.Tensor]]
 EncodeText = Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def cache_name(key: dict, **more: object) -> str:
-    """The name of a cache: a hash of what its numbers depend on."""
+    """The name of a cache: the first 16 hex digits of a hash of everything that its numbers depend on."""
     return hashlib.sha256(json.dumps({**key, **more}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def cached_rows(folder: Path, name: str, count: int, rows: Callable[[np.ndarray], torch.Tensor], chunk: int,
                 what: str, unit: str) -> np.ndarray:
-    """Memory-mapped fp16 (N, ...) of ``rows(indices)`` (B, ...), which is called for what is not there yet.
+    """Memory-mapped fp16 (N, ...) of ``rows(indices)`` (B, ...), which is called only for rows that are missing.
 
     Raises ValueError for a damaged file and for rows of several shapes, OSError for a full disk.
     """
     path, progress = folder / f"{name}.npy", folder / f"{name}.done"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f"{name}.lock"):
+    with lock_file(folder / f"{name}.lock"):
         done = int(progress.read_text() or 0) if path.exists() and progress.exists() else 0
         if done == 0:
-            progress.unlink(missing_ok=True)  # it may speak of an array that was removed
+            progress.unlink(missing_ok=True)  # it may belong to an array that was removed
             shape = rows(np.arange(1)).shape[1:]
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(count, *shape)).flush()
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, a dead process at the first write below
+            if hasattr(os, "posix_fallocate"):  # a full disk raises here; below, it would kill the process
                 with open(path, "r+b") as file:
                     os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         try:
-            np.load(path, mmap_mode="r")  # refuses a file that is too short, where "r+" makes it longer
+            np.load(path, mmap_mode="r")  # refuses a file that is too short; "r+" would lengthen it
             array = np.load(path, mmap_mode="r+" if done < count else "r")
         except (ValueError, EOFError) as error:
             raise ValueError(f"the {what} cache {path} is damaged ({error}); delete it and it is made again") from None
@@ -56,10 +56,10 @@ def cached_rows(folder: Path, name: str, count: int, rows: Callable[[np.ndarray]
                     values = rows(indices).to(torch.float16).numpy()  # (B, ...)
                     if values.shape[1:] != array.shape[1:]:
                         raise ValueError(f"{what}s of the shapes {array.shape[1:]} and {values.shape[1:]}; a cache "
-                                         "holds one shape: pictures in aspect buckets are read without it")
+                                         "holds one shape: images in aspect buckets are read without it")
                     array[indices] = values
                     array.flush()
-                    progress.write_text(str(indices[-1] + 1))  # only after the numbers it speaks of
+                    progress.write_text(str(indices[-1] + 1))  # only after the rows that it counts
                     bar.update(len(indices))
     return np.load(path, mmap_mode="r")
 
@@ -68,7 +68,7 @@ class LatentCache:
     """``moments(indices)`` gives (mean, logvar), each (B, C, H, W) float32, from a memory-mapped fp16 array."""
 
     def __init__(self, folder: Path, key: dict, count: int, encode: Encode, chunk: int = 128):
-        """``encode(indices)`` gives unit-scale mean and logvar (B, C, H, W); it is called for what is not there yet."""
+        """``encode(indices)`` gives unit-scale mean and logvar (B, C, H, W); it is called only for missing images."""
         def rows(indices: np.ndarray) -> torch.Tensor:
             return torch.stack(encode(indices), dim=1)  # (B, 2, C, H, W)
 
@@ -78,6 +78,6 @@ class LatentCache:
         return len(self.array)
 
     def moments(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and logvar of the pictures ``indices``, unit scale, (B, C, H, W) float32 each."""
+        """Mean and logvar of the images ``indices`` at unit scale, each (B, C, H, W) float32."""
         both = torch.from_numpy(self.array[indices]).float()  # (B, 2, C, H, W)
         return both[:, 0], both[:, 1]

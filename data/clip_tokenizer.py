@@ -1,9 +1,9 @@
-"""CLIP's own tokenizer, from the vocabulary files of a checkpoint: the ids its text encoder was trained on.
+"""CLIP's own tokenizer, read from the vocabulary files of a checkpoint, so that the ids fit its text encoder.
 
-Byte-pair encoding as in `tokenizer.py`, with three differences: words end in `</w>` and spaces are no tokens, the
-padding is an ordinary token (the end token in SD-1.x, "!" in SD-2.x), and the networks read it: published UNets attend
-to all 77 states, padding included, so they are used with mask None. The mask given here marks the tokens up to the
-first end token; it is for finding the state that stands for the text. Axis letters: B captions, L tokens.
+It is a byte-pair encoding as in `tokenizer.py` with three differences. Words end in `</w>`, and spaces are not tokens.
+The padding is an ordinary token (the end token in SD-1.x, "!" in SD-2.x). The networks read the padding: published
+UNets attend to all 77 states, so they are used with mask None. The mask returned here marks the tokens up to the first
+end token and serves to find the state that stands for the text. Axis letters: B captions, L tokens.
 """
 import json
 from pathlib import Path
@@ -16,25 +16,25 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77
-# What is a word, from the code of CLIP.
+# The pattern that splits a text into words, from the code of CLIP (simple_tokenizer.py).
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class ClipTokenizer:
-    """Captions to padded token ids and back; the interface of `data.tokenizer.Tokenizer`.
+    """Turns captions into padded token ids and back, with the interface of `data.tokenizer.Tokenizer`.
 
-    A caption that spells a special token gets that token, as it does in the published pipelines.
+    A caption that spells out a special token gets that token, as in the published pipelines.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]], length: int = LENGTH,
                  pad: str | AddedToken = END, start: str | AddedToken = START, end: str | AddedToken = END):
         if length < 3:
             raise ValueError(f"length: {length}; valid: 3 tokens or more")
-        special = {str_of(token): added(token) for token in (start, end, pad)}
+        special = {token_text(token): added_token(token) for token in (start, end, pad)}
         if absent := [name for name in special if name not in vocabulary]:
             raise ValueError(f"the vocabulary lacks its special tokens: {' '.join(absent)}")
         self.length, self.vocabulary, self.merges = length, vocabulary, merges
-        self.start, self.end, self.pad = str_of(start), str_of(end), str_of(pad)
+        self.start, self.end, self.pad = token_text(start), token_text(end), token_text(pad)
         self.start_id, self.end_id, self.pad_id = (vocabulary[name] for name in (self.start, self.end, self.pad))
         bpe = BPE(models.BPE(vocab=vocabulary, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
                              fuse_unk=False, unk_token=self.end))
@@ -65,7 +65,7 @@ class ClipTokenizer:
             raise ValueError(f"{folder} is no CLIP tokenizer: {error}") from None
 
     def save(self, folder: str | Path) -> None:
-        """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json, as transformers reads."""
+        """Write vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json, which transformers reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": self.start, "eos_token": self.end, "pad_token": self.pad, "unk_token": self.end}
@@ -91,21 +91,21 @@ class ClipTokenizer:
         ends = (ids == self.end_id).int()
         return ids, ends.cumsum(dim=1) - ends == 0  # (B, L) each
 
-    def lost(self, caption: str) -> str:
-        """The end of ``caption`` that does not fit into ``length`` tokens; empty when all of it is read."""
+    def overflow(self, caption: str) -> str:
+        """The end of ``caption`` that does not fit into ``length`` tokens; empty if the whole caption fits."""
         return self.text(self.bpe.encode(caption, add_special_tokens=False).ids[self.length - 2:])
 
     def decode(self, ids: torch.Tensor) -> list[str]:
-        """The captions of token ids (B, L), special tokens left out; a space after every word and sign."""
+        """The captions of token ids (B, L) without special tokens, with a space after every word and sign."""
         return [self.text(row) for row in ids.tolist()]
 
     def text(self, ids: list[int]) -> str:
-        """The text of some ids."""
+        """The text of a list of token ids without special tokens."""
         return self.bpe.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids by token, and the merges in their order, of vocab.json and merges.txt, or of tokenizer.json."""
+    """The id of each token, and the ordered merges, from vocab.json and merges.txt or from tokenizer.json."""
     vocab, merges, whole = (folder / name for name in ("vocab.json", "merges.txt", "tokenizer.json"))
     if not (vocab.is_file() and merges.is_file()) and not whole.is_file():
         raise FileNotFoundError(f"{folder} holds no tokenizer; valid: vocab.json and merges.txt, or tokenizer.json")
@@ -120,29 +120,30 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
 
 
 def special_tokens(path: Path) -> dict[str, str | AddedToken]:
-    """The tokens that a configuration names; none where the file is missing."""
+    """The special tokens that a configuration file names; none if the file is missing."""
     if not path.is_file():
         return {}
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return {key: token_of(value) for key, value in data.items()
+        return {key: token_from_json(value) for key, value in data.items()
                 if key in ("bos_token", "eos_token", "pad_token") and value is not None}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no configuration of a tokenizer: {error!r}") from None
 
 
-def token_of(value: str | dict[str, Any]) -> str | AddedToken:
-    """A special token as a configuration writes it: its text, or its text with how it is matched."""
+def token_from_json(value: str | dict[str, Any]) -> str | AddedToken:
+    """A special token as a configuration stores it: a text, or a text with options for matching it."""
     if isinstance(value, str):
         return value
     flags = {key: bool(value.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
     return AddedToken(value["content"], special=True, **flags)
 
 
-def str_of(token: str | AddedToken) -> str:
+def token_text(token: str | AddedToken) -> str:
+    """The text of a special token."""
     return token if isinstance(token, str) else token.content
 
 
-def added(token: str | AddedToken) -> AddedToken:
-    """Matched before the text is normalised, unless it says otherwise."""
+def added_token(token: str | AddedToken) -> AddedToken:
+    """A special token that is matched before the text is normalised, unless its own options say otherwise."""
     return AddedToken(token, special=True, normalized=False) if isinstance(token, str) else token

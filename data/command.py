@@ -1,4 +1,4 @@
-"""What the commands of this folder are given: a config, a folder of pictures or a folder of shards."""
+"""The data that an argument of a command names: a config, a folder of images or a folder of shards."""
 from pathlib import Path
 
 from data.catalog import DataConfig, build_source
@@ -10,7 +10,7 @@ from files.config import from_dict, read_yaml
 
 
 def data_config_of(argument: str) -> DataConfig:
-    """The data section of a config, or that of a folder of shards or pictures. Raises ValueError or OSError."""
+    """The data section of a config, or one made for a folder of shards or images. Raises ValueError or OSError."""
     path = Path(argument)
     if path.is_dir():
         if shard_files(path):
@@ -19,7 +19,7 @@ def data_config_of(argument: str) -> DataConfig:
         folder = FolderConfig(root=argument, split="folders" if "train" in inside and len(inside) > 1 else "hash")
         return DataConfig(source="folder", folder=folder)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        raise FileNotFoundError(f"'{argument}' is neither a folder nor a config; valid: a folder of pictures, a folder "
+        raise FileNotFoundError(f"'{argument}' is neither a folder nor a config; valid: a folder of images, a folder "
                                 "of .tar shards, or a .yaml file with a data section")
     data = read_yaml(path)
     if not isinstance(data.get("data"), dict):
@@ -28,6 +28,6 @@ def data_config_of(argument: str) -> DataConfig:
 
 
 def splits_of(argument: str, unreadable: Path | None = None) -> dict[str, Source]:
-    """Every split of what ``argument`` names. Raises ValueError or OSError."""
+    """All splits of the data that ``argument`` names. Raises ValueError or OSError."""
     config = data_config_of(argument)
     return {split: build_source(config, split, unreadable) for split in SPLITS}  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
-"""The order in which a run sees its data: a function of (seed, step), so a resumed run goes on inside the epoch.
+"""The order in which a run sees its data: a function of (seed, step), so a resumed run continues inside an epoch.
 
-Without buckets, epoch e is the permutation of all items drawn from (seed, e), and step s takes the next ``batch`` of
-the endless row of epochs. With aspect buckets every bucket has such a row of its own, of n_b items an epoch, and batch
-k of bucket b belongs to epoch e when floor(e n_b / batch) <= k < floor((e + 1) n_b / batch). So a batch holds one
-bucket only, no item is lost or seen twice as often as another, and the place of every step is computed, not kept.
-Axis letters: B items of a batch.
+Without buckets, epoch e is the permutation of all items drawn from (seed, e), and step s takes the next ``batch`` items
+of the endless sequence of epochs. With aspect buckets, every bucket has such a sequence of its own with n_b items an
+epoch, and batch k of bucket b belongs to epoch e if floor(e n_b / batch) <= k < floor((e + 1) n_b / batch). A batch
+therefore holds one bucket only, no item is lost or seen twice as often as another, and the items of a step are computed
+from its number without any stored state. Axis letters: B items of a batch.
 """
 from typing import NamedTuple
 
@@ -12,15 +12,25 @@ import numpy as np
 
 
 class Places(NamedTuple):
-    """The items of a batch: ``epochs`` (B,), how often each was seen before, and ``indices`` (B,), int64 both."""
+    """The items of a batch: ``epochs`` (B,), how often each was seen before, and ``indices`` (B,), both int64."""
 
     epochs: np.ndarray
     indices: np.ndarray
 
 
+class Slice(NamedTuple):
+    """The part of every global batch that one process reads: number ``process`` of ``processes`` equal slices."""
+
+    process: int = 0
+    processes: int = 1
+
+
+WHOLE = Slice()  # of a run with one process
+
+
 class Order:
-    """Epochs of ``count`` items, each a permutation drawn from (seed, epoch); ``buckets`` (count,) are the numbers of
-    the aspect bucket of every item, None for one bucket."""
+    """Epochs of ``count`` items, each a permutation drawn from (seed, epoch); ``buckets`` (count,) holds the number of
+    the aspect bucket of every item, None for a single bucket."""
 
     def __init__(self, count: int, seed: int, buckets: np.ndarray | None = None):
         if count < 1:
@@ -33,20 +43,21 @@ class Order:
         self._kept: dict[int, tuple[int, np.ndarray]] = {}  # bucket -> its newest epoch and permutation
         self._epoch_batches: tuple[tuple[int, int], np.ndarray] | None = None
 
-    def indices(self, step: int, batch: int, rank: int = 0, world: int = 1) -> np.ndarray:
-        """Item numbers (B,) int64 of step ``step``; a batch may reach over the end of an epoch."""
-        return self.places(step, batch, rank, world).indices
+    def indices(self, step: int, batch: int, part: Slice = WHOLE) -> np.ndarray:
+        """Indices (B,) int64 of the items of step ``step``; a batch may reach over the end of an epoch."""
+        return self.places(step, batch, part).indices
 
-    def places(self, step: int, batch: int, rank: int = 0, world: int = 1) -> Places:
-        """What step ``step`` reads: of the global batch of ``batch`` items, slice ``rank`` of ``world`` equal ones.
+    def places(self, step: int, batch: int, part: Slice = WHOLE) -> Places:
+        """The items that step ``step`` reads: the slice ``part`` of the global batch of ``batch`` items.
 
-        Raises ValueError where ``batch`` does not divide by ``world``.
+        Raises ValueError if ``batch`` is not a multiple of the number of processes.
         """
-        if batch < 1 or batch % world:
-            raise ValueError(f"batch: {batch} for {world} processes; valid: a multiple of {world}")
-        share = batch // world
+        process, processes = part
+        if batch < 1 or batch % processes:
+            raise ValueError(f"batch: {batch} for {processes} processes; valid: a multiple of {processes}")
+        share = batch // processes
         bucket, number = (0, step) if len(self._members) == 1 else self._batch_at(step, batch)
-        positions = np.arange(number * batch + rank * share, number * batch + (rank + 1) * share)
+        positions = np.arange(number * batch + process * share, number * batch + (process + 1) * share)
         members = self._members[bucket]
         epochs, inside = np.divmod(positions, len(members))
         result = np.empty(share, dtype=np.int64)
@@ -64,12 +75,12 @@ class Order:
         return kept[1]
 
     def steps_before(self, epoch: int, batch: int) -> int:
-        """Number of steps in front of epoch ``epoch``: whole batches of each bucket."""
+        """Number of steps before epoch ``epoch``: the whole batches of each bucket."""
         return sum(epoch * len(members) // batch for members in self._members)
 
     def _batch_at(self, step: int, batch: int) -> tuple[int, int]:
-        """(bucket, number of the batch in the bucket's row) of a step; the batches of an epoch are shuffled."""
-        epoch = step * batch // self.count  # close to it: at most one batch a bucket is carried to the next epoch
+        """(bucket, number of the batch in the bucket's sequence) of a step; the batches of an epoch are shuffled."""
+        epoch = step * batch // self.count  # close to it: at most one batch of each bucket is carried to the next epoch
         while self.steps_before(epoch + 1, batch) <= step:
             epoch += 1
         while self.steps_before(epoch, batch) > step:

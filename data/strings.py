@@ -1,12 +1,12 @@
-"""Many strings in little memory."""
+"""A list of strings that takes little memory."""
 from collections.abc import Iterable
 
 import numpy as np
 
 
 class Strings:
-    """A list of strings as one block of bytes. Worker processes share it: a Python list would be copied page by page
-    into each of them, since reading an object writes its reference count."""
+    """A list of strings as one block of bytes, which worker processes share. A Python list would be copied page by
+    page into each of them, because reading an object writes its reference count."""
 
     def __init__(self, values: Iterable[str]):
         parts = [value.encode("utf-8", "surrogateescape") for value in values]
@@ -19,6 +19,6 @@ class Strings:
     def __getitem__(self, index: int) -> str:
         return self._bytes[self._ends[index]:self._ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
 
-    def chosen(self, indices: np.ndarray) -> "Strings":
-        """The strings of ``indices``, in that order."""
+    def select(self, indices: np.ndarray) -> "Strings":
+        """The strings at ``indices``, in that order."""
         return Strings(self[int(index)] for index in indices)

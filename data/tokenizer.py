@@ -1,6 +1,6 @@
-"""Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), trained here on the captions of the corpus.
+"""Byte-level byte-pair encoding (Sennrich et al. 2016; bytes as in GPT-2), trained on the captions of the corpus.
 
-Every string has a token sequence, since the alphabet is the 256 bytes; nothing is unknown. A sequence is
+Every string has a token sequence, because the alphabet is the 256 bytes; there is no unknown token. A sequence is
 ``<|start|> tokens <|end|> <|pad|> ...``, cut to ``length`` in front of the end token, as CLIP's text encoder expects.
 Axis letters: B captions, L tokens.
 """
@@ -18,7 +18,7 @@ START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Size of the vocabulary (with the 256 bytes and 3 special tokens), tokens a caption is padded or cut to."""
+    """``vocab_size`` counts the 256 bytes and 3 special tokens; captions are padded or cut to ``length`` tokens."""
 
     vocab_size: int = 1024
     length: int = 32
@@ -31,11 +31,11 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """Captions to padded token ids and back. Lower-cases and normalises Unicode (NFC), as CLIP's tokenizer does."""
+    """Turns captions into padded token ids and back; lower-cases and applies NFC, as CLIP's tokenizer does."""
 
     def __init__(self, bpe: BPE, length: int):
         self.bpe, self.length = bpe, length
-        # a caption that spells a special token gets its bytes, not the token
+        # a caption that spells out a special token gets the bytes of that text, not the token
         bpe.encode_special_tokens = True
         special = [number for number in map(bpe.token_to_id, (START, END, PAD)) if number is not None]
         if len(special) < 3:
@@ -58,7 +58,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids; smaller than configured when the corpus has too few pairs to merge."""
+        """Number of token ids; smaller than configured if the corpus has too few pairs to merge."""
         return self.bpe.get_vocab_size()
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,22 +75,22 @@ class Tokenizer:
         """The characters (from, to) of each token of ``encode``'s row up to the end token, (0, 0) for start and end."""
         return [(0, 0), *self.bpe.encode(caption, add_special_tokens=False).offsets[: self.length - 2], (0, 0)]
 
-    def lost(self, caption: str) -> str:
-        """The end of ``caption`` that does not fit into ``length`` tokens; empty when all of it is read."""
+    def overflow(self, caption: str) -> str:
+        """The end of ``caption`` that does not fit into ``length`` tokens; empty if the whole caption fits."""
         ids = self.bpe.encode(caption, add_special_tokens=False).ids
         return self.bpe.decode(ids[self.length - 2:]).strip()
 
     def decode(self, ids: torch.Tensor) -> list[str]:
-        """The captions of token ids (B, L), special tokens left out."""
+        """The captions of token ids (B, L) without special tokens."""
         return [text.strip() for text in self.bpe.decode_batch(ids.tolist(), skip_special_tokens=True)]
 
     def to_json(self) -> str:
-        """The whole tokenizer as JSON: the layout of the `tokenizers` library, and the padded length."""
+        """The tokenizer as JSON: the layout of the `tokenizers` library, and the padded length."""
         return json.dumps({"length": self.length, "tokenizer": json.loads(self.bpe.to_str())}, ensure_ascii=False)
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read what ``to_json`` gave; raises ValueError for a file that holds something else."""
+        """The tokenizer in a file of ``to_json``; raises ValueError for a file that holds something else."""
         text = Path(path).read_bytes()
         try:
             data = json.loads(text)

@@ -4,10 +4,11 @@
 
 SOURCE is a folder of images, a folder of shards, or a config (its `data` section).
 
-A sample is NNNNNNNNN.jpg (the bytes of the file as they are; what is not a file becomes a PNG), .json with "id",
-"captions" [[text, weight], ...] and "split", and .txt with the weightiest caption. Items are shuffled once, so that any
-shard is a fair sample, and shard k holds the items from k * size: it is written whole under a temporary name, and one
-that is there already is not written again. index.json, with the bytes and SHA-256 of every shard, comes last.
+A sample consists of NNNNNNNNN.jpg (the unchanged bytes of the file, or a PNG for an item that is not a file), a .json
+with "id", "captions" [[text, weight], ...] and "split", and a .txt with the caption of the largest weight. Items are
+shuffled once, so that every shard is representative of the whole, and shard k holds the items from k * size. A shard is
+written under a temporary name and then renamed; an existing shard is not written again. index.json, with the size and
+the SHA-256 of every shard, comes last.
 """
 import argparse
 import hashlib
@@ -24,11 +25,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.command import splits_of
-from data.images.base import Pictures, Readable
+from data.images.base import ImageFiles, Readable
 from data.images.caption_list import Captions
 from data.images.shards import shard_index
 from data.images.transforms import Unreadable
 from data.source import Source
+from files.images import to_pil
 from files.whole import whole_file
 
 PLAN = ".plan.json"
@@ -40,26 +42,26 @@ def _png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _sample(source: Source, index: int) -> tuple[bytes, str, str, Captions]:
-    """(picture file, its suffix, id, captions) of an item, decoded once to see that it can be. Raises Unreadable."""
-    pictures = source.source if isinstance(source, Readable) else source
-    if isinstance(pictures, Pictures):
-        image = pictures.opened(index)  # all of it: a shard should hold nothing that a run must skip
-        data, suffix = pictures.encoded(index) or (_png(image), ".png")
-        return data, suffix, pictures.names[index], pictures.weighted(index)
-    item = pictures[index]
-    image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+def _sample_of_item(source: Source, index: int) -> tuple[bytes, str, str, Captions]:
+    """(bytes of the image file, suffix, id, captions) of an item. Raises Unreadable if it cannot be decoded."""
+    source = source.source if isinstance(source, Readable) else source
+    if isinstance(source, ImageFiles):
+        image = source.open_image(index)  # decodes it fully: a shard must hold no image that a run has to skip
+        data, suffix = source.file_bytes(index) or (_png(image), ".png")
+        return data, suffix, source.names[index], source.weighted_captions(index)
+    item = source[index]
+    image = to_pil(item["image"])
     return _png(image), ".png", item["id"], [(text, 1.0) for text in item["captions"]]
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # owner and time stay 0: the same source gives the same bytes
+    member = tarfile.TarInfo(name)  # owner and time stay 0, so that the same source gives the same bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def _identity(splits: Mapping[str, Source], size: int) -> dict[str, Any]:
-    """What tells one job of writing from another."""
+    """A description of the source and the shard size, by which an interrupted job is recognised."""
     digest = hashlib.sha256()
     for split, source in splits.items():
         content = getattr(source, "content", "") or "\n".join(
@@ -68,8 +70,8 @@ def _identity(splits: Mapping[str, Source], size: int) -> dict[str, Any]:
     return {"source": digest.hexdigest(), "shard_size": size}
 
 
-def _checked_plan(out: Path, identity: dict[str, Any]) -> None:
-    """Begin a folder, or go on in one begun by the same job; raises ValueError for any other."""
+def _check_plan(out: Path, identity: dict[str, Any]) -> None:
+    """Begin a new folder, or continue one of the same job; raises ValueError for any other folder."""
     out.mkdir(parents=True, exist_ok=True)
     plan = out / PLAN
     try:
@@ -85,16 +87,17 @@ def _checked_plan(out: Path, identity: dict[str, Any]) -> None:
 
 
 def write_shards(splits: Mapping[str, Source], out: Path, size: int = 1000, share: float = 0.01) -> dict[str, Any]:
-    """Write all splits to the folder ``out``, ``size`` pictures a shard, and return what index.json says.
+    """Write all splits to the folder ``out`` with ``size`` images a shard, and return the content of index.json.
 
-    A picture that cannot be decoded is named on stderr and left out; more than ``share`` of all: ValueError.
+    An image that cannot be decoded is named on stderr and skipped. Raises ValueError if there are more of them than the
+    share ``share`` of all images.
     """
     if size < 1:
-        raise ValueError(f"shard size: {size}; valid: from 1 picture up")
+        raise ValueError(f"shard size: {size}; valid: from 1 image up")
     items = [(split, index) for split, source in splits.items() for index in range(len(source))]
     if not items:
         raise ValueError("the source is empty; there is nothing to write")
-    _checked_plan(out, _identity(splits, size))
+    _check_plan(out, _identity(splits, size))
     order = np.random.default_rng(0).permutation(len(items))
     shards = []
     bad = 0
@@ -105,9 +108,9 @@ def write_shards(splits: Mapping[str, Source], out: Path, size: int = 1000, shar
             with whole_file(path) as temporary, tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
                 for place, item in enumerate(chosen, number * size):
                     split, index = items[item]
-                    bad += not _written(tar, splits, split, index, f"{place:09d}")
+                    bad += not _add_sample(tar, splits, split, index, f"{place:09d}")
                     if bad > share * len(items):
-                        raise ValueError(f"{bad} of {len(items)} pictures cannot be read, more than {share:.0%}; "
+                        raise ValueError(f"{bad} of {len(items)} images cannot be read, more than {share:.0%}; "
                                          "nothing of this shard is kept")
         about = shard_index(path)
         shards.append({"name": path.name, "bytes": about["bytes"], "sha256": about["sha256"],
@@ -118,10 +121,10 @@ def write_shards(splits: Mapping[str, Source], out: Path, size: int = 1000, shar
     return result
 
 
-def _written(tar: tarfile.TarFile, splits: Mapping[str, Source], split: str, index: int, key: str) -> bool:
-    """Append a sample; False where it cannot be read."""
+def _add_sample(tar: tarfile.TarFile, splits: Mapping[str, Source], split: str, index: int, key: str) -> bool:
+    """Append a sample to the tar; False if it cannot be read."""
     try:
-        data, suffix, name, captions = _sample(splits[split], index)
+        data, suffix, name, captions = _sample_of_item(splits[split], index)
     except Unreadable as error:
         print(f"unreadable: {error}", file=sys.stderr)
         return False
@@ -135,17 +138,17 @@ def _written(tar: tarfile.TarFile, splits: Mapping[str, Source], split: str, ind
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of `python -m data.write_shards`."""
     parser = argparse.ArgumentParser(prog="python -m data.write_shards", description="Writes a source as tar shards.")
-    parser.add_argument("source", help="a folder of pictures or of shards, or a config (.yaml) with a data section")
+    parser.add_argument("source", help="a folder of images or of shards, or a config (.yaml) with a data section")
     parser.add_argument("out", help="folder to write")
-    parser.add_argument("--shard-size", type=int, default=1000, help="pictures in a shard (default: 1000)")
+    parser.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: 1000)")
     options = parser.parse_args(arguments)
     try:
         index = write_shards(splits_of(options.source), Path(options.out), options.shard_size)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on from here") from None
-    print(f"{options.out}: {index['samples']} pictures in {len(index['shards'])} shards")
+        raise SystemExit("interrupted; the same command continues from here") from None
+    print(f"{options.out}: {index['samples']} images in {len(index['shards'])} shards")
 
 
 if __name__ == "__main__":

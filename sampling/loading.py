@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.images import read_mask, read_image
+from files.images import read_image, read_mask
 from model.device import default_device
 from pipeline.loading import load_pretrained, load_run, load_weaker
 from pipeline.moderation import Moderation, weights_of

@@ -58,7 +58,7 @@ class Promises:
         colour = self.source.background(row)
 
         def render_single(one: int, on: str = colour) -> list[np.ndarray]:
-            return [over(self.source.picture(one), canvas({"kind": "plain", "colours": [on]}, self.size))]
+            return [over(self.source.rgba(one), canvas({"kind": "plain", "colours": [on]}, self.size))]
 
         questions = [make_question("object", [render_single(one) for one in (row, *self._other_things(row, rng))]),
                      make_question("style", [render_single(one) for one in self._in_all_styles(row)])]
@@ -108,7 +108,7 @@ class Promises:
             return [scene_image({**scene, "mood": light, "background": background or scene["background"],
                                  "objects": [{"id": self.source.items[row]["id"], "centre": centre, "size": size}
                                              for row, centre in zip(rows, centres)]},
-                                lambda name: self.source.picture(self.source.row_of[name]), self.size)
+                                lambda name: self.source.rgba(self.source.row_of[name]), self.size)
                     for centres, size in layouts(scene, len(rows), across)]
 
         return render

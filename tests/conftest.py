@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from emoji_packages import SIZE, write_packages
 
 import train
+from data.emoji.build import build
 
 torch.set_num_threads(1)  # the networks of the tests are too small to share; threads that wait for each other cost more
 TRAIN = {"batch": 8, "log_every": 1, "validate_every": 6, "preview_every": 12, "checkpoint_every": 4,
@@ -68,3 +70,18 @@ def small_disk(tmp_path):
         pytest.skip("needs the right to mount a small file system")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)  # lazily: a failed writer may still hold its file
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory):
+    """Made-up packages of emoji: (folder of .tgz files, their table)."""
+    folder = tmp_path_factory.mktemp("packages")
+    return folder, write_packages(folder)
+
+
+@pytest.fixture(scope="module")
+def root(packages, tmp_path_factory):
+    """The emoji data set that is built from the made-up packages."""
+    out = tmp_path_factory.mktemp("data") / "emoji"
+    build(out, SIZE, packages[0], packages[1], workers=1)
+    return out

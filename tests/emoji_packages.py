@@ -15,7 +15,7 @@ from data.emoji.emoji import STYLES
 SIZE = 32
 TINTS = ("red", "lime", "navy", "silver", "gold", "violet", "coral", "teal", "maroon", "olive")
 THINGS = ("apple", "box", "fox", "berry", "kite", "drum", "bell", "otter", "umbrella", "lamp", "house", "mouse")
-# Solid, so that things can be counted in a picture, and different in each style.
+# Solid, so that things can be counted in an image, and different in each style.
 SHAPES = {"noto": '<circle cx="16" cy="16" r="14" fill="{}"/>',
           "twemoji": '<rect x="3" y="3" width="26" height="26" fill="{}"/>',
           "openmoji": '<circle cx="16" cy="16" r="12" fill="{}" stroke="black" stroke-width="3"/>',
@@ -89,7 +89,7 @@ def items_of(root: Path) -> list[dict]:
 def emoji_folder(root: Path, size: int) -> Path:
     """A folder as `python -m data.emoji` writes it, with thirty things in every style: discs of their own colours, with
     a white ring for each style."""
-    items, pictures = [], []
+    items, images = [], []
     y, x = np.mgrid[:size, :size] - size / 2 + 0.5
     radius = np.hypot(x, y) / size
     alpha = np.where(radius < 0.4, 255, 0)
@@ -101,9 +101,9 @@ def emoji_folder(root: Path, size: int) -> Path:
             items.append({"id": f"{style}/{name}", "name": name, "base": name, "tone": "", "style": style,
                           "label": name.replace("-", " "), "tags": ["made up"], "group": "objects", "subgroup": "tool",
                           "licence": "MIT", "rgb": colour})
-            pictures.append(np.stack([*(np.where(ring, 255, channel) * alpha // 255 for channel in colour), alpha]))
+            images.append(np.stack([*(np.where(ring, 255, channel) * alpha // 255 for channel in colour), alpha]))
     root.mkdir()
-    np.save(root / "images.npy", np.stack(pictures).astype(np.uint8))
+    np.save(root / "images.npy", np.stack(images).astype(np.uint8))
     text = "".join(json.dumps(item) + "\n" for item in items)
     (root / "items.jsonl").write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()

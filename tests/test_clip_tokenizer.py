@@ -100,8 +100,8 @@ def test_what_is_cut_is_told(folder):
     short = ClipTokenizer.load(folder, length=6)
     ids, mask = short.encode(["a small red star above two circles"])
     assert mask.all() and ids[0, -1] == short.end_id
-    assert short.lost("a small red star above two circles") == "above two circles"
-    assert short.lost("a small red star") == "" and short.lost("") == ""
+    assert short.overflow("a small red star above two circles") == "above two circles"
+    assert short.overflow("a small red star") == "" and short.overflow("") == ""
     assert short.decode(ids) == ["a small red star"]
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: captions from every kind of file, splits, augmentation, unreadable files, torchvision sets."""
+"""Folders of images: captions from every kind of file, splits, augmentation, unreadable files, torchvision sets."""
 import hashlib
 import json
 import os
@@ -15,29 +15,29 @@ from scipy.io import savemat
 from torchvision import datasets
 
 from data.catalog import DataConfig, build_source, data_key
-from data.images.caption_list import caption_list, chosen, shuffled_tags
+from data.images.caption_list import caption_by_weight, caption_list, shuffled_tags
 from data.images.folder import Folder, FolderConfig
 from data.images.torchvision_sets import CIFAR10, FLOWERS, CifarConfig, CocoConfig, FlowersConfig
 from data.loader import read_batch
 from data.order import Order
-from data.source import drawn, drawn_caption, image_batch
+from data.source import caption_in_epoch, image_batch, item_in_epoch
 from files.config import from_dict, to_dict
 
 ALL = {"validation": 0.0, "test": 0.0}
 
 
-def picture(path, number=0, size=(40, 30)):
-    """A picture of one colour that tells its number, (width, height) ``size``."""
+def write_image(path, number=0, size=(40, 30)):
+    """An image of one colour that tells its number, (width, height) ``size``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (number % 256, number // 256, 99)).save(path)
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty pictures with a .txt each."""
-    root = tmp_path / "pictures"
+    """Twenty images with a .txt each."""
+    root = tmp_path / "images"
     for number in range(20):
-        picture(root / f"{number:02d}.png", number, (40, 30) if number % 2 else (30, 40))
+        write_image(root / f"{number:02d}.png", number, (40, 30) if number % 2 else (30, 40))
         (root / f"{number:02d}.txt").write_text(f"picture {number}\n")
     return root
 
@@ -68,7 +68,7 @@ def test_a_folder_with_text_files(folder):
 def test_captions_from_a_table(tmp_path, table):
     decomposed = unicodedata.normalize("NFD", "Übung äöü 图片.png")
     for number, name in enumerate(["a.png", "sub dir/b.PNG", decomposed, "c.d.webp"]):
-        picture(tmp_path / name, number)
+        write_image(tmp_path / name, number)
     composed = unicodedata.normalize("NFC", decomposed)
     if table == "csv":
         (tmp_path / "captions.csv").write_text(
@@ -90,7 +90,7 @@ def test_captions_from_a_table(tmp_path, table):
 
 def test_captions_are_chosen_by_their_weights():
     captions = caption_list([["often", 3], ["once", 1], ["never", 0]])
-    counts = Counter(chosen(captions, draw) for draw in (np.arange(4000) + 0.5) / 4000)
+    counts = Counter(caption_by_weight(captions, draw) for draw in (np.arange(4000) + 0.5) / 4000)
     assert counts == {"often": 3000, "once": 1000}
     for wrong in ("", [], [["x", -1]], [["x", "y"]], [["x", 0]], 5, [{"weight": 2}], [["x", float("nan")]],
                   "half \ud83d"):
@@ -101,9 +101,9 @@ def test_captions_are_chosen_by_their_weights():
 def test_every_caption_is_seen_as_often_as_its_weight_says(folder):
     (folder / "captions.jsonl").write_text(json.dumps({"file": "00.png", "captions": [["a", 3], ["b", 1]]}))
     source = source_of(folder)
-    counts = Counter(drawn(source, 0, epoch, 5)["caption"] for epoch in range(400))
+    counts = Counter(item_in_epoch(source, 0, epoch, 5)["caption"] for epoch in range(400))
     assert set(counts) == {"a", "b"} and abs(counts["a"] - 300) < 5 * 8.7  # standard deviation sqrt(400 * 3/16)
-    dropped = sum(drawn_caption(source, 0, epoch, 5, 0.25) == "" for epoch in range(400))
+    dropped = sum(caption_in_epoch(source, 0, epoch, 5, 0.25) == "" for epoch in range(400))
     assert abs(dropped - 100) < 5 * 8.7
 
 
@@ -126,21 +126,21 @@ def test_what_a_run_sees_is_a_function_of_seed_epoch_and_index(folder):
     seen = set()
     for epoch in (3, 0, 1):
         for index in (4, 19, 0):
-            first = drawn(one, index, epoch, 8)
-            again = drawn(two, index, epoch, 8)
+            first = item_in_epoch(one, index, epoch, 8)
+            again = item_in_epoch(two, index, epoch, 8)
             assert torch.equal(first.pop("image"), again.pop("image")) and first == again
-            assert first["caption"] == drawn_caption(one, index, epoch, 8)
+            assert first["caption"] == caption_in_epoch(one, index, epoch, 8)
             seen.add((first["frame"], first["flipped"], first["caption"]))
     assert len(seen) == 9
-    assert drawn(one, 4, 3, 9)["frame"] != drawn(one, 4, 3, 8)["frame"]
+    assert item_in_epoch(one, 4, 3, 9)["frame"] != item_in_epoch(one, 4, 3, 8)["frame"]
     assert torch.equal(one[4]["image"], source_of(folder)[4]["image"])  # source[i] knows nothing of it
 
 
-def test_only_pictures_whose_captions_all_allow_it_are_mirrored(folder):
+def test_only_images_whose_captions_all_allow_it_are_mirrored(folder):
     (folder / "00.txt").write_text("a fox\na fox on the left")
     source = source_of(folder, flip=1.0)
-    assert [drawn(source, 0, epoch, 0)["flipped"] for epoch in range(5)] == [False] * 5
-    assert all(drawn(source, 1, epoch, 0)["flipped"] for epoch in range(5))
+    assert [item_in_epoch(source, 0, epoch, 0)["flipped"] for epoch in range(5)] == [False] * 5
+    assert all(item_in_epoch(source, 1, epoch, 0)["flipped"] for epoch in range(5))
 
 
 def test_aspect_buckets(folder):
@@ -159,7 +159,7 @@ def test_aspect_buckets(folder):
 
 def test_splits_by_hash_and_by_folders(tmp_path, folder):
     for number in range(200):
-        picture(tmp_path / "many" / f"{number}.png", number)
+        write_image(tmp_path / "many" / f"{number}.png", number)
     sizes = {split: source_of(tmp_path / "many", split, validation=0.2, test=0.1, fallback="x")
              for split in ("train", "validation", "test")}
     names = [{source[i]["id"] for i in range(len(source))} for source in sizes.values()]
@@ -183,7 +183,7 @@ def test_the_key_follows_the_content_not_the_path(tmp_path, folder):
     assert key(moved) != before
     shutil.copy(folder / "03.txt", moved / "03.txt")
     assert key(moved) == before
-    picture(moved / "03.png", 77, (30, 40))
+    write_image(moved / "03.png", 77, (30, 40))
     assert key(moved) != before
 
 
@@ -194,7 +194,7 @@ def test_the_index_is_used_and_never_believed_over_the_file(folder):
     rows[5]["height"] = 33
     (folder / ".index.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert source_of(folder)[5]["frame"][0] == 33  # the file has not changed: it was not read again
-    picture(folder / "05.png", 5, (44, 50))
+    write_image(folder / "05.png", 5, (44, 50))
     assert source_of(folder)[5]["frame"][0] == 50
     (folder / ".index.jsonl").write_text("{ damaged")
     assert source_of(folder)[5]["frame"][0] == 50
@@ -215,18 +215,19 @@ def test_unreadable_files_are_listed_once_and_skipped(folder, tmp_path, capsys):
     assert found == [n for n in range(20) if n not in (4, 6, 8, 10)][:7] + [11] + list(range(11, 20))
     rows = {row["name"]: row["reason"] for row in map(json.loads, listed.read_text().splitlines())}
     assert set(rows) == {"04.png", "06.png", "08.png", "10.png"}
-    assert "not a picture" in rows["04.png"] and "06.txt" in rows["06.png"] and "no caption" in rows["08.png"]
+    assert "not an image" in rows["04.png"] and "06.txt" in rows["06.png"] and "no caption" in rows["08.png"]
     said = capsys.readouterr().err
     assert said.count("unreadable:") == 4
     again = source_of(folder, unreadable=listed)  # a resumed run
     place = found.index(11)
     assert again.captions(place) == ("picture 11",)  # known from the list, before the picture is read
     assert numbers(again) == found and capsys.readouterr().err == "" and len(listed.read_text().splitlines()) == 4
-    first, second = drawn(again, place, 2, 3), drawn(again, place, 2, 3)
-    assert first["caption"] == second["caption"] == drawn_caption(again, place, 2, 3) == "picture 11"
+    first, second = item_in_epoch(again, place, 2, 3), item_in_epoch(again, place, 2, 3)
+    assert first["caption"] == second["caption"] == caption_in_epoch(again, place, 2, 3) == "picture 11"
     assert first["id"] == "11.png"
     knows, meets = source_of(folder, unreadable=listed, crop="random"), source_of(folder, crop="random")
-    assert drawn(knows, place, 2, 3)["frame"] == drawn(meets, place, 2, 3)["frame"]  # the crop of its replacement
+    # the crop of its replacement
+    assert item_in_epoch(knows, place, 2, 3)["frame"] == item_in_epoch(meets, place, 2, 3)["frame"]
 
 
 def test_a_process_learns_from_the_list_what_another_has_met(folder, tmp_path):
@@ -240,7 +241,7 @@ def test_a_process_learns_from_the_list_what_another_has_met(folder, tmp_path):
 
 def test_names_that_are_no_unicode(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
-    picture(tmp_path / "set" / name, 3)
+    write_image(tmp_path / "set" / name, 3)
     (tmp_path / "set" / name).with_suffix(".txt").write_text("latin")
     try:
         source = source_of(tmp_path / "set")
@@ -248,7 +249,7 @@ def test_names_that_are_no_unicode(tmp_path):
         pytest.skip("this file system takes no such name")
     assert source[0]["id"] == name and source[0]["caption"] == "latin"
     (tmp_path / "set" / name).write_bytes(b"")
-    picture(tmp_path / "set" / "good.png", 4)
+    write_image(tmp_path / "set" / "good.png", 4)
     for _ in range(2):  # listed once, with a name that can be found again
         assert len(source_of(tmp_path / "set", unreadable=tmp_path / "list", fallback="x")) == 1
     assert len((tmp_path / "list").read_bytes().splitlines()) == 1
@@ -258,10 +259,10 @@ def test_too_many_unreadable_files_stop_the_run(folder, tmp_path):
     for number in range(3):
         (folder / f"{number:02d}.png").write_bytes((folder / f"{number:02d}.png").read_bytes()[:50])
     source = source_of(folder, unreadable=tmp_path / "list", bad_share=0.1)
-    with pytest.raises(ValueError, match=r"3 of 20 pictures cannot be read, more than data.bad_share = 0.1.*02.png"):
+    with pytest.raises(ValueError, match=r"3 of 20 images cannot be read, more than data.bad_share = 0.1.*02.png"):
         numbers(source)
     (folder / "05.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 of 20 pictures cannot be read.*05.png \(the file is empty\)"):
+    with pytest.raises(ValueError, match=r"1 of 20 images cannot be read.*05.png \(the file is empty\)"):
         source_of(folder, bad_share=0.01)
 
 
@@ -286,14 +287,14 @@ def test_settings_that_make_no_sense(settings, message):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no pictures"):
+    with pytest.raises(ValueError, match="holds no images"):
         source_of(tmp_path)
 
 
 def test_the_configuration_survives_a_round_trip():
     config = from_dict(DataConfig, {"source": "folder", "folder": {"root": "x", "size": 32, "flip": 0.5}})
     assert from_dict(DataConfig, to_dict(config)) == config and config.size == 32
-    assert config.shapes_of_pictures == [(32, 32)] and DataConfig().shapes_of_pictures == [(64, 64)]
+    assert config.image_shapes == [(32, 32)] and DataConfig().image_shapes == [(64, 64)]
     with pytest.raises(ValueError, match="bad_share: 1"):
         from_dict(DataConfig, {"bad_share": 1.0})
 
@@ -304,7 +305,7 @@ def test_coco_captions(tmp_path):
     for part, ids in (("train2017", range(6)), ("val2017", range(10, 30))):
         images, notes = [], []
         for number in ids:
-            picture(tmp_path / part / f"{number:012d}.jpg", number)
+            write_image(tmp_path / part / f"{number:012d}.jpg", number)
             images.append({"id": number, "file_name": f"{number:012d}.jpg", "height": 30, "width": 40})
             notes += [{"image_id": number, "id": 9 * number + k, "caption": f"caption {k}\n of {number}"}
                       for k in range(5)]
@@ -326,7 +327,7 @@ def test_flowers_have_the_labels_that_torchvision_gives(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     labels = rng.integers(1, 103, count)
     for number in range(1, count + 1):
-        picture(base / "jpg" / f"image_{number:05d}.jpg", number * 8)
+        write_image(base / "jpg" / f"image_{number:05d}.jpg", number * 8)
     ids = rng.permutation(np.arange(1, count + 1))
     savemat(base / "imagelabels.mat", {"labels": labels})
     savemat(base / "setid.mat", {"trnid": ids[:8], "valid": ids[8:14], "tstid": ids[14:]})

@@ -16,7 +16,7 @@ from PIL import Image
 from data.catalog import DataConfig, build_source
 from data.images.folder import FolderConfig
 from data.loader import Loader, read_batch
-from data.order import Order
+from data.order import Order, Slice
 from data.shapes.shapes import Shapes, ShapesConfig
 from data.source import caption_batch
 
@@ -30,8 +30,8 @@ def source():
 
 @pytest.fixture
 def folder(tmp_path):
-    """Forty pictures of two shapes, two captions each."""
-    root = tmp_path / "pictures"
+    """Forty images of two shapes, two captions each."""
+    root = tmp_path / "images"
     root.mkdir()
     rng = np.random.default_rng(0)
     for number in range(40):
@@ -79,7 +79,7 @@ def test_processes_together_read_the_global_batch(folder, world):
     order = Order(len(source), 1, source.buckets)
     for step in range(6):
         whole = read_batch(source, order.places(step, 8), 1, step)
-        parts = [Loader(source, order, 8, 1, rank=rank, world=world).batch_at(step) for rank in range(world)]
+        parts = [Loader(source, order, 8, 1, part=Slice(rank, world)).batch_at(step) for rank in range(world)]
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
         assert [caption for part in parts for caption in part.captions] == whole.captions
 
@@ -95,7 +95,7 @@ class Broken:
 
     def __getitem__(self, index):
         if index == 3:
-            raise OSError("pictures/3.png: the disk is gone")
+            raise OSError("images/3.png: the disk is gone")
         return {"image": torch.zeros(3, 8, 8, dtype=torch.uint8), "caption": "x", "captions": ("x",), "id": str(index)}
 
 
@@ -105,10 +105,10 @@ def test_an_error_names_the_file_in_one_line(workers):
         with pytest.raises(OSError) as caught:
             for step in range(2):
                 loader.batch_at(step)
-    assert str(caught.value) == "pictures/3.png: the disk is gone"
+    assert str(caught.value) == "images/3.png: the disk is gone"
 
 
-def test_corrupt_pictures_are_skipped_by_all_workers_alike_and_stop_the_run_in_the_end(folder, tmp_path, capfd):
+def test_corrupt_images_are_skipped_by_all_workers_alike_and_stop_the_run_in_the_end(folder, tmp_path, capfd):
     root = Path(folder.folder.root)
     for number in (5, 17):
         data = (root / f"{number:02d}.png").read_bytes()
@@ -125,7 +125,7 @@ def test_corrupt_pictures_are_skipped_by_all_workers_alike_and_stop_the_run_in_t
     assert capfd.readouterr().err.count("unreadable: 17.png") == 2  # once a run
     for number in (20, 21, 22):
         (root / f"{number:02d}.png").write_bytes((root / f"{number:02d}.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"5 of 40 pictures cannot be read, more than data.bad_share = 0.1"):
+    with pytest.raises(ValueError, match=r"5 of 40 images cannot be read, more than data.bad_share = 0.1"):
         with Loader(build_source(folder, "train", lists[1]), order, 5, 1, workers=2) as loader:
             for step in range(16):
                 loader.batch_at(step)
@@ -148,7 +148,7 @@ def test_a_worker_that_is_killed_is_an_error_of_one_line(source):
 ])
 def test_settings_that_make_no_sense(source, workers, batch, rank, world, message):
     with pytest.raises(ValueError, match=message):
-        Loader(source, Order(30, 0), batch, 0, workers, rank, world)
+        Loader(source, Order(30, 0), batch, 0, workers, Slice(rank, world))
 
 
 # ---- processes

@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, TokenizerConfig
 
 
 def smooth(seed: int, size: int = 96) -> Image.Image:
-    """A picture of low frequencies, as photographs are."""
+    """An image of low frequencies, as photographs are."""
     rng = np.random.default_rng(seed)
     waves = np.zeros((3, size, size))
     waves[:, :8, :8] = rng.normal(size=(3, 8, 8)) * size / (1 + np.add.outer(np.arange(8), np.arange(8)))
@@ -25,7 +25,7 @@ def smooth(seed: int, size: int = 96) -> Image.Image:
 # ---- hashes
 
 def test_the_hash_of_known_cosines():
-    """One bit for each low frequency: a picture made of the frequencies whose bits are set has that hash."""
+    """One bit for each low frequency: an image made of the frequencies whose bits are set has that hash."""
     rng = np.random.default_rng(1)
     for _ in range(5):
         bits = np.zeros(64, bool)
@@ -40,18 +40,18 @@ def test_the_hash_of_known_cosines():
     assert perceptual_hash(Image.new("RGB", (9, 9), "red")) == perceptual_hash(Image.new("RGB", (50, 20), "blue")) == 0
 
 
-def test_near_duplicates_survive_what_happens_to_pictures_and_others_do_not(tmp_path):
+def test_near_duplicates_survive_what_happens_to_images_and_others_do_not(tmp_path):
     image = smooth(0)
     image.save(tmp_path / "x.jpg", quality=60)
     changed = [Image.open(tmp_path / "x.jpg"), image.resize((64, 64), Image.Resampling.BICUBIC).resize((200, 180)),
                ImageEnhance.Brightness(image).enhance(1.04)]
     others = [smooth(seed) for seed in range(1, 40)] + [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
     others.append(Image.merge("RGB", [image.convert("L").point(lambda v: v // 2)] * 2 + [image.convert("L")]))
-    pictures = [image, *changed, *others]
-    hashes = np.array([perceptual_hash(picture) for picture in pictures], dtype=np.uint64)
-    small = np.stack([small_version(picture) for picture in pictures])
+    images = [image, *changed, *others]
+    hashes = np.array([perceptual_hash(one) for one in images], dtype=np.uint64)
+    small = np.stack([small_version(one) for one in images])
     pairs = near_pairs(hashes, small)
-    assert near_groups(pairs, len(pictures)) == [[0, 1, 2, 3]]
+    assert near_groups(pairs, len(images)) == [[0, 1, 2, 3]]
     assert distance(hashes[:1], hashes[-1:]) < 8  # the same in grey, told apart by its colours
 
 
@@ -72,7 +72,7 @@ def test_pairs_are_those_of_comparing_all_with_all(most):
 
 @pytest.fixture
 def folder(tmp_path):
-    """train 12, validation 3, test 2; one picture of validation and one of test repeat pictures of train."""
+    """train 12, validation 3, test 2; one image of validation and one of test repeat images of train."""
     root = tmp_path / "set"
     for split, seeds in (("train", range(12)), ("validation", (20, 3, 21)), ("test", (5, 30))):
         (root / split).mkdir(parents=True)
@@ -102,8 +102,8 @@ def test_the_report_of_a_folder(folder, tmp_path):
     assert cells(text, "train and validation") == ["1", "0", "1"]
     assert cells(text, "train and test") == ["1", "0", "1"] and cells(text, "validation and test") == ["0", "0", "0"]
     assert cells(text, "64 x 64") == ["9"] and cells(text, "72 x 72") == ["7"]
-    assert "2 pairs in 2 groups, of 16 pictures" in text
-    assert "Unreadable: 2" in text and "bad &amp; worse.png: not a picture" in text and "train/11.png" in text
+    assert "2 pairs in 2 groups, of 16 images" in text
+    assert "Unreadable: 2" in text and "bad &amp; worse.png: not an image" in text and "train/11.png" in text
     assert "no unknown token" in text and "16 of 16 captions are longer than the 8 tokens" in text
     assert "words of a caption; highest bar 16, median 5" in text
     assert "<b>" not in text.partition("<body>")[2] and text.count("data:image/jpeg;base64,") == 3

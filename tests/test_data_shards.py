@@ -22,8 +22,8 @@ SPLITS = ("train", "validation", "test")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Sixty pictures of three formats, some with two captions."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Sixty images of three formats, some with two captions."""
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     rows = []
     for number in range(60):
@@ -108,7 +108,7 @@ def test_a_config_with_a_data_section_is_a_source_of_the_command(tmp_path, capsy
     path = tmp_path / "tiny.yaml"
     path.write_text("name: x\ndata: {source: shapes, shapes: {size: 16, train: 3, validation: 1, test: 0}}")
     main([str(path), str(tmp_path / "out")])
-    assert "4 pictures in 1 shards" in capsys.readouterr().out
+    assert "4 images in 1 shards" in capsys.readouterr().out
     for text, message in (("data: {sauce: shapes}", "unknown key 'data.sauce'"), ("name: x", "no data section"),
                           ("data: {source: photos}", "data.source: got 'photos'; valid: one of shapes"),
                           ("data: {shapes: {size: 3}}", "data.shapes.size"), ("data: [", "not valid YAML")):
@@ -133,9 +133,10 @@ def test_webdataset_reads_our_shards(shards):
         source = build_source(config_of(shards), split).source
         for i in range(len(source)):
             image, about, text = found[source.names[i]]
-            assert about["split"] == split and [tuple(entry) for entry in about["captions"]] == source.weighted(i)
+            assert about["split"] == split
+            assert [tuple(entry) for entry in about["captions"]] == source.weighted_captions(i)
             assert text == source[i]["caption"]
-            assert (np.asarray(source.opened(i)) == np.asarray(image.convert("RGB"))).all()
+            assert (np.asarray(source.open_image(i)) == np.asarray(image.convert("RGB"))).all()
 
 
 def test_we_read_shards_that_webdataset_wrote(tmp_path):
@@ -154,7 +155,7 @@ def test_we_read_shards_that_webdataset_wrote(tmp_path):
 
 
 def test_the_layout_of_img2dataset(tmp_path):
-    """Caption in .txt and in .json, where a picture may be missing or damaged."""
+    """Caption in .txt and in .json, where an image may be missing or damaged."""
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         def add(name, data):
             member = tarfile.TarInfo(name)
@@ -179,7 +180,7 @@ def test_the_layout_of_img2dataset(tmp_path):
     assert [source.captions(i) for i in range(len(source))] == [("red",), ("zwölf", "and another")]
     assert source[0]["frame"][:2] == (16, 20)
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "list").read_text().splitlines()]
-    assert len(reasons) == 3 and "no picture" in reasons[0] and "not a picture" in reasons[1]
+    assert len(reasons) == 3 and "no image" in reasons[0] and "not an image" in reasons[1]
     assert "captions cannot be read" in reasons[2]
 
 

@@ -1,4 +1,4 @@
-"""Picture files of every kind become the same uint8 RGB; crops, buckets and mirroring do what their records say."""
+"""Image files of every kind become the same uint8 RGB; crops, buckets and mirroring do what their records say."""
 import io
 
 import numpy as np
@@ -10,12 +10,12 @@ from torchvision.transforms.v2 import functional as F
 from data.images.transforms import (
     Unreadable,
     bucket_sizes,
-    colour,
-    decoded,
-    fitted,
+    crop_to_size,
+    decode_image,
+    image_size,
     may_flip,
     nearest_bucket,
-    picture_size,
+    rgb_of,
 )
 
 WHITE = (255, 255, 255)
@@ -36,7 +36,7 @@ def saved(image: Image.Image, kind: str, **more) -> bytes:
 
 
 def read(data: bytes, background=WHITE) -> np.ndarray:
-    return np.asarray(decoded(data, "x", background, 10**6)).astype(int)
+    return np.asarray(decode_image(data, "x", background, 10**6)).astype(int)
 
 
 def palette(image: Image.Image) -> Image.Image:
@@ -48,7 +48,7 @@ def palette(image: Image.Image) -> Image.Image:
     ("WEBP", "RGB", {"quality": 95}, 12), ("JPEG", "RGB", {"quality": 95, "subsampling": 0}, 8),
     ("JPEG", "CMYK", {"quality": 95}, 12), ("PNG", "RGBA", {}, 0),
 ])
-def test_formats_and_modes_give_the_same_picture(kind, mode, more, near):
+def test_formats_and_modes_give_the_same_image(kind, mode, more, near):
     image = Image.fromarray(two_halves())
     image = palette(image) if mode == "P" else image.convert(mode)
     found = read(saved(image, kind, **more))
@@ -81,7 +81,7 @@ def test_transparency_shows_the_background():
     index = Image.fromarray(np.array([[0, 1]], np.uint8), mode="P")
     index.putpalette([9, 9, 9, 50, 60, 70])
     for kind in ("PNG", "GIF"):
-        assert read(saved(index, kind, transparency=0), colour("#00ff00")).tolist() == [[[0, 255, 0], [50, 60, 70]]]
+        assert read(saved(index, kind, transparency=0), rgb_of("#00ff00")).tolist() == [[[0, 255, 0], [50, 60, 70]]]
     deep = Image.fromarray(np.array([[0, 65535]], np.uint16))
     assert read(saved(deep, "PNG", transparency=65535), (1, 2, 3)).tolist() == [[[0, 0, 0], [1, 2, 3]]]
 
@@ -96,7 +96,7 @@ def test_the_first_frame_of_an_animation():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
 def test_exif_orientation(orientation, kind):
-    """The stored picture is upright after the turn that EXIF 2.32, table 4.6.4, gives for its orientation."""
+    """The stored image is upright after the turn that EXIF 2.32, table 4.6.4, gives for its orientation."""
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:8, :16], pixels[:8, 16:], pixels[8:, :16] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     turns = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
@@ -106,29 +106,30 @@ def test_exif_orientation(orientation, kind):
     exif[0x0112] = orientation
     more = {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     data = saved(Image.fromarray(np.ascontiguousarray(turns[orientation])), kind, exif=exif, **more)
-    assert picture_size(data, "x", 10**6) == (16, 32)
+    assert image_size(data, "x", 10**6) == (16, 32)
     assert np.abs(read(data) - pixels.astype(int)).max() <= 3
 
 
-def test_what_is_no_picture_is_named_with_its_reason():
+def test_what_is_no_image_is_named_with_its_reason():
     whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
     png = saved(Image.fromarray(two_halves()), "PNG")
-    for data, reason in ((b"", "empty"), (b"hello there", "not a picture"), (whole[:900], "truncated"),
-                         (png[:60], ""), (saved(Image.new("RGB", (4, 4)), "TIFF"), "not a picture"),
+    for data, reason in ((b"", "empty"), (b"hello there", "not an image"), (whole[:900], "truncated"),
+                         (png[:60], ""), (saved(Image.new("RGB", (4, 4)), "TIFF"), "not an image"),
                          (png[:45] + bytes([png[45] ^ 255]) + png[46:], "")):
         with pytest.raises(Unreadable, match=rf"^a/b.png: .*{reason}"):
-            decoded(data, "a/b.png", WHITE, 10**6)
+            decode_image(data, "a/b.png", WHITE, 10**6)
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded():
     bomb = saved(Image.new("1", (30_000, 30_000)), "PNG")
     assert len(bomb) < 200_000
-    for reader in (lambda: picture_size(bomb, "b.png", 80_000_000), lambda: decoded(bomb, "b.png", WHITE, 80_000_000)):
+    for reader in (lambda: image_size(bomb, "b.png", 80_000_000),
+                   lambda: decode_image(bomb, "b.png", WHITE, 80_000_000)):
         with pytest.raises(Unreadable, match="pixels"):
             reader()
     small = saved(Image.new("RGB", (30, 20)), "PNG")
-    assert picture_size(small, "s.png", 600) == (20, 30)
-    for reader in (lambda: picture_size(small, "s.png", 599), lambda: decoded(small, "s.png", WHITE, 599)):
+    assert image_size(small, "s.png", 600) == (20, 30)
+    for reader in (lambda: image_size(small, "s.png", 599), lambda: decode_image(small, "s.png", WHITE, 599)):
         with pytest.raises(Unreadable, match="s.png: 30 x 20 pixels are more than max_pixels = 599"):
             reader()
 
@@ -137,7 +138,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded():
 def test_centre_crop_equals_torchvisions_crop_and_antialiased_resize(shape, size):
     rng = np.random.default_rng(1)
     image = Image.fromarray(rng.integers(0, 255, (*shape, 3), np.uint8)).resize((shape[1], shape[0]))
-    found, frame = fitted(image, size)
+    found, frame = crop_to_size(image, size)
     full_h, full_w, top, left, height, width = frame
     assert (full_h, full_w) == shape and abs(height / width - size[0] / size[1]) < 1e-6
     assert abs(top + height / 2 - shape[0] / 2) < 1e-6 and abs(left + width / 2 - shape[1] / 2) < 1e-6
@@ -151,27 +152,27 @@ def test_centre_crop_equals_torchvisions_crop_and_antialiased_resize(shape, size
 
 
 def test_the_frame_says_where_the_crop_is():
-    """A picture whose colour is its coordinate: the crop's mean is the frame's centre."""
+    """An image whose colour is its coordinate: the crop's mean is the frame's centre."""
     y, x = np.mgrid[:100, :200]
     image = Image.fromarray(np.stack([x, y, y], axis=2).astype(np.uint8))
     for place in ((0.0, 0.0), (1.0, 1.0), (0.3, 0.7)):
         for flip in (False, True):
-            pixels, (_, _, top, left, height, width) = fitted(image, (20, 10), place, flip)
+            pixels, (_, _, top, left, height, width) = crop_to_size(image, (20, 10), place, flip)
             assert (top, height, width) == (0, 100, 50) and abs(left - 150 * place[1]) < 1e-9
             assert abs(pixels[0].float().mean() - (left + width / 2 - 0.5)) < 1
             assert abs(pixels[1].float().mean() - (top + height / 2 - 0.5)) < 1
             assert (pixels[0, 0, 0] > pixels[0, 0, -1]) == flip
-    pixels, frame = fitted(image.resize((100, 50)), (20, 20), whole=(100, 200))
-    assert frame == (100, 200, 0, 50, 100, 100)  # in pixels of the whole picture
+    pixels, frame = crop_to_size(image.resize((100, 50)), (20, 20), whole=(100, 200))
+    assert frame == (100, 200, 0, 50, 100, 100)  # in pixels of the whole image
 
 
 def test_a_jpeg_that_is_decoded_small_looks_like_the_whole_one():
     y, x = np.mgrid[:640, :960] / 960
     image = Image.fromarray((127 + 127 * np.stack([np.sin(9 * x), np.cos(7 * y), np.sin(5 * (x + y))], 2)).astype("u1"))
     data = saved(image, "JPEG", quality=95)
-    small, whole = decoded(data, "x", WHITE, 10**7, least=64), decoded(data, "x", WHITE, 10**7)
+    small, whole = decode_image(data, "x", WHITE, 10**7, least=64), decode_image(data, "x", WHITE, 10**7)
     assert small.size == (240, 160) and whole.size == (960, 640)
-    one, two = (fitted(picture, (64, 64), whole=(640, 960))[0].int() for picture in (small, whole))
+    one, two = (crop_to_size(decoded, (64, 64), whole=(640, 960))[0].int() for decoded in (small, whole))
     assert (one - two).abs().max() <= 4
 
 
@@ -194,5 +195,5 @@ def test_buckets_have_about_one_area_and_fit_the_step(size, step):
     ("a fox left of a tree", False), ("the RIGHT hand", False), ("a shop with a sign", False),
     ("the letter B", False), ("a horse facing a fence", False), ('a shirt that says "hi"', False), ("text", False),
 ])
-def test_captions_that_forbid_a_mirrored_picture(caption, allowed):
+def test_captions_that_forbid_a_mirrored_image(caption, allowed):
     assert may_flip(caption) is allowed

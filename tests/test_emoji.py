@@ -1,4 +1,4 @@
-"""The emoji source and its scenes: splits, compositing, and pictures that show what their captions say."""
+"""The emoji source and its scenes: splits, compositing, and images that show what their captions say."""
 
 import io
 import json
@@ -11,30 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from emoji_packages import SHAPES, SIZE, items_of, write_packages
+from emoji_packages import SHAPES, SIZE, items_of
 from PIL import Image
 from scipy import ndimage
 
 from data.emoji import build as emoji_build
-from data.emoji.build import PACKAGES, build, render
-from data.emoji.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign, keep_tones
-from data.emoji.scenes import COLOURS, MOODS, canvas, contrasting, lit, over, resized, scene_image
+from data.emoji.build import PACKAGES, render
+from data.emoji.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign_splits, rows_with_tones
+from data.emoji.scenes import COLOURS, MOODS, canvas, contrasting_colours, in_mood, over, resize, scene_image
 
 resvg_py = pytest.importorskip("resvg_py")
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    """(folder of .tgz files, their table)"""
-    folder = tmp_path_factory.mktemp("packages")
-    return folder, write_packages(folder)
-
-
-@pytest.fixture(scope="module")
-def root(packages, tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "emoji"
-    build(out, SIZE, packages[0], packages[1], workers=1)
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +48,7 @@ def test_a_damaged_folder_is_refused(root, tmp_path):
         return str(error.value)
 
     assert "holds no emoji data set" in refused(tmp_path / "nothing")
-    assert f"size: 64, but {root} holds pictures of {SIZE} pixels" in refused(root, 64)
+    assert f"size: 64, but {root} holds images of {SIZE} pixels" in refused(root, 64)
     for name, content in (("images.npy", (root / "images.npy").read_bytes()[:-5000]), ("images.npy", b""),
                           ("items.jsonl", (root / "items.jsonl").read_bytes()[:-300]), ("manifest.json", b"{")):
         folder = copy(f"damaged-{name}-{len(content)}")
@@ -126,7 +112,7 @@ def test_split_shares_and_families():
     """On many names the shares are those that are stated; tones and mirrored drawings go with their name."""
     items = [{"name": f"thing-{k}{end}", "base": f"thing-{k}", "style": style} for k in range(1500)
              for end in ("", "-dark-skin-tone", "-facing-right") for style in STYLES]
-    places = assign(items)
+    places = assign_splits(items)
     share = {place: places.count(place) / len(places) for place in set(places)}
     assert share["test", "name"] == pytest.approx(0.02, abs=0.008)
     assert share["test", "pair"] == pytest.approx(0.05 * 0.98, abs=0.006)
@@ -136,13 +122,13 @@ def test_split_shares_and_families():
         of_pair.setdefault((item["base"], item["style"]), set()).add(place)
     assert all(len(found) == 1 for found in of_pair.values())
     # A name that one style alone draws cannot be held out as a pair.
-    assert ("test", "pair") not in assign([item for item in items if item["style"] == "noto"])
+    assert ("test", "pair") not in assign_splits([item for item in items if item["style"] == "noto"])
 
 
 def test_tones_are_kept_alike_in_all_styles(root):
     items = items_of(root)
     for count in (0, 1, 2, 25):
-        kept = [items[row] for row in keep_tones(items, count)]
+        kept = [items[row] for row in rows_with_tones(items, count)]
         toned = {style: {item["name"] for item in kept if item["tone"] and item["style"] == style} for style in STYLES}
         assert all(len(names) == min(count, 3) for names in toned.values())
         assert len({frozenset(names) for names in toned.values()}) == 1
@@ -178,9 +164,9 @@ def test_share_of_scenes_and_configuration_errors(config):
 # ---- scenes
 
 def alone(source: Emoji, scene: dict, k: int) -> np.ndarray:
-    """Where object k of a scene is in the picture: (S, S) bool, the pixels that differ from the empty background."""
+    """Where object k of a scene is in the image: (S, S) bool, the pixels that differ from the empty background."""
     one = {**scene, "objects": [scene["objects"][k]]}
-    image = scene_image(one, lambda name: source.picture(source.row_of[name]), SIZE)
+    image = scene_image(one, lambda name: source.rgba(source.row_of[name]), SIZE)
     return (image != canvas(scene["background"], SIZE)).any(axis=0)
 
 
@@ -208,7 +194,7 @@ def test_counts_hold_in_the_pixels_and_in_the_caption(sources):
         scene = train.scene(number)
         if scene["kind"] != "count":
             continue
-        image = scene_image(scene, lambda name: train.picture(train.row_of[name]), SIZE)
+        image = scene_image(scene, lambda name: train.rgba(train.row_of[name]), SIZE)
         _, blobs = ndimage.label((np.abs(image.astype(int) - canvas(scene["background"], SIZE)) > 8).any(axis=0))
         words = {2: "two", 3: "three"}[blobs]
         assert len(scene["objects"]) == blobs and len({thing["id"] for thing in scene["objects"]}) == 1
@@ -218,18 +204,18 @@ def test_counts_hold_in_the_pixels_and_in_the_caption(sources):
     assert seen == {2, 3}
 
 
-def test_scene_pictures_are_made_of_their_parts(sources):
+def test_scene_images_are_made_of_their_parts(sources):
     """Where nothing stands the background shows; a mood tints the things and keeps the background's named colour."""
     train, moods = sources["train"], set()
     for number in range(60):
         scene = train.scene(number)
-        image = scene_image(scene, lambda name: train.picture(train.row_of[name]), SIZE)
+        image = scene_image(scene, lambda name: train.rgba(train.row_of[name]), SIZE)
         empty = ~np.any([alone(train, scene, k) for k in range(len(scene["objects"]))], axis=0)
         assert (image[:, empty] == canvas(scene["background"], SIZE)[:, empty]).all()
         assert json.loads(json.dumps(scene)) == scene
         if scene["mood"]:
             assert set(scene["background"]["colours"]) <= set(MOODS[scene["mood"]].colours)
-            plain = scene_image({**scene, "mood": ""}, lambda name: train.picture(train.row_of[name]), SIZE)
+            plain = scene_image({**scene, "mood": ""}, lambda name: train.rgba(train.row_of[name]), SIZE)
             change = (image.astype(float) - plain)[:, ~empty].mean(axis=1)
             assert {"gloomy": change.sum() < 0, "fiery": change[0] > change[2], "cheerful": change.sum() != 0,
                     "calm": change.sum() != 0}[scene["mood"]]
@@ -243,7 +229,7 @@ def test_light_stays_within_alpha():
     alpha[0] = 0
     colours = (rng.random((3, 16, 16)) * alpha).astype(np.float32)
     for mood in MOODS:
-        out = lit(colours, alpha / 255, mood)
+        out = in_mood(colours, alpha / 255, mood)
         assert (out >= 0).all() and (out <= alpha + 1e-3).all() and (out[:, 0] == 0).all()
 
 
@@ -251,11 +237,11 @@ def test_backgrounds_stand_out_from_things():
     rng = np.random.default_rng(0)
     for _ in range(20):
         mean = rng.uniform(0, 255, 3)
-        chosen = contrasting(rng, list(COLOURS), [mean], 2)
+        chosen = contrasting_colours(rng, list(COLOURS), [mean], 2)
         assert np.linalg.norm(np.subtract(*(COLOURS[name] for name in chosen))) >= 90
         assert all(np.linalg.norm(np.array(COLOURS[name]) - mean) >= 90 for name in chosen)
     # None is far enough: the farther one is taken.
-    assert contrasting(rng, ["red", "dark red"], [COLOURS["red"]], 1) == ["dark red"]
+    assert contrasting_colours(rng, ["red", "dark red"], [COLOURS["red"]], 1) == ["dark red"]
 
 
 # ---- compositing
@@ -272,17 +258,17 @@ def test_over_is_the_alpha_blend_of_the_renderer():
 
 
 def test_over_by_hand():
-    picture = np.array([100, 50, 0, 128], dtype=np.uint8).reshape(4, 1, 1)  # straight colour 199, 100, 0 at half alpha
+    image = np.array([100, 50, 0, 128], dtype=np.uint8).reshape(4, 1, 1)  # straight colour 199, 100, 0 at half alpha
     below = np.array([10, 200, 255], dtype=np.uint8).reshape(3, 1, 1)
     by_hand = [100 + 10 * 127 / 255, 50 + 200 * 127 / 255, 255 * 127 / 255]
-    assert over(picture, below).ravel().tolist() == [round(value) for value in by_hand]
+    assert over(image, below).ravel().tolist() == [round(value) for value in by_hand]
     assert over(np.zeros((4, 1, 1), np.uint8), below).ravel().tolist() == [10, 200, 255]
 
 
 def test_resizing_brings_in_no_colour_of_what_is_transparent():
     disc = render(emoji_build.svg({"body": SHAPES["noto"].format("#ff0000")}, {"width": 32, "height": 32}), 64)
     for side in (20, 27, 90):
-        small = resized(disc, side)
+        small = resize(disc, side)
         assert small.shape == (4, side, side)
         assert (small[0] == small[3]).all() and (small[1:3] == 0).all()  # still pure red, times alpha
         assert small[3].mean() / disc[3].mean() == pytest.approx(1, abs=0.01)  # and as much of the square

@@ -1,4 +1,4 @@
-"""Building the emoji data set: names, pictures, interruption, and one clear line for whatever is wrong."""
+"""Building the emoji data set: names, images, interruption, and one clear line for whatever is wrong."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emoji_packages import SIZE, THINGS, TINTS, TONES, icon_sets, items_of, write_packages
+from emoji_packages import SIZE, THINGS, TINTS, TONES, icon_sets, items_of
 
 from data.emoji import build as emoji_build
 from data.emoji.__main__ import main
@@ -15,20 +15,6 @@ from data.emoji.build import PACKAGES, build, check, fetch, integrity, render
 from data.emoji.emoji import STYLES, Emoji, EmojiConfig, names_in_all_styles
 
 pytest.importorskip("resvg_py")
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    """(folder of .tgz files, their table)"""
-    folder = tmp_path_factory.mktemp("packages")
-    return folder, write_packages(folder)
-
-
-@pytest.fixture(scope="module")
-def root(packages, tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "emoji"
-    build(out, SIZE, packages[0], packages[1], workers=1)
-    return out
 
 
 def test_build_aligns_names_and_drops_what_is_double_or_unknown(root):
@@ -50,8 +36,8 @@ def test_build_aligns_names_and_drops_what_is_double_or_unknown(root):
     assert not list(root.glob("chunk*")) and not root.with_name("emoji.partial").exists()
 
 
-def test_stored_pictures_are_the_drawings(root):
-    """Row by row the pictures belong to the items: the mean colour is the fill of the drawing."""
+def test_stored_images_are_the_drawings(root):
+    """Row by row the images belong to the items: the mean colour is the fill of the drawing."""
     items = items_of(root)
     images = np.load(root / "images.npy")
     drawn, _ = icon_sets("twemoji")

@@ -48,7 +48,7 @@ def answered(promises, index: int, image) -> dict[str, list[bool]]:
 
 
 def redrawn(source, scene: dict, **changes) -> np.ndarray:
-    return scene_image({**scene, **changes}, lambda name: source.picture(source.row_of[name]), source.config.size)
+    return scene_image({**scene, **changes}, lambda name: source.rgba(source.row_of[name]), source.config.size)
 
 
 def test_real_renderings_keep_their_promises(source, promises):
@@ -129,11 +129,11 @@ def test_styles_and_backgrounds_of_single_things(source, promises):
         twins = promises._in_all_styles(row)
         colour = source.background(row)
         if len(twins) > 1:
-            wrong = over(source.picture(twins[1]), canvas({"kind": "plain", "colours": [colour]}, SIZE))
+            wrong = over(source.rgba(twins[1]), canvas({"kind": "plain", "colours": [colour]}, SIZE))
             score = answered(promises, index, wrong)
             assert score["style"] == [False] and score["object"] == [True]
         if colour != "white":
-            wrong = over(source.picture(row), canvas({"kind": "plain", "colours": ["white"]}, SIZE))
+            wrong = over(source.rgba(row), canvas({"kind": "plain", "colours": ["white"]}, SIZE))
             assert answered(promises, index, wrong)["background"] == [False]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.cache import LatentCache
-from data.order import Order
+from data.order import Order, Slice
 
 
 @pytest.mark.parametrize("count, batch", [(10, 5), (10, 3), (7, 10), (3, 10), (1, 4)])
@@ -109,12 +109,12 @@ def test_slices_of_processes_make_the_global_batch():
     for step in range(12):
         whole = order.places(step, 8)
         for world in (2, 4):
-            parts = [order.places(step, 8, rank, world) for rank in range(world)]
+            parts = [order.places(step, 8, Slice(rank, world)) for rank in range(world)]
             assert (np.concatenate([part.indices for part in parts]) == whole.indices).all()
             assert (np.concatenate([part.epochs for part in parts]) == whole.epochs).all()
         assert (whole.epochs == np.arange(step * 8, step * 8 + 8) // 23).all()
     with pytest.raises(ValueError, match="batch: 8 for 3 processes; valid: a multiple of 3"):
-        order.places(0, 8, 0, 3)
+        order.places(0, 8, Slice(0, 3))
 
 
 @pytest.mark.parametrize("sizes, batch", [((40, 7, 23), 5), ((3, 50), 8), ((1, 1, 1), 4), ((16, 16), 8), ((9,), 2)])
@@ -198,7 +198,7 @@ def test_a_killed_builder_leaves_a_cache_that_another_finishes(tmp_path):
     assert cache.moments(np.arange(40))[0][:, 0, 0, 0].tolist() == list(range(40))
 
 
-def test_pictures_of_several_shapes_have_no_cache(tmp_path):
+def test_images_of_several_shapes_have_no_cache(tmp_path):
     def encode(indices):
         side = 2 + int(indices[0]) // 4
         return torch.zeros(len(indices), 1, side, side), torch.zeros(len(indices), 1, side, side)

@@ -114,7 +114,7 @@ def test_one_chunk_is_what_the_tokenizer_gives(tokenizer, text):
     ids, mask = tokenizer.encode([text])
     assert torch.equal(chunks.ids, ids) and torch.equal(chunks.mask[:, :2], mask[:, :2])
     assert chunks.mask.sum() == len(tokenizer.bpe.encode(text, add_special_tokens=False).ids[:LENGTH - 2]) + 2
-    assert (chunks.lost == "") == (tokenizer.lost(text) == "")
+    assert (chunks.lost == "") == (tokenizer.overflow(text) == "")
 
 
 def test_chunks_hold_every_token_once_and_tear_no_word(tokenizer):

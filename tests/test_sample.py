@@ -133,7 +133,7 @@ def test_a_long_prompt_is_cut_and_that_is_said(tiny_run, tmp_path, capsys, syste
     run_sample(tiny_run, tmp_path, long, "a red star", "--steps", "1", "--chunks", "1")
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert len(warnings) == 1 and "the prompt is cut after 22 tokens; not read: " in warnings[0]
-    lost = system.tokenizer.lost(long)
+    lost = system.tokenizer.overflow(long)
     assert lost.endswith("a dragon") and lost in warnings[0]
 
 

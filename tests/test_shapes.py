@@ -106,7 +106,7 @@ def test_kinds_and_moods_come_in_their_shares(splits):
     assert all(only.scene(i)["kind"] == "single" and only.scene(i)["mood"] for i in range(30))
 
 
-def test_nothing_overlaps_or_leaves_the_picture_and_relations_hold(splits):
+def test_nothing_overlaps_or_leaves_the_image_and_relations_hold(splits):
     for scene in splits["train"][1][:400] + splits["test"][1][:200]:
         covers = [cover_of(scene, thing) for thing in scene["objects"]]
         for cover in covers:
@@ -208,8 +208,8 @@ def test_any_size_shows_the_same_scene(size):
 def test_pixels_are_the_named_colours():
     scene = {"background": "beige", "mood": None, "objects": [
         {"colour": "green", "shape": "square", "size": "large", "centre": [0.5, 0.5], "radius": 0.21}]}
-    picture = render(scene, 64)
-    assert tuple(picture[:, 32, 32]) == (44, 160, 70) and tuple(picture[:, 2, 2]) == (236, 220, 192)
+    image = render(scene, 64)
+    assert tuple(image[:, 32, 32]) == (44, 160, 70) and tuple(image[:, 2, 2]) == (236, 220, 192)
     moody = render(scene | {"background": None, "mood": "fiery"}, 64)
     np.testing.assert_allclose(moody[:, 32, 32], lit_colour("green", "fiery"), atol=3)
     np.testing.assert_allclose(moody[:, 2, 2], backdrop("fiery", 64)[2, 2], atol=0.51)

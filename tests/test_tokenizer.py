@@ -27,7 +27,7 @@ def normalised(text: str) -> str:
 def test_every_string_comes_back(tokenizer, text):
     ids, mask = tokenizer.encode([text])
     assert tokenizer.decode(ids) == [normalised(text)]
-    assert tokenizer.lost(text) == ""
+    assert tokenizer.overflow(text) == ""
     assert mask.sum() < tokenizer.length
 
 
@@ -74,11 +74,11 @@ def test_a_long_caption_is_cut_before_the_end_token_and_the_loss_is_told(tokeniz
     text = "two blue circles on grey and a dragon"
     ids, mask = short.encode([text])
     assert ids.shape == (1, 6) and mask.all() and ids[0, -1] == short.end_id
-    kept, lost = short.decode(ids)[0], short.lost(text)
+    kept, lost = short.decode(ids)[0], short.overflow(text)
     assert lost and (kept + lost).replace(" ", "") == text.replace(" ", "")
     exact = tokenizer.bpe.encode("a red star", add_special_tokens=False).ids
-    assert Tokenizer(tokenizer.bpe, len(exact) + 2).lost("a red star") == ""
-    assert Tokenizer(tokenizer.bpe, len(exact) + 1).lost("a red star") != ""
+    assert Tokenizer(tokenizer.bpe, len(exact) + 2).overflow("a red star") == ""
+    assert Tokenizer(tokenizer.bpe, len(exact) + 1).overflow("a red star") != ""
 
 
 def test_merges_are_learnt_from_the_captions(tokenizer):

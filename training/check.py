@@ -78,7 +78,7 @@ def tokens(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
     captions = [caption for i in range(min(CAPTIONS, len(source))) for caption in source.captions(i)]
     path = run.path / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if path.is_file() else Tokenizer.train(captions, experiment.tokenizer)
-    cut = [caption for caption in captions if tokenizer.lost(caption)]
+    cut = [caption for caption in captions if tokenizer.overflow(caption)]
     print(f"captions: {100 * len(cut) / len(captions):.1f} % of {len(captions):,} are longer than tokenizer.length = "
           f"{tokenizer.length} and lose their end" + (f", as '{max(cut, key=len)[:100]}'" if cut else ""))
     return tokenizer

@@ -94,14 +94,14 @@ class Experiment:
         factor = self.autoencoder.model.factor * 2 ** (len(unet.channels) - 1)
         self._check_sizes(factor, f"the autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the "
                                   "UNet - 1)")
-        if len(self.data.shapes_of_pictures) > 1 and self.denoiser.cache:
+        if len(self.data.image_shapes) > 1 and self.denoiser.cache:
             raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has pictures of one size")
 
     def _check_sizes(self, factor: int, why: str) -> None:
         """Raise where pictures have a side that is not a multiple of ``factor``."""
         if self.data.size % factor:
             raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, {why}")
-        odd = [shape for shape in self.data.shapes_of_pictures if shape[0] % factor or shape[1] % factor]
+        odd = [shape for shape in self.data.image_shapes if shape[0] % factor or shape[1] % factor]
         if odd:
             raise ValueError(f"data.{self.data.source}.step: aspect buckets of {odd[0][0]} x {odd[0][1]} pixels; "
                              f"valid: a multiple of {factor}, {why}")

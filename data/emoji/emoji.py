@@ -1,15 +1,15 @@
-"""The emoji source: captioned pictures of real emoji in five styles, and scenes composed of them.
+"""Source `emoji`: captioned images of real emoji in five styles, and scenes composed of them.
 
 `python -m data.emoji --out DIR --size 64` builds the folder (data/emoji/build.py); `Emoji(EmojiConfig(root=DIR),
 "train")` reads it. Single emoji stand on white or on a named colour; scenes (data/emoji/scenes.py) hold one to three.
 
-Splits are by hash of the names, so they are the same on every machine and for every size and seed:
+Splits are defined by hashes of the names, so they are the same on every machine and for every size and seed:
 
-- 2 % of the names are in no training picture at all (test, held_out "name");
-- 5 % of the (name, style) pairs are kept out where the name is trained on in another style (test, held_out "pair");
+- 2 % of the names occur in no training image (test, held_out "name");
+- 5 % of the (name, style) pairs are held out if training has the name in another style (test, held_out "pair");
 - 2 % of the pairs are the validation split.
 
-A name goes with all its skin tones and its mirrored drawing, so that no near copy crosses a split.
+All skin tones and the mirrored drawing of a name are in the same split, so that no near copy is in two splits.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ import torch
 
 from data.emoji.build import FORMAT
 from data.emoji.phrasings import STYLE_WORDS, noun, plural, scene_captions, single_captions
-from data.emoji.scenes import PLAIN, canvas, contrasting, make_scene, over, scene_image
+from data.emoji.scenes import PLAIN, canvas, contrasting_colours, make_scene, over, scene_image
 from files.whole import unit_hash
 
 STYLES = tuple(STYLE_WORDS)
@@ -35,14 +35,14 @@ SCENE_GROUPS = ("smileys & emotion", "animals & nature", "food & drink", "activi
 
 @dataclass(frozen=True)
 class EmojiConfig:
-    """What to read and how to mix it."""
+    """The folder of emoji, and how single emoji, backgrounds and scenes are mixed."""
 
     root: str = "runs/data/emoji64"  # folder that `python -m data.emoji` wrote
     size: int = 64  # side in pixels; must be the one the folder was built with
     styles: tuple[str, ...] = STYLES
     tones: int = 1  # skin-tone variants kept of each name, besides the one without a tone; 25 keeps all
     backgrounds: float = 0.25  # share of single emoji on a named colour instead of white
-    scenes: float = 0.3  # share of scenes among the training pictures; 1 is nothing but scenes
+    scenes: float = 0.3  # share of scenes among the training images; 1 is nothing but scenes
     held_out_scenes: int = 400  # scenes in each of validation and test; none where `scenes` is 0
     seed: int = 0  # of the scenes and backgrounds; the splits do not depend on it
 
@@ -59,7 +59,7 @@ class EmojiConfig:
 
 
 def load(config: EmojiConfig) -> tuple[list[dict], Path]:
-    """Items of the folder, one a picture, and the path of the array, after checking that they belong together.
+    """The items of the folder, one for each image, and the path of the array, after a check that they match.
 
     Raises FileNotFoundError or ValueError with the command that builds the folder.
     """
@@ -77,7 +77,7 @@ def load(config: EmojiConfig) -> tuple[list[dict], Path]:
     if found[0] != FORMAT:
         raise ValueError(f"root: {root} was written by another version of this code; delete it and {remedy}")
     if found[1] != config.size:
-        raise ValueError(f"size: {config.size}, but {root} holds pictures of {found[1]} pixels; give another root "
+        raise ValueError(f"size: {config.size}, but {root} holds images of {found[1]} pixels; give another root "
                          f"and {remedy.replace(str(root), 'DIR')}")
     shape = (found[2], 4, config.size, config.size)
     if images.shape != shape or images.dtype != np.uint8 or hashlib.sha256(text).hexdigest() != found[3]:
@@ -85,16 +85,16 @@ def load(config: EmojiConfig) -> tuple[list[dict], Path]:
     return [json.loads(line) for line in text.splitlines()], root / "images.npy"
 
 
-def content(config: EmojiConfig) -> str:
-    """Hash of what the folder holds, wherever it lies. Raises as ``load`` does."""
+def content_hash(config: EmojiConfig) -> str:
+    """A hash of the contents of the folder, independent of its location. Raises as ``load`` does."""
     load(config)
     manifest = json.loads((Path(config.root) / "manifest.json").read_text())
     digests = [manifest["format"], manifest["items_sha256"], manifest.get("images_sha256")]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def assign(items: Sequence[dict]) -> list[tuple[str, str]]:
-    """(split, held_out) of each item. A pair is held out only where all its names are trained on in another style."""
+def assign_splits(items: Sequence[dict]) -> list[tuple[str, str]]:
+    """(split, held_out) of each item. A pair is held out only if training has all its names in another style."""
     where = [("test", "name") if unit_hash("name", item["base"]) < NAME_SHARE else ("train", "") for item in items]
     names: dict[tuple[str, str], set[str]] = {}
     for item, (split, _) in zip(items, where):
@@ -120,11 +120,11 @@ def assign(items: Sequence[dict]) -> list[tuple[str, str]]:
             for item, place in zip(items, where)]
 
 
-def keep_tones(items: Sequence[dict], count: int) -> list[int]:
-    """Rows of the items without a skin tone and of the `count` tones that each name keeps, in all styles the same.
+def rows_with_tones(items: Sequence[dict], count: int) -> list[int]:
+    """Rows of the items without a skin tone, and of `count` tones for each name, the same tones in all styles.
 
-    Without it, pictures of people times five tones would be more than half of the data. Which tones a name keeps is
-    by hash, so all five are equally common; those that most styles have come first.
+    With all five tones, images of people would be more than half of the data. Tones that most styles have come first;
+    a hash breaks ties, so all tones are about equally common.
     """
     styles: dict[str, dict[str, int]] = {}
     for item in items:
@@ -137,7 +137,7 @@ def keep_tones(items: Sequence[dict], count: int) -> list[int]:
 
 
 class Emoji:
-    """Captioned emoji and scenes of one split, by index; every item is a function of (config, split, index).
+    """Captioned emoji and scenes of one split; every item is a function of (config, split, index).
 
     source[i] -> {"image": uint8 (3, S, S) tensor, "caption": str, "captions": tuple of all phrasings, "id": str,
     "scene": dict or None, "style": str, "name": str ("" for a scene), "held_out": "", "pair" or "name"}.
@@ -150,18 +150,18 @@ class Emoji:
         items, self._path = load(config)
         self._images: np.ndarray | None = None
         chosen = [row for row, item in enumerate(items) if item["style"] in config.styles]
-        chosen = [chosen[k] for k in keep_tones([items[row] for row in chosen], config.tones)]
-        places = assign([items[row] for row in chosen])
+        chosen = [chosen[k] for k in rows_with_tones([items[row] for row in chosen], config.tones)]
+        places = assign_splits([items[row] for row in chosen])
         self.items = items
         self.row_of = {item["id"]: row for row, item in enumerate(items)}
         self.held_out = {row: held for row, (_, held) in zip(chosen, places)}
         rows = [row for row, (where, _) in zip(chosen, places) if where == split]
-        # Styles come one after the other in the folder: shuffled once, any first K items are a fair sample.
+        # The folder is sorted by style; after one shuffle the first K items represent all styles.
         self.rows = [rows[k] for k in np.random.default_rng(0).permutation(len(rows))]
         self._plan_scenes([row for row, (where, _) in zip(chosen, places) if where == "train"])
 
     def _plan_scenes(self, trained: list[int]) -> None:
-        """Which rows scenes may show, by style, and how many scenes there are."""
+        """Set the rows that scenes may show, by style, and the number of scenes."""
         share, singles = self.config.scenes, len(self.rows)
         fit = [row for row in trained if self._fits_scene(row)]
         counts = {row for row in [*fit, *self.rows] if self._fits_scene(row) and plural(self.items[row])}
@@ -188,7 +188,7 @@ class Emoji:
         return len(self.rows) + self._scenes
 
     def locate(self, index: int) -> tuple[int | None, int]:
-        """(row, 0) of a single emoji or (None, number) of a scene, by index: scenes are spread evenly over them."""
+        """(row, 0) of a single emoji or (None, number) of a scene; scenes are spread evenly over the indices."""
         total = len(self)
         if not -total <= index < total:
             raise IndexError(f"index {index} of {total} items")
@@ -198,30 +198,30 @@ class Emoji:
             return None, before
         return self.rows[index - before], 0
 
-    def picture(self, row: int) -> np.ndarray:
-        """Premultiplied RGBA (4, S, S) uint8 of a row of `items`."""
+    def rgba(self, row: int) -> np.ndarray:
+        """The image of a row of `items`, premultiplied RGBA uint8 (4, S, S)."""
         if self._images is None:
             self._images = np.load(self._path, mmap_mode="r")
         return self._images[row]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_images": None}  # a worker maps the file itself; pickling a map would copy all of it
+        return {**self.__dict__, "_images": None}  # workers map the file themselves; pickling would copy it
 
     def background(self, row: int) -> str:
-        """The colour that a single emoji stands on."""
+        """The background colour of a single emoji."""
         item, seed = self.items[row], str(self.config.seed)
         if unit_hash("background", seed, item["id"]) >= self.config.backgrounds:
             return "white"
         rng = np.random.default_rng(int(unit_hash("colour", seed, item["id"]) * 2**48))
-        return contrasting(rng, PLAIN, [item["rgb"]], 1)[0]
+        return contrasting_colours(rng, PLAIN, [item["rgb"]], 1)[0]
 
     def scene(self, number: int) -> dict:
-        """Scene `number` of this split. In the test split one of its things is held out, the others are trained on."""
+        """Scene `number` of this split. The first emoji of a test scene is held out, the others occur in training."""
         rng = np.random.default_rng([self.config.seed, SPLITS.index(self.split), number])
         first = int(rng.choice(self._stars)) if self.split == "test" else None
         style = self.items[first]["style"] if first is not None else str(rng.choice(self.config.styles))
         pool, countable = self._pool[style], self._countable[style]
-        if first is None and not len(pool):  # a tiny folder without a fitting emoji in this style
+        if first is None and not len(pool):  # a tiny folder has no suitable emoji in this style
             style = next(name for name in self.config.styles if len(self._pool[name]))
             pool, countable = self._pool[style], self._countable[style]
         if first is not None and first in self._countable_rows:
@@ -233,7 +233,7 @@ class Emoji:
         return scene_captions(scene, [noun(item["label"]) for item in items], plural(items[0]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """All phrasings of an item, without drawing it."""
+        """All phrasings of an item, without rendering it."""
         row, number = self.locate(index)
         if row is None:
             return self._scene_captions(self.scene(number))
@@ -243,14 +243,14 @@ class Emoji:
         row, number = self.locate(index)
         if row is None:
             scene = self.scene(number)
-            image = scene_image(scene, lambda name: self.picture(self.row_of[name]), self.config.size)  # (3, S, S)
+            image = scene_image(scene, lambda name: self.rgba(self.row_of[name]), self.config.size)  # (3, S, S)
             captions = self._scene_captions(scene)
             about = {"id": f"scene/{self.split}/{number:06d}", "scene": scene, "name": "",
                      "style": scene["objects"][0]["style"],
                      "held_out": self.held_out[self.row_of[scene["objects"][0]["id"]]]}
         else:
             item, colour = self.items[row], self.background(row)
-            image = over(self.picture(row), canvas({"kind": "plain", "colours": [colour]}, self.config.size))
+            image = over(self.rgba(row), canvas({"kind": "plain", "colours": [colour]}, self.config.size))
             captions = single_captions(item, colour)
             about = {"id": item["id"], "scene": None, "name": item["name"], "style": item["style"],
                      "held_out": self.held_out[row]}
@@ -258,7 +258,7 @@ class Emoji:
 
 
 def names_in_all_styles(items: Sequence[dict], styles: Sequence[str] = STYLES) -> list[str]:
-    """Names that every one of the styles draws, sorted."""
+    """The sorted names of emoji that exist in all of the styles."""
     found: dict[str, set[str]] = {}
     for item in items:
         found.setdefault(item["name"], set()).add(item["style"])

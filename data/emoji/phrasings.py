@@ -1,12 +1,12 @@
-"""English for emoji: noun phrases from Unicode labels, and the captions of single pictures and of scenes.
+"""English for emoji: noun phrases from Unicode labels, and the captions of single emoji and of scenes.
 
-Every caption of a list says the same true thing in other words; the first is the fullest and serves as the prompt.
+All captions of a list are true of the same image; the first one is the most complete and serves as the prompt.
 """
 
 import re
 from collections.abc import Sequence
 
-STYLE_WORDS = {  # the name of the style, and what else one would call it
+STYLE_WORDS = {  # style: (its name, another word for it)
     "noto": ("noto", "noto"), "twemoji": ("twemoji", "twemoji"), "openmoji": ("openmoji", "outlined"),
     "fluent": ("fluent", "3d"), "flat": ("flat", "flat"),
 }
@@ -20,7 +20,7 @@ wireless wood yarn zzz fuji customs dizzy foggy locked unlocked camping cooking 
 control away claim laughing prohibited radioactive warning corn biohazard cheese cyclone registered copyright minus
 plus multiply divide information money racing breast-feeding pong liquid departure arrival way
 """.split())
-_SINGULAR_S = re.compile(r"(ss|us|rhinoceros|tennis|christmas)$", re.IGNORECASE)  # one thing that ends in s
+_SINGULAR_S = re.compile(r"(ss|us|rhinoceros|tennis|christmas)$", re.IGNORECASE)  # singular nouns that end in s
 _BARE = ("no", "people", "men", "women", "rolling", "mount", "Santa", "Mrs.", "Mx")  # first words without article
 _AN = re.compile(r"^(?!uni|use|ut|eu|one\b|once)([aeiou]|hour|x-ray|ng\b|ok\b|sos\b)", re.IGNORECASE)
 _IRREGULAR = {
@@ -35,7 +35,7 @@ _COUNTED_GROUPS = frozenset(("animals & nature", "food & drink", "activities", "
 
 
 def noun(label: str) -> str:
-    """A Unicode label as words: "flag: Chad" -> "flag of Chad", "woman: red hair" -> "woman with red hair"."""
+    """A Unicode label as a noun phrase: "flag: Chad" -> "flag of Chad", "woman: red hair" -> "woman with red hair"."""
     text = label.replace("\u2019", "'").replace("\u201c", "").replace("\u201d", "")
     head, _, rest = text.partition(": ")
     if not rest:
@@ -72,14 +72,14 @@ def _takes_no_article(words: str) -> bool:
 
 
 def article(words: str) -> str:
-    """The words with the indefinite article they take, if any: "an apple", "a cat", "grapes"."""
+    """The words with their indefinite article, if they take one: "an apple", "a cat", "grapes"."""
     if _takes_no_article(words):
         return words
     return f"{'an' if _AN.match(words) else 'a'} {words}"
 
 
 def plural(item: dict) -> str:
-    """Plural of an emoji's name, or "" when it is not a plain countable thing ("salt", "sun behind cloud")."""
+    """The plural of an emoji's name, or "" if it is not a plain countable noun ("salt", "sun behind cloud")."""
     words = noun(item["label"])
     if (item["group"] not in _COUNTED_GROUPS or item["subgroup"] in ("time", "sound")
             or not re.fullmatch(r"[a-z]+( [a-z]+)?", words) or _takes_no_article(words)
@@ -98,7 +98,7 @@ def plural(item: dict) -> str:
 
 
 def single_captions(item: dict, background: str) -> tuple[str, ...]:
-    """Captions of one emoji on a background of one colour; white goes without saying."""
+    """Captions of one emoji on a background of one colour; a white background is not mentioned."""
     name, other = STYLE_WORDS[item["style"]]
     words = noun(item["label"])
     thing = article(words)
@@ -107,7 +107,7 @@ def single_captions(item: dict, background: str) -> tuple[str, ...]:
                 f"{article(name + ' emoji')} of {thing}{on}", f"{words}{on}, {other} style"]
     tags = [tag for tag in item["tags"] if tag.isascii() and tag not in words.split(" ")]
     if tags:
-        # Neighbours in the alphabetical list are no better than others; take every k-th to cover it.
+        # The list is alphabetical: every k-th tag covers it.
         tags = tags[::max(1, len(tags) // 3)][:3]
         kind = item["subgroup"].split(" ")[0].strip(",") if item["subgroup"] in ("fruit", "vegetables") else ""
         extra = [] if background == "white" else [f"{background} background"]
@@ -125,9 +125,9 @@ def _where(background: dict) -> str:
 
 
 def scene_captions(scene: dict, nouns: Sequence[str], plural_noun: str) -> tuple[str, ...]:
-    """Captions of a scene: its things with their relations or their count, then background, mood and style.
+    """Captions of a scene: its objects with their relations or their count, then background, mood and style.
 
-    nouns: what each object of the scene is called, without article; plural_noun: for a scene of equal things.
+    nouns: the name of each object without article; plural_noun: the plural for a scene of equal objects.
     """
     style = STYLE_WORDS[scene["objects"][0]["style"]][0]
     things = [article(words) for words in nouns]
@@ -156,6 +156,6 @@ def _chain(things: Sequence[str], relations: Sequence[Sequence], joints: tuple[s
 
 
 def _inverse(things: Sequence[str], relations: Sequence[Sequence]) -> str:
-    """The same arrangement said from the other side: A above B is B below A."""
+    """The same arrangement with every relation reversed: A above B becomes B below A."""
     turned = [(target, OPPOSITE[kind], subject) for subject, kind, target in relations]
     return _chain(things, turned, ("", "and "))

@@ -1,13 +1,15 @@
-"""Scenes of one to three emoji: what is where, on which background, in which light; and the picture of it.
+"""Scenes of one to three emoji: their arrangement, background and mood, and the image of a scene.
 
-A scene is a plain dictionary that says everything the picture shows. Positions and sizes are fractions of the side,
-x to the right and y down, so one scene can be drawn at any resolution. S is the side in pixels, P an object's side.
+A scene is a plain dictionary that describes everything in the image. Positions and sizes are fractions of the side, x
+to the right and y down, so a scene can be rendered at any resolution. Axis letters: S side of the image, P side of an
+object, both in pixels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 
 COLOURS = {
@@ -22,7 +24,7 @@ PLAIN = tuple(name for name in COLOURS if name != "white")
 
 @dataclass(frozen=True)
 class Mood:
-    """The light of a scene: saturation, then gain per channel, then lift per channel, all on 0..255 colours."""
+    """The light of a scene: saturation, then gain and lift for each channel, on colours in 0..255."""
 
     colours: tuple[str, ...]
     saturation: float
@@ -40,11 +42,11 @@ KINDS = ("one", "relation", "relation3", "count")
 KIND_SHARES = (0.2, 0.35, 0.15, 0.3)
 # (dx, dy) from the target to the subject: above is towards smaller y.
 STEP = {"above": (0, -1), "below": (0, 1), "left of": (-1, 0), "right of": (1, 0)}
-CONTRAST = 90.0  # least distance in RGB between a background and the mean colour of what stands on it
+CONTRAST = 90.0  # least RGB distance between a background and the mean colours of the objects on it
 
 
-def lit(colours: np.ndarray, alpha: np.ndarray | float, mood: str) -> np.ndarray:
-    """Premultiplied colours (3, ...) on 0..255 in the light of a mood; alpha (...) on 0..1."""
+def in_mood(colours: np.ndarray, alpha: np.ndarray | float, mood: str) -> np.ndarray:
+    """Premultiplied colours (3, ...) in 0..255 in the light of a mood; alpha (...) is in 0..1."""
     light = MOODS[mood]
     shape = (3,) + (1,) * (colours.ndim - 1)
     luma = 0.299 * colours[0] + 0.587 * colours[1] + 0.114 * colours[2]
@@ -53,46 +55,46 @@ def lit(colours: np.ndarray, alpha: np.ndarray | float, mood: str) -> np.ndarray
     return np.clip(gain * mixed + lift * alpha, 0, 255 * np.asarray(alpha))
 
 
-def over(picture: np.ndarray, canvas: np.ndarray) -> np.ndarray:
+def over(rgba: np.ndarray, canvas: np.ndarray) -> np.ndarray:
     """Premultiplied RGBA (4, P, P) uint8 over an opaque canvas (3, P, P) uint8 -> (3, P, P) uint8.
 
     Porter and Duff, "Compositing Digital Images" (1984), section 4.1: over = c_A + (1 - alpha_A) c_B, rounded once.
     """
-    rest = 255 - picture[3].astype(np.uint16)
-    return ((picture[:3].astype(np.uint16) * 255 + canvas * rest + 127) // 255).astype(np.uint8)
+    rest = 255 - rgba[3].astype(np.uint16)
+    return ((rgba[:3].astype(np.uint16) * 255 + canvas * rest + 127) // 255).astype(np.uint8)
 
 
-def resized(picture: np.ndarray, side: int) -> np.ndarray:
-    """Premultiplied RGBA (4, P, P) uint8 at another side, antialiased -> (4, side, side) uint8.
+def resize(rgba: np.ndarray, side: int) -> np.ndarray:
+    """Premultiplied RGBA (4, P, P) uint8, resized with antialiasing to (4, side, side) uint8.
 
-    Premultiplied colours may be averaged as they are; straight ones would bring in the colour of what is transparent.
+    Premultiplied colours can be averaged; straight ones would mix in the colours of transparent pixels.
     """
-    if picture.shape[-1] == side:
-        return picture
-    pixels = np.ascontiguousarray(picture.transpose(1, 2, 0))
-    # The mode "RGBa" is Pillow's premultiplied RGBA: four bands resized alike. Hamming has no overshoot.
+    if rgba.shape[-1] == side:
+        return rgba
+    pixels = np.ascontiguousarray(rearrange(rgba, "c h w -> h w c"))
+    # "RGBa" is Pillow's premultiplied RGBA, whose four bands are resized alike. The Hamming filter has no overshoot.
     image = Image.frombuffer("RGBa", pixels.shape[1::-1], pixels, "raw", "RGBa", 0, 1)
-    return np.asarray(image.resize((side, side), Image.Resampling.HAMMING)).transpose(2, 0, 1)
+    return rearrange(np.asarray(image.resize((side, side), Image.Resampling.HAMMING)), "h w c -> c h w")
 
 
-def contrasting(rng: np.random.Generator, names: Sequence[str], means: Sequence[Sequence[float] | np.ndarray],
-                count: int) -> list[str]:
-    """`count` colours of `names` that stand out from things of these mean colours and from each other, at random."""
+def contrasting_colours(rng: np.random.Generator, names: Sequence[str],
+                        means: Sequence[Sequence[float] | np.ndarray], count: int) -> list[str]:
+    """`count` random colours of `names` that contrast with objects of the mean colours `means` and with each other."""
     order = [names[i] for i in rng.permutation(len(names))]
-    means = [[float(value) for value in mean] for mean in means]  # plain numbers: faster one by one than arrays
+    means = [[float(value) for value in mean] for mean in means]  # plain numbers are faster than arrays one by one
     chosen: list[str] = []
 
     def contrast(name: str) -> float:
         others = [*means, *(COLOURS[other] for other in chosen)]
         return min(CONTRAST, *(sum((a - b) ** 2 for a, b in zip(COLOURS[name], other)) ** 0.5 for other in others))
 
-    for _ in range(count):  # the first of those that contrast enough, or else the one that does so most
+    for _ in range(count):  # the first that contrasts enough, else the one that contrasts most
         chosen.append(max((name for name in order if name not in chosen), key=contrast))
     return chosen
 
 
 def _places(rng: np.random.Generator, kind: str, count: int) -> tuple[list, list, float]:
-    """Centres (x, y), relations (subject, kind, target) and size of the objects, all as fractions of the side."""
+    """(centres (x, y), relations (subject, kind, target), size) of the objects, lengths as fractions of the side."""
     if kind == "one":
         return [(0.5, 0.5)], [], rng.uniform(0.6, 0.85)
     if kind == "count":
@@ -108,7 +110,7 @@ def _places(rng: np.random.Generator, kind: str, count: int) -> tuple[list, list
     reach, size = 0.24, rng.uniform(0.37, 0.42)
     if kind == "relation":
         return [(0.5 + reach * dx, 0.5 + reach * dy), (0.5 - reach * dx, 0.5 - reach * dy)], [(0, first, 1)], size
-    # Three in an L: the third stands beside the second, across the first relation, so both hold on a 2 x 2 grid.
+    # Three in an L: the third lies beside the second, across the first relation, so both relations hold.
     second = str(rng.choice([name for name, step in STEP.items() if step[0] * dx + step[1] * dy == 0]))
     ex, ey = STEP[second]
     corner = (0.5 - reach * (dx + ex), 0.5 - reach * (dy + ey))
@@ -119,11 +121,11 @@ def _places(rng: np.random.Generator, kind: str, count: int) -> tuple[list, list
 
 def make_scene(rng: np.random.Generator, items: Sequence[dict], pool: np.ndarray, countable: np.ndarray,
                first: int | None = None) -> dict:
-    """Draws a scene from `pool`, rows of `items` in one style; scenes of equal things from `countable`.
+    """A random scene of emoji from `pool`, rows of `items` in one style; scenes of equal objects use `countable`.
 
-    first: a row that must be in it, for scenes that test a held-out picture. Deterministic given the generator.
+    first: a row that the scene must contain, for scenes that test a held-out image. The generator decides everything.
     Returns {"kind", "objects", "relations", "background", "mood"} of plain types; an object has id, name, style,
-    centre and size, a relation is [subject, kind, target] with the objects' numbers.
+    centre and size, a relation is [subject, kind, target] with the numbers of objects.
     """
     shares = np.array(KIND_SHARES)
     if len(countable) == 0 or (first is not None and first not in countable):
@@ -140,43 +142,44 @@ def make_scene(rng: np.random.Generator, items: Sequence[dict], pool: np.ndarray
     if kind == "count":
         rows = rows * int(rng.integers(2, 4))
     centres, relations, size = _places(rng, kind, len(rows))
-    # So little that neighbours never touch, also after rounding to pixels at 32 of them.
+    # Small enough that neighbours never touch, even after rounding to pixels at a side of 32.
     wobble = rng.uniform(-0.015, 0.015, (len(rows), 2))
     objects = [{"id": items[row]["id"], "name": items[row]["name"], "style": items[row]["style"],
                 "centre": [round(float(x + w[0]), 4), round(float(y + w[1]), 4)], "size": round(float(size), 4)}
                for row, (x, y), w in zip(rows, centres, wobble)]
     mood = str(rng.choice(list(MOODS))) if rng.random() < 0.5 else ""
     means = [np.asarray(items[row]["rgb"], dtype=np.float32) for row in rows]
-    means = [lit(mean, 1.0, mood) if mood else mean for mean in means]
+    means = [in_mood(mean, 1.0, mood) if mood else mean for mean in means]
     background = str(rng.choice(["plain", "plain", "columns", "rows"]))
-    colours = contrasting(rng, MOODS[mood].colours if mood else list(COLOURS), means, 1 if background == "plain" else 2)
+    palette = MOODS[mood].colours if mood else list(COLOURS)
+    colours = contrasting_colours(rng, palette, means, 1 if background == "plain" else 2)
     return {"kind": "relation" if kind == "relation3" else kind, "objects": objects,
             "relations": [list(relation) for relation in relations],
             "background": {"kind": background, "colours": colours}, "mood": mood}
 
 
 def canvas(background: dict, size: int) -> np.ndarray:
-    """The background alone, (3, S, S) uint8: one colour, or two halves (left and right, or top and bottom)."""
+    """The background of a scene, (3, S, S) uint8: one colour, or two halves (left and right, or top and bottom)."""
     first, second = (COLOURS[name] for name in (background["colours"] * 2)[:2])
-    picture = np.empty((3, size, size), dtype=np.uint8)
-    picture[:] = np.array(first, dtype=np.uint8)[:, None, None]
+    image = np.empty((3, size, size), dtype=np.uint8)
+    image[:] = np.array(first, dtype=np.uint8)[:, None, None]
     if background["kind"] == "columns":
-        picture[:, :, size // 2:] = np.array(second, dtype=np.uint8)[:, None, None]
+        image[:, :, size // 2:] = np.array(second, dtype=np.uint8)[:, None, None]
     elif background["kind"] == "rows":
-        picture[:, size // 2:, :] = np.array(second, dtype=np.uint8)[:, None, None]
-    return picture
+        image[:, size // 2:, :] = np.array(second, dtype=np.uint8)[:, None, None]
+    return image
 
 
-def scene_image(scene: dict, picture_of: Callable[[str], np.ndarray], size: int) -> np.ndarray:
-    """The picture of a scene, (3, S, S) uint8. picture_of: an object's id -> premultiplied RGBA (4, P, P) uint8."""
+def scene_image(scene: dict, rgba_of: Callable[[str], np.ndarray], size: int) -> np.ndarray:
+    """The image of a scene, (3, S, S) uint8. rgba_of: an object's id -> premultiplied RGBA (4, P, P) uint8."""
     image = canvas(scene["background"], size)
     for thing in scene["objects"]:
         side = max(1, round(thing["size"] * size))
-        picture = resized(picture_of(thing["id"]), side)
+        rgba = resize(rgba_of(thing["id"]), side)
         if scene["mood"]:
-            colours = lit(picture[:3].astype(np.float32), picture[3].astype(np.float32) / 255, scene["mood"])
-            picture = np.concatenate([np.round(colours).astype(np.uint8), picture[3:]])
+            colours = in_mood(rgba[:3].astype(np.float32), rgba[3].astype(np.float32) / 255, scene["mood"])
+            rgba = np.concatenate([np.round(colours).astype(np.uint8), rgba[3:]])
         left, top = (round(centre * size - side / 2) for centre in thing["centre"])
         place = (slice(None), slice(top, top + side), slice(left, left + side))
-        image[place] = over(picture, image[place])
+        image[place] = over(rgba, image[place])
     return image

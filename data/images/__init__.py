@@ -1,1 +1,1 @@
-"""Sources of captioned images that lie in files."""
+"""Sources of captioned images that are read from files."""

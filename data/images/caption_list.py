@@ -1,6 +1,6 @@
-"""The captions of a picture: several with weights, tags in any order, and the files they come from.
+"""The captions of an image: their weights, their tags, and the files that hold them.
 
-A list of captions is kept as JSON, [[text, weight], ...].
+A list of captions is stored as JSON, [[text, weight], ...].
 """
 import csv
 import io
@@ -20,7 +20,7 @@ NAME_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("caption", "text", "capt
 
 
 def caption_list(value: Any) -> Captions:
-    """Captions from a text, a list of texts, [text, weight] pairs or {"text", "weight"}; raises ValueError."""
+    """Captions from a text, or from a list of texts, [text, weight] or {"text", "weight"}; raises ValueError."""
     entries = value if isinstance(value, list) else [value]
     result: Captions = []
     for entry in entries:
@@ -40,7 +40,7 @@ def caption_list(value: Any) -> Captions:
 
 
 def lines_of(text: str) -> list[str]:
-    """Captions of a .txt file: one a line."""
+    """The captions of a .txt file, one a line."""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -50,7 +50,7 @@ def plain_name(name: str) -> str:
 
 
 def _rows(path: Path, text: str) -> Iterator[tuple[int, dict | None, str]]:
-    """(line, row, reason) of a table; the row is None where it cannot be read."""
+    """(line number, row, reason) of the rows of a table; an unreadable row is None, with the reason."""
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
@@ -70,6 +70,7 @@ def _rows(path: Path, text: str) -> Iterator[tuple[int, dict | None, str]]:
 
 
 def _table_rows(path: Path, text: str) -> Iterator[tuple[int, dict | None, str]]:
+    """``_rows``, with ValueError in place of the errors of the csv module."""
     try:
         yield from _rows(path, text)
     except csv.Error as error:
@@ -77,10 +78,10 @@ def _table_rows(path: Path, text: str) -> Iterator[tuple[int, dict | None, str]]
 
 
 def read_table(path: Path) -> tuple[dict[str, Captions], list[tuple[str, str]]]:
-    """Captions by file name from captions.jsonl or .csv, and (name, reason) of the lines that cannot be read.
+    """Captions by file name from captions.jsonl or .csv, and (line, reason) for the lines that cannot be read.
 
-    A line of JSON has "file" and "caption", a text or a list as ``caption_list`` takes it, perhaps "weight"; a table
-    the columns file, caption, weight. Several lines for one file add up.
+    A line of JSON has "file", "caption" (any value that ``caption_list`` accepts) and optionally "weight"; a CSV table
+    has the columns file, caption and optionally weight. Several lines for one file are combined.
     """
     found: dict[str, Captions] = {}
     refused = []
@@ -105,7 +106,7 @@ def read_table(path: Path) -> tuple[dict[str, Captions], list[tuple[str, str]]]:
 
 
 def read_text_file(path: Path, name: str) -> Captions | None:
-    """The captions of a .txt file, None where there is no file. Raises Unreadable."""
+    """The captions of a .txt file, None if there is no file. Raises Unreadable."""
     try:
         lines: list[Any] = list(lines_of(path.read_bytes().decode("utf-8-sig")))
     except FileNotFoundError:
@@ -119,14 +120,14 @@ def read_text_file(path: Path, name: str) -> Captions | None:
 
 # ---- choosing
 
-def chosen(captions: Captions, draw: float) -> str:
-    """The caption that ``draw`` in [0, 1) falls on, each as likely as its weight."""
+def caption_by_weight(captions: Captions, draw: float) -> str:
+    """The caption that a uniform ``draw`` from [0, 1) selects, each with a probability proportional to its weight."""
     ends = np.cumsum([weight for _, weight in captions])
     return captions[min(int(np.searchsorted(ends, draw * ends[-1], side="right")), len(captions) - 1)][0]
 
 
 def shuffled_tags(caption: str, keep: int, rng: np.random.Generator) -> str:
-    """A caption of comma-separated tags in another order; the first ``keep`` tags stay in front."""
+    """A caption of comma-separated tags in random order; the first ``keep`` tags stay in front."""
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     rest = tags[keep:]
     return ", ".join(tags[:keep] + [rest[place] for place in rng.permutation(len(rest))])

@@ -1,10 +1,9 @@
-"""Source `shards`: pictures and captions in tar files of the layout that the webdataset library reads and writes.
+"""Source `shards`: images and captions in tar files with the layout of the webdataset library.
 
-    python -m data.shards SOURCE OUT [--shard-size 1000]
-
-SOURCE is a folder of pictures, a folder of shards, or a config (its `data` section). Members of a tar that share a name
-up to its first dot are one sample: 000012.jpg, 000012.json, 000012.txt. What a tar holds and where is kept beside it
-(shard-000000.tar.index), so every sample is read on its own: order, resume and slices by rank are those of any source.
+`python -m data.shards SOURCE OUT` writes such files. Members of a tar that share a name up to its first dot are one
+sample: 000012.jpg, 000012.json, 000012.txt. The contents of a tar and their offsets are stored beside it
+(shard-000000.tar.index), so samples can be read in any order, and shards behave like every other source: the order of
+an epoch, a resume and the slice of a process do not depend on them.
 """
 import hashlib
 import json
@@ -18,20 +17,20 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.images.base import PictureConfig, Pictures, check_shares, split_of
+from data.images.base import ImageConfig, ImageFiles, check_shares, split_of
 from data.images.caption_list import Captions, caption_list, lines_of
-from data.images.transforms import SUFFIXES, Unreadable, picture_size
+from data.images.transforms import SUFFIXES, Unreadable, image_size
 from data.strings import Strings
 from files.whole import sha256_of, whole_file
 
 FORMAT = 1
-OPEN = 64  # tar files kept open at once by a process
+OPEN = 64  # tar files that a process keeps open at once
 
 
 @dataclass(frozen=True)
-class ShardsConfig(PictureConfig):
-    """``root`` is a folder of .tar files. A sample is in the split that its .json names, else by hash of its id with
-    the shares ``validation`` and ``test``."""
+class ShardsConfig(ImageConfig):
+    """``root`` is a folder of .tar files. The split of a sample is named in its .json, else it follows from a hash of
+    its id with the shares ``validation`` and ``test``."""
 
     validation: float = 0.02
     test: float = 0.02
@@ -44,7 +43,7 @@ class ShardsConfig(PictureConfig):
 # ---- the index of a tar
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], tarfile.TarFile]]:
-    """(key, members by extension, the open tar) of every sample: members that follow each other with one key."""
+    """(key, members by extension, the open tar) of every sample: consecutive members with the same key."""
     with tarfile.open(path, "r:") as tar:
         key: str | None = None
         members: dict[str, tarfile.TarInfo] = {}
@@ -61,62 +60,65 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo], tarf
             yield key or "", members, tar
 
 
-def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    """The bytes of a member that is a file."""
     file = tar.extractfile(member)
     assert file is not None
     return file.read()
 
 
-def _about(members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile, name: str) -> tuple[dict, Captions | None]:
-    """The .json of a sample and its captions, None where it has none. Raises Unreadable."""
+def _metadata_and_captions(members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile,
+                           name: str) -> tuple[dict, Captions | None]:
+    """The .json of a sample and its captions, None if it has no captions. Raises Unreadable."""
     try:
-        about = json.loads(_read(tar, members["json"])) if "json" in members else {}
+        about = json.loads(_member_bytes(tar, members["json"])) if "json" in members else {}
         if not isinstance(about, dict):
             raise ValueError("its .json is not an object")
         value = about.get("captions") or about.get("caption")
         if not value and "txt" in members:
-            value = lines_of(_read(tar, members["txt"]).decode("utf-8-sig"))
+            value = lines_of(_member_bytes(tar, members["txt"]).decode("utf-8-sig"))
         return about, caption_list(value) if value else None
     except (ValueError, tarfile.TarError) as error:
         raise Unreadable(name, f"its captions cannot be read: {error}") from None
 
 
-def _row(path: Path, key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile) -> dict[str, Any]:
-    """{"name", "captions", "split", "offset", "bytes", "height", "width"}, or "error" in place of what is missing."""
+def _index_row(path: Path, key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile) -> dict[str, Any]:
+    """The row of a sample in the index: {"name", "captions", "split", "suffix", "offset", "bytes", "height", "width"},
+    with "error" if something of it cannot be read."""
     name = f"{path.name}/{key}"
     row: dict[str, Any] = {"name": name}
     suffix = next((kind for kind in members if "." + kind.rpartition(".")[2] in SUFFIXES), None)
     try:
-        about, texts = _about(members, tar, name)
-        captions = None if texts is None else [[*entry] for entry in texts]  # as they come back from the file
+        about, texts = _metadata_and_captions(members, tar, name)
+        captions = None if texts is None else [[*entry] for entry in texts]  # lists, as JSON returns them
         if suffix is None:
-            raise Unreadable(name, "it has no picture")
-        picture = members[suffix]
+            raise Unreadable(name, "it has no image")
+        image = members[suffix]
         row |= {"name": str(about.get("id", key)), "captions": captions, "split": about.get("split"),
-                "suffix": "." + suffix.rpartition(".")[2], "offset": picture.offset_data, "bytes": picture.size}
-        # the limit on pixels belongs to a run, so it is applied to these numbers when they are read
-        row["height"], row["width"] = picture_size(_read(tar, picture), name, 2**62)
+                "suffix": "." + suffix.rpartition(".")[2], "offset": image.offset_data, "bytes": image.size}
+        # the limit on pixels belongs to a run, hence it is applied when the index is read
+        row["height"], row["width"] = image_size(_member_bytes(tar, image), name, 2**62)
     except Unreadable as error:
         row["error"] = error.reason
     return row
 
 
 def shard_index(path: Path) -> dict[str, Any]:
-    """What a tar holds, from PATH.index where that fits the tar; else it is read and the index written.
+    """The index of a tar, from PATH.index if that fits the tar; otherwise the tar is read and the index written.
 
-    {"format", "bytes", "time", "sha256", "samples": rows}. Raises ValueError for a damaged tar.
+    Returns {"format", "bytes", "time", "sha256", "samples": rows}. Raises ValueError for a damaged tar.
     """
     about, kept = path.stat(), path.with_name(path.name + ".index")
     try:
         index = json.loads(kept.read_text(encoding="utf-8"))
         if (index["format"], index["bytes"]) == (FORMAT, about.st_size):
-            # copied elsewhere it has another time: then its bytes decide
+            # a copy has another modification time: then its bytes decide
             if index["time"] == about.st_mtime_ns or index["sha256"] == sha256_of(path):
                 return index
     except (OSError, ValueError, KeyError, TypeError):
         pass
     try:
-        rows = [_row(path, *sample) for sample in _samples(path)]
+        rows = [_index_row(path, *sample) for sample in _samples(path)]
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is damaged or no tar file: {error}") from None
     index = {"format": FORMAT, "bytes": about.st_size, "time": about.st_mtime_ns, "sha256": sha256_of(path),
@@ -125,7 +127,7 @@ def shard_index(path: Path) -> dict[str, Any]:
         with whole_file(kept) as temporary:
             temporary.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
     except OSError:
-        pass  # not ours to write in: the next run reads the tar again
+        pass  # no permission: the next run reads the tar again
     return index
 
 
@@ -136,8 +138,8 @@ def shard_files(root: Path) -> list[Path]:
 
 # ---- the source
 
-class Shards(Pictures):
-    """One split of a folder of shards. Raises FileNotFoundError or ValueError where there is nothing to read."""
+class Shards(ImageFiles):
+    """One split of a folder of shards. Raises FileNotFoundError or ValueError if there is nothing to read."""
 
     def __init__(self, config: ShardsConfig, split: Literal["train", "validation", "test"]):
         root = Path(config.root)
@@ -170,7 +172,7 @@ class Shards(Pictures):
 
     def _bytes(self, index: int) -> bytes:
         shard, offset, count = self.where[index].tolist()
-        if self._owner != os.getpid():  # a worker opens files of its own: closing the parent's would be wrong
+        if self._owner != os.getpid():  # a worker opens the files itself: it must not close the handles of its parent
             self._handles, self._owner = {}, os.getpid()
         if shard not in self._handles:
             if len(self._handles) >= OPEN:
@@ -181,15 +183,16 @@ class Shards(Pictures):
             raise Unreadable(self.names[index], f"{self.files[shard].name} ends before it")
         return data
 
-    def encoded(self, index: int) -> tuple[bytes, str] | None:
-        index = self._checked(index)
+    def file_bytes(self, index: int) -> tuple[bytes, str] | None:
+        """The bytes and the suffix of the image of a sample. Raises Unreadable."""
+        index = self._positive_index(index)
         try:
             return self._bytes(index), self.suffixes[index]
         except OSError as error:
             raise Unreadable(self.names[index], error.strerror or str(error)) from None
 
     def close(self) -> None:
-        """Close the tar files; they open again when they are needed."""
+        """Close the tar files; they are opened again when needed."""
         for handle in self._handles.values():
             os.close(handle)
         self._handles = {}

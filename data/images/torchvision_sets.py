@@ -1,7 +1,7 @@
-"""Sources `coco_captions`, `flowers102` and `cifar10`, in the folders that torchvision's classes of those names read.
+"""Sources `coco_captions`, `flowers102` and `cifar10`, with the folder layouts of torchvision's classes.
 
-Nothing is downloaded here; where a set is missing the message says how to get it. COCO has five captions a picture,
-the other two have classes, whose names are put into a few phrasings.
+Nothing is downloaded here; if a data set is missing, the error says how to get it. COCO has five captions an image; the
+other two have classes, whose names are inserted into a few phrasings.
 """
 import hashlib
 import json
@@ -13,15 +13,15 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from data.images.base import PictureConfig, Pictures, check_shares, split_of
+from data.images.base import ImageConfig, ImageFiles, check_shares, split_of
 from data.images.caption_list import Captions, caption_list
-from data.images.folder import scanned
+from data.images.folder import scan_files
 from data.strings import Strings
 from files.whole import sha256_of, unit_hash
 
 Split = Literal["train", "validation", "test"]
 
-# Class names in the order of the labels 1 to 102 of imagelabels.mat, as on the page of the data set.
+# Class names in the order of the labels 1 to 102 of imagelabels.mat, as listed on the page of the data set.
 FLOWERS = tuple(name.strip() for name in """
 pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold, tiger lily, moon orchid,
 bird of paradise, monkshood, globe thistle, snapdragon, colt's foot, king protea, spear thistle, yellow iris,
@@ -40,28 +40,29 @@ mexican petunia, bromelia, blanket flower, trumpet creeper, blackberry lily
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def _phrased(templates: Sequence[str], name: str) -> Captions:
-    """The phrasings of a class name; {a} is its article with it."""
+def _class_captions(templates: Sequence[str], name: str) -> Captions:
+    """The phrasings of a class name: {name} stands for the name, {a} for the name with its article."""
     named = f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
     return caption_list([template.format(name=name, a=named) for template in templates])
 
 
-def _packed(captions: Captions) -> str:
+def _captions_json(captions: Captions) -> str:
+    """Captions as ``ImageFiles`` stores them."""
     return json.dumps(captions, ensure_ascii=False)
 
 
 # ---- COCO
 
 @dataclass(frozen=True)
-class CocoConfig(PictureConfig):
+class CocoConfig(ImageConfig):
     """ROOT/train2017/*.jpg, ROOT/val2017/*.jpg and ROOT/annotations/captions_{train,val}2017.json. The official
-    validation pictures are this source's validation and test splits, half each by hash."""
+    validation images are divided by hash into the validation and the test split of this source."""
 
     year: str = "2017"
 
 
-class CocoCaptions(Pictures):
-    """One split of COCO Captions (Chen et al. 2015). Sizes are those the annotations give."""
+class CocoCaptions(ImageFiles):
+    """One split of COCO Captions (Chen et al. 2015). The sizes of the images are those in the annotations."""
 
     def __init__(self, config: CocoConfig, split: Split):
         self.root = Path(config.root)
@@ -78,13 +79,13 @@ class CocoCaptions(Pictures):
                 if note["caption"].strip():
                     texts.setdefault(note["image_id"], []).append(note["caption"])
             images = sorted((image for image in data["images"] if image["id"] in texts), key=lambda image: image["id"])
-            rows = [(f"{part}/{image['file_name']}", _packed(caption_list(texts[image["id"]])), image["height"],
+            rows = [(f"{part}/{image['file_name']}", _captions_json(caption_list(texts[image["id"]])), image["height"],
                      image["width"]) for image in images]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is damaged or no COCO captions file: {error!r}") from None
         if split != "train":
             rows = [row for row in rows if (unit_hash("coco", row[0]) < 0.5) == (split == "test")]
-        # the pictures themselves never changed; hashing 19 GB at every start would cost more than it tells
+        # the images have never changed, and hashing 19 GB at every start would be slow
         self.content, self.found = sha256_of(path), len(rows)
         super().__init__(config, Strings(row[0] for row in rows), Strings(row[1] for row in rows),
                          np.array([row[2:] for row in rows], dtype=np.int32).reshape(-1, 2))
@@ -96,14 +97,14 @@ class CocoCaptions(Pictures):
 # ---- Flowers102
 
 @dataclass(frozen=True)
-class FlowersConfig(PictureConfig):
-    """ROOT/flowers-102/. ``swap`` trains on the official test split, 6149 pictures, and tests on the official training
-    split, 1020; classifiers use it the other way round. Validation is the official one, 1020."""
+class FlowersConfig(ImageConfig):
+    """ROOT/flowers-102/. ``swap`` trains on the official test split of 6149 images and tests on the official training
+    split of 1020, the reverse of what classifiers do. The validation split is the official one of 1020 images."""
 
     swap: bool = True
 
 
-class Flowers102(Pictures):
+class Flowers102(ImageFiles):
     """One split of Oxford Flowers 102 (Nilsback and Zisserman 2008)."""
 
     templates = ("a photo of {a}, a type of flower", "{a}", "a picture of {name} flowers", "a flower: {name}")
@@ -114,25 +115,26 @@ class Flowers102(Pictures):
         self.root = Path(config.root) / "flowers-102"
         files = [self.root / "setid.mat", self.root / "imagelabels.mat"]
         if not config.root or not (self.root / "jpg").is_dir() or not all(path.is_file() for path in files):
-            raise FileNotFoundError(_missing(config.root, "flowers-102/", "Flowers102"))
+            raise FileNotFoundError(_missing_message(config.root, "flowers-102/", "Flowers102"))
         key = {"train": "tstid" if config.swap else "trnid", "validation": "valid",
                "test": "trnid" if config.swap else "tstid"}[split]
         try:
             ids = np.sort(loadmat(files[0])[key].ravel())
-            labels = loadmat(files[1])["labels"].ravel()  # label of picture n at n - 1, from 1 up
+            labels = loadmat(files[1])["labels"].ravel()  # label of image n at n - 1, from 1 up
             classes = [FLOWERS[labels[number - 1] - 1] for number in ids]
         except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
             raise ValueError(f"{self.root}: setid.mat or imagelabels.mat is damaged ({error!r}); "
                              "delete both and download them again") from None
-        texts = {f"jpg/image_{number:05d}.jpg": _phrased(self.templates, name) for number, name in zip(ids, classes)}
-        rows = scanned(self.root, list(texts), config.max_pixels)
+        texts = {f"jpg/image_{number:05d}.jpg": _class_captions(self.templates, name)
+                 for number, name in zip(ids, classes)}
+        rows = scan_files(self.root, list(texts), config.max_pixels)
         self.refused = [(row["name"], row["error"]) for row in rows if "error" in row]
         self.found = len(rows)
         rows = [row for row in rows if "error" not in row]
         digest = json.dumps([[row["name"], row["sha256"], texts[row["name"]]] for row in rows])
         self.content = hashlib.sha256(digest.encode()).hexdigest()
         super().__init__(config, Strings(row["name"] for row in rows),
-                         Strings(_packed(texts[row["name"]]) for row in rows),
+                         Strings(_captions_json(texts[row["name"]]) for row in rows),
                          np.array([[row["height"], row["width"]] for row in rows], dtype=np.int32).reshape(-1, 2))
 
     def _bytes(self, index: int) -> bytes:
@@ -142,8 +144,8 @@ class Flowers102(Pictures):
 # ---- CIFAR10
 
 @dataclass(frozen=True)
-class CifarConfig(PictureConfig):
-    """ROOT/cifar-10-batches-py/. ``validation`` is the share of the training pictures that is kept out of training."""
+class CifarConfig(ImageConfig):
+    """ROOT/cifar-10-batches-py/. ``validation`` is the share of the training images that is held out."""
 
     size: int = 32
     validation: float = 0.02
@@ -153,7 +155,7 @@ class CifarConfig(PictureConfig):
         check_shares(self.validation, 0.0)
 
 
-class Cifar10(Pictures):
+class Cifar10(ImageFiles):
     """One split of CIFAR10 (Krizhevsky 2009): 32 x 32 pixels, ten classes."""
 
     templates = ("a photo of {a}", "{a}", "a small picture of {a}", "a blurry photo of {a}")
@@ -162,30 +164,33 @@ class Cifar10(Pictures):
         from torchvision import datasets  # takes longer to import than the rest of this file
 
         try:
-            # the set comes as pickles; torchvision compares their MD5 with the published ones before it reads them
+            # the data set consists of pickles; torchvision checks their MD5 before it reads them
             whole: Any = datasets.CIFAR10(config.root or ".", train=split != "test", download=False)
         except RuntimeError:
             what = "cifar-10-batches-py/, or it is damaged"
-            raise FileNotFoundError(_missing(config.root, what, "CIFAR10")) from None
+            raise FileNotFoundError(_missing_message(config.root, what, "CIFAR10")) from None
         kind = "test" if split == "test" else "train"
         names = [f"cifar10/{kind}/{number:05d}" for number in range(len(whole.data))]
         rows = np.array([number for number, name in enumerate(names)
                          if split == "test" or split_of(name, config.validation, 0.0) == split], dtype=np.int64)
         self._pixels = whole.data[rows]  # (N, 32, 32, 3) uint8
-        phrases = [_packed(_phrased(self.templates, name)) for name in CIFAR10]
+        phrases = [_captions_json(_class_captions(self.templates, name)) for name in CIFAR10]
         table = [[number, digest] for number, digest in (*whole.train_list, *whole.test_list)]
         self.content, self.found = hashlib.sha256(json.dumps(table).encode()).hexdigest(), len(rows)
         super().__init__(config, Strings(names[row] for row in rows),
                          Strings(phrases[whole.targets[row]] for row in rows),
                          np.full((len(rows), 2), 32, dtype=np.int32))
 
-    def encoded(self, index: int) -> None:
+    def file_bytes(self, index: int) -> None:
+        """None: the images are rows of an array, not files."""
         return None
 
-    def opened(self, index: int, shape: tuple[int, int] | None = None) -> Image.Image:
+    def open_image(self, index: int, shape: tuple[int, int] | None = None) -> Image.Image:
+        """The RGB image of a row."""
         return Image.fromarray(self._pixels[index])
 
 
-def _missing(root: str, what: str, name: str) -> str:
+def _missing_message(root: str, what: str, name: str) -> str:
+    """How to download the data set of torchvision's class ``name``."""
     return (f"root: '{root}' lacks {what}; download it with: python -c \"from torchvision.datasets import {name}; "
             f"{name}('{root or 'DIR'}', download=True)\"")

@@ -1,6 +1,6 @@
-"""From the bytes of a picture file to uint8 (3, H, W): decoding, background, orientation, aspect buckets, crops.
+"""From the bytes of an image file to uint8 (3, H, W): decoding, orientation, background, aspect buckets, crops.
 
-Axis letters: H W size that is asked for, h w size of the whole picture.
+Axis letters: H W requested size, h w size of the whole image.
 """
 import io
 import math
@@ -8,13 +8,14 @@ import re
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image, ImageColor, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats are never reached
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats are never called
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
-# A mirrored picture makes these captions wrong: sides and directions, and writing, which would read backwards.
+# Mirroring makes these captions wrong: they name sides, directions, or writing, which would read backwards.
 _FIXED = re.compile(r"\b(left|right|leftmost|rightmost|facing|faces|clockwise|anti-?clockwise|counter-?clockwise|east|"
                     r"west|text|texts|word|words|letter|letters|lettering|alphabet|writing|written|writes|handwriting|"
                     r"handwritten|inscription|caption|captioned|title|titled|label|labell?ed|sign|signs|signage|"
@@ -24,7 +25,7 @@ _FIXED = re.compile(r"\b(left|right|leftmost|rightmost|facing|faces|clockwise|an
 
 
 class Unreadable(ValueError):
-    """A picture or caption that cannot be read: ``name`` of the file and ``reason``."""
+    """An image or a caption that cannot be read; has the ``name`` of the file and the ``reason``."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -35,12 +36,12 @@ class Unreadable(ValueError):
 
 
 def may_flip(caption: str) -> bool:
-    """Whether a caption stays true when its picture is mirrored: it names no side, direction or writing."""
+    """Whether a caption stays true for the mirrored image: it names no side, direction or writing."""
     return _FIXED.search(caption) is None
 
 
-def colour(name: str) -> tuple[int, int, int]:
-    """RGB of a colour such as "white" or "#ff8000"; raises ValueError for what is none."""
+def rgb_of(name: str) -> tuple[int, int, int]:
+    """RGB of a colour such as "white" or "#ff8000"; raises ValueError for an unknown colour."""
     try:
         red, green, blue = ImageColor.getrgb(name)[:3]
     except ValueError:
@@ -51,24 +52,25 @@ def colour(name: str) -> tuple[int, int, int]:
 # ---- decoding
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 for upright, from what the header says: Pillow would decode a PNG to look behind its end."""
+    """EXIF orientation from the header, 1 for upright. (Pillow would decode a PNG to search behind its pixels.)"""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     return int(image.getexif().get(0x0112, 1))
 
 
 def _reason(error: Exception) -> str:
+    """The message of a decoder's error in one line."""
     return (str(error) or type(error).__name__).splitlines()[0].replace("<_io.BytesIO object at ", "<")
 
 
-def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
-    """The header of a picture. Raises Unreadable, also for one of more than ``max_pixels``."""
+def _open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
+    """The image with its header read and its pixels not. Raises Unreadable, also above ``max_pixels``."""
     if not data:
         raise Unreadable(name, "the file is empty")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise Unreadable(name, f"not a picture in one of the formats {', '.join(FORMATS)}") from None
+        raise Unreadable(name, f"not an image in one of the formats {', '.join(FORMATS)}") from None
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise Unreadable(name, _reason(error)) from None
     if image.width * image.height > max_pixels:
@@ -76,9 +78,9 @@ def _opened(data: bytes, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def picture_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
-    """(height, width) of an upright picture from its header. Raises Unreadable."""
-    image = _opened(data, name, max_pixels)
+def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
+    """(height, width) of the upright image, from its header. Raises Unreadable."""
+    image = _open_header(data, name, max_pixels)
     try:
         turned = _orientation(image) in TURNED
     except Exception as error:  # damaged EXIF data
@@ -86,13 +88,14 @@ def picture_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def decoded(data: bytes, name: str, background: tuple[int, int, int], max_pixels: int, least: int = 0) -> Image.Image:
+def decode_image(data: bytes, name: str, background: tuple[int, int, int], max_pixels: int,
+                 least: int = 0) -> Image.Image:
     """The first frame, upright, as 8-bit RGB on ``background``. Raises Unreadable.
 
-    A JPEG whose sides are more than twice ``least`` may come at a half, quarter or eighth of its size, which its
-    decoder makes for a fraction of the cost; ``least`` = 0 decodes all of it.
+    A JPEG whose sides exceed twice ``least`` may be decoded at a half, a quarter or an eighth of its size, at a
+    fraction of the cost; ``least`` = 0 decodes at full size.
     """
-    image = _opened(data, name, max_pixels)
+    image = _open_header(data, name, max_pixels)
     try:
         if image.format == "JPEG" and least:
             image.draft(None, (2 * least, 2 * least))
@@ -100,13 +103,13 @@ def decoded(data: bytes, name: str, background: tuple[int, int, int], max_pixels
         image.load()
         if turned != 1:
             image = ImageOps.exif_transpose(image)
-        return _on_background(image, background)
+        return _rgb_on_background(image, background)
     except Exception as error:  # a decoder may raise anything on damaged bytes
         raise Unreadable(name, _reason(error)) from None
 
 
-def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """8-bit RGB of a picture in any mode, transparent parts over ``background``."""
+def _rgb_on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """8-bit RGB of an image in any mode, with ``background`` behind transparent parts."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
         deep = np.asarray(image).astype(np.int64)
         grey = np.clip((deep + 128) // 257, 0, 255).astype(np.uint8)  # 65535 / 255 = 257
@@ -125,35 +128,35 @@ def _on_background(image: Image.Image, background: tuple[int, int, int]) -> Imag
 # ---- sizes
 
 def bucket_sizes(size: int, step: int, max_aspect: float) -> list[tuple[int, int]]:
-    """(H, W) of about ``size`` squared pixels and no more, multiples of ``step``, sides in at most ``max_aspect``.
+    """Sizes (H, W) of at most ``size`` squared pixels, multiples of ``step``, with ratios up to ``max_aspect``.
 
-    For every width the tallest height that fits, as in NovelAI's aspect ratio bucketing (2022), and the same turned
-    round; sorted, the square among them.
+    For every width the largest height that fits, as in NovelAI's aspect ratio bucketing (2022), and the transposed
+    sizes. The list is sorted and includes the square.
     """
     found = {(size, size)}
     for one in range(step, int(size * math.sqrt(max_aspect)) + 1, step):
         other = size * size // one // step * step
         if other >= step and max(one, other) <= max_aspect * min(one, other):
             found |= {(one, other), (other, one)}
-    # of several with the same side only the largest is of use: (64, 192) where (64, 256) is there wastes pixels
+    # of several sizes with one side in common only the largest is kept: beside (64, 256), (64, 192) wastes pixels
     return sorted((h, w) for h, w in found if not any((h, wider) in found for wider in range(w + step, 8 * size, step))
                   and not any((taller, w) in found for taller in range(h + step, 8 * size, step)))
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """Number of the bucket (N,) whose aspect ratio, as a logarithm, is nearest to that of each size (N, 2)."""
+    """Index (N,) of the bucket whose log aspect ratio is nearest to that of each size (N, 2)."""
     ratios = np.log(sizes[:, 0] / sizes[:, 1])  # (N,)
     have = np.log([h / w for h, w in buckets])  # (K,)
     return np.abs(ratios[:, None] - have[None]).argmin(axis=1)
 
 
-def fitted(image: Image.Image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5), flip: bool = False,
-           whole: tuple[int, int] | None = None) -> tuple[torch.Tensor, tuple[float, ...]]:
-    """The largest part of a picture with the shape ``size`` = (H, W), resized (bicubic, antialiased), uint8 (3, H, W).
+def crop_to_size(image: Image.Image, size: tuple[int, int], place: tuple[float, float] = (0.5, 0.5),
+                 flip: bool = False, whole: tuple[int, int] | None = None) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """The largest crop with the aspect ratio of ``size`` = (H, W), resized (bicubic, antialiased), uint8 (3, H, W).
 
-    ``place`` says where the part lies, (0, 0) top left to (1, 1) bottom right. Also the frame (h, w, top, left, height,
-    width) in pixels of the picture, or of ``whole`` = (h, w) where ``image`` is a smaller version of it. A mirrored
-    picture has the frame of what was mirrored.
+    ``place`` is the position of the crop, from (0, 0) for the top left to (1, 1) for the bottom right. Also returns
+    the frame (h, w, top, left, height, width) of the crop in pixels of the image, or in pixels of ``whole`` = (h, w)
+    if ``image`` is a reduced version of it. A mirrored image has the frame of the crop before mirroring.
     """
     (height, width), (h, w) = size, (image.height, image.width)
     scale = max(height / h, width / w)
@@ -163,7 +166,7 @@ def fitted(image: Image.Image, size: tuple[int, int], place: tuple[float, float]
     small = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
     if flip:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()  # (3, H, W)
+    pixels = rearrange(torch.from_numpy(np.array(small)), "h w c -> c h w").contiguous()
     full_h, full_w = whole or (h, w)
     down, across = full_h / h, full_w / w
     return pixels, (full_h, full_w, top * down, left * across, part_h * down, part_w * across)

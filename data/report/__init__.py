@@ -1,1 +1,1 @@
-"""A page about a data set: python -m data.report SOURCE."""
+"""An HTML report about a data set: python -m data.report SOURCE."""

@@ -11,7 +11,7 @@ from files.whole import whole_file
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line of `python -m data.report`."""
     parser = argparse.ArgumentParser(prog="python -m data.report", description="Writes a page about a data set.")
-    parser.add_argument("source", help="a folder of pictures or of shards, or a config (.yaml) with a data section")
+    parser.add_argument("source", help="a folder of images or of shards, or a config (.yaml) with a data section")
     parser.add_argument("--out", default="data_report.html", help="file to write (default: data_report.html)")
     parser.add_argument("--tokenizer", help="a tokenizer.json, to count tokens")
     parser.add_argument("--limit", type=int, default=20_000, help="items looked at in each split (default: 20000)")

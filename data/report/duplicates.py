@@ -1,10 +1,10 @@
-"""Pictures that are nearly the same: perceptual hashes, and a look at the colours of those whose hashes agree.
+"""Near-duplicate images: perceptual hashes, and a comparison of the colours of images whose hashes agree.
 
-The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1):
-luminance at 32 x 32, its discrete cosine transform, of the 8 x 8 lowest frequencies beside the constant one bit each,
-whether it is above their median. It survives another size, compression and small changes of light; mirrored, turned or
-cropped pictures have other hashes. It does not see colour, so two pictures count as nearly the same only where small
-versions of both also agree. Axis letters: N pictures.
+The hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010, section 3.2.1).
+It takes the discrete cosine transform of the luminance at 32 x 32 and has one bit for each of the 8 x 8 lowest
+frequencies except the constant: whether the coefficient is above their median. It survives resizing, compression and
+small changes of brightness; mirrored, rotated or cropped images have other hashes. It ignores colour, so two images
+count as near-duplicates only if small versions of both also agree. Axis letters: N images, P pairs.
 """
 import numpy as np
 from PIL import Image
@@ -13,15 +13,15 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 BITS = 64
-SMALL = 16  # side of the colour versions
+SMALL = 16  # side of the small versions, whose colours are compared
 _ONES = np.array([bin(value).count("1") for value in range(256)], dtype=np.uint8)
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """The 64-bit hash of an RGB picture; the bit of the constant is 0."""
+    """The 64-bit hash of an RGB image; the bit of the constant is 0."""
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
     low = dctn(grey, type=2, norm="ortho")[:8, :8].ravel()  # (64,)
-    # what is 0 in exact arithmetic must not be decided by rounding: plain pictures would differ at random
+    # coefficients that are 0 in exact arithmetic must not be decided by rounding: plain images would differ at random
     low[np.abs(low) < 1e-6] = 0
     bits = low > np.median(low[1:])
     bits[0] = False
@@ -34,18 +34,18 @@ def small_version(image: Image.Image) -> np.ndarray:
 
 
 def distance(one: np.ndarray, two: np.ndarray) -> np.ndarray:
-    """Number of bits in which hashes uint64 differ, elementwise."""
+    """Number of bits in which two arrays of uint64 hashes differ, elementwise."""
     different = np.bitwise_xor(one, two)
     return _ONES[different[..., None].view(np.uint8)].sum(axis=-1)
 
 
 def near_pairs(hashes: np.ndarray, small: np.ndarray, most: int = 3, colours: float = 8.0,
                limit: int = 100_000) -> np.ndarray:
-    """Pairs (P, 2) of pictures, first below second, whose hashes (N,) uint64 differ in at most ``most`` bits and whose
+    """Pairs (P, 2) of images, first below second, whose hashes (N,) uint64 differ in at most ``most`` bits and whose
     small versions (N, 16, 16, 3) differ by at most ``colours`` of 255 on average; at most ``limit`` pairs.
 
-    Exact: of most + 1 parts of a hash, one is equal in every such pair (the pigeonhole principle), so only pictures
-    that share a part are compared.
+    The search is exact: of most + 1 parts of a hash, at least one is equal in every such pair (the pigeonhole
+    principle), so it suffices to compare images that share a part.
     """
     edges = np.linspace(0, BITS, most + 2).astype(int)
     found: set[tuple[int, int]] = set()
@@ -67,7 +67,7 @@ def near_pairs(hashes: np.ndarray, small: np.ndarray, most: int = 3, colours: fl
 
 
 def near_groups(pairs: np.ndarray, count: int) -> list[list[int]]:
-    """Groups of the ``count`` pictures that pairs connect, largest first."""
+    """The connected groups of ``count`` images under the pairs (P, 2), largest first, without single images."""
     graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     _, labels = connected_components(graph, directed=False)
     groups: dict[int, list[int]] = {}

@@ -1,8 +1,8 @@
-"""What is in a data set, as one HTML page: python -m data.report SOURCE [--out FILE] [--tokenizer FILE]
+"""The contents of a data set as one HTML page: python -m data.report SOURCE [--out FILE] [--tokenizer FILE]
 
-SOURCE is a folder of pictures, a folder of shards, or a config with a data section. The page has counts, sizes, aspect
+SOURCE is a folder of images, a folder of shards, or a config with a data section. The page shows counts, sizes, aspect
 ratios, lengths of captions in words and tokens, unknown tokens, near-duplicates within and between splits, a contact
-sheet and the files that cannot be read. Nothing stops it: what a run would refuse, it lists.
+sheet and the files that cannot be read. Files that would stop a run are listed and do not stop the report.
 """
 from collections import Counter
 from collections.abc import Sequence
@@ -14,47 +14,48 @@ from PIL import Image
 from tokenizers import Tokenizer as AnyTokenizer
 from tqdm import tqdm
 
-from data.catalog import FILES, DataConfig, build_source
-from data.images.base import SPLITS, Pictures
+from data.catalog import FILE_SOURCES, DataConfig, build_source
+from data.images.base import SPLITS, ImageFiles
 from data.images.transforms import Unreadable, may_flip
 from data.report.duplicates import near_groups, near_pairs, perceptual_hash, small_version
 from data.source import Source
 from data.tokenizer import Tokenizer
-from files.pages import escaped, histogram, inline, listed, page, sheet, table
+from files.images import to_pil
+from files.pages import contact_sheet, escape, histogram, html_list, inline_image, page, table
 
-SHOWN, CELL = 48, 96  # pictures of the contact sheet, their side in pixels
+THUMBNAILS, CELL = 48, 96  # number of images on the contact sheet, and their side in pixels
 
 
 @dataclass
-class Looked:
-    """What was seen of one split. ``hashes`` and ``small`` are of the readable pictures ``indices``."""
+class SplitContent:
+    """The items read from one split. All lists but ``thumbnails`` and ``unreadable`` have an entry for each of them."""
 
     names: list[str] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)  # (height, width)
     captions: list[tuple[str, ...]] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)
     small: list[np.ndarray] = field(default_factory=list)  # (16, 16, 3)
-    thumbnails: list[np.ndarray] = field(default_factory=list)  # (h, w, 3), of the first pictures
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
-    total: int = 0
+    thumbnails: list[np.ndarray] = field(default_factory=list)  # (h, w, 3) each, of the first images
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # (name, reason)
+    total: int = 0  # items of the split
 
 
-def _picture(source: Source, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
-    """(RGB picture, id, (height, width)) of an item, as the file has it. Raises Unreadable."""
-    if isinstance(source, Pictures):
+def _image_of_item(source: Source, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
+    """(RGB image, id, (height, width) of the file) of an item. Raises Unreadable."""
+    if isinstance(source, ImageFiles):
         height, width = source.sizes[index].tolist()
-        return source.opened(index, (CELL, CELL)), source.names[index], (height, width)
+        return source.open_image(index, (CELL, CELL)), source.names[index], (height, width)
     item = source[index]
-    image = Image.fromarray(item["image"].permute(1, 2, 0).numpy())
+    image = to_pil(item["image"])
     return image, item["id"], (image.height, image.width)
 
 
-def looked(source: Source, limit: int, title: str) -> Looked:
-    """What the first ``limit`` items of a split are; every picture is decoded once."""
-    result = Looked(total=len(source))
+def read_split(source: Source, limit: int, title: str) -> SplitContent:
+    """The contents of the first ``limit`` items of a split; every image is decoded once."""
+    result = SplitContent(total=len(source))
     for index in tqdm(range(min(len(source), limit)), desc=title, unit="image"):
         try:
-            image, name, size = _picture(source, index)
+            image, name, size = _image_of_item(source, index)
         except Unreadable as error:
             result.unreadable.append((error.name, error.reason))
             continue
@@ -63,7 +64,7 @@ def looked(source: Source, limit: int, title: str) -> Looked:
         result.captions.append(source.captions(index))
         result.hashes.append(perceptual_hash(image))
         result.small.append(small_version(image))
-        if len(result.thumbnails) < SHOWN:
+        if len(result.thumbnails) < THUMBNAILS:
             image.thumbnail((CELL, CELL))
             result.thumbnails.append(np.asarray(image))
     return result
@@ -71,42 +72,45 @@ def looked(source: Source, limit: int, title: str) -> Looked:
 
 # ---- sections
 
-def counts(splits: dict[str, Looked]) -> str:
-    """How much there is."""
+def count_table(splits: dict[str, SplitContent]) -> str:
+    """Numbers of items and captions of every split."""
     rows = [[name, split.total, len(split.names), len(split.unreadable), sum(map(len, split.captions)),
              len({caption for captions in split.captions for caption in captions})]
             for name, split in splits.items()]
     return table(["split", "items", "looked at", "unreadable", "captions", "different captions"], rows)
 
 
-def sizes(splits: dict[str, Looked], config: DataConfig) -> str:
-    """Sizes and shapes, and what they mean for the configured size."""
+def size_section(splits: dict[str, SplitContent], config: DataConfig) -> str:
+    """Sizes and aspect ratios, and how many images are smaller than the configured size."""
     every = np.array([size for split in splits.values() for size in split.sizes]).reshape(-1, 2)
     if not len(every):
-        return "<p>no picture can be read</p>"
+        return "<p>no image can be read</p>"
     smaller = int((every.min(axis=1) < config.size).sum())
-    text = (f"<p>{smaller} of {len(every)} pictures have a side below {config.size} pixels, the configured size, and "
+    text = (f"<p>{smaller} of {len(every)} images have a side below {config.size} pixels, the configured size, and "
             "are enlarged.</p>")
     common = Counter(map(tuple, every[:, ::-1].tolist())).most_common(8)
     return (text + histogram(every[:, 1], "width in pixels") + histogram(every[:, 0], "height in pixels")
             + histogram(np.log2(every[:, 1] / every[:, 0]), "aspect ratio, log2(width / height)")
-            + table(["most common sizes", "pictures"], [[f"{w} x {h}", count] for (w, h), count in common]))
+            + table(["most common sizes", "images"], [[f"{w} x {h}", count] for (w, h), count in common]))
 
 
-def words(captions: Sequence[str]) -> str:
-    """Lengths of captions and what is in them."""
+def caption_section(captions: Sequence[str]) -> str:
+    """Lengths of captions, common words, repeated captions, and captions that forbid mirroring."""
     lengths = np.array([len(caption.split()) for caption in captions])
     common = Counter(word for caption in captions for word in caption.lower().split()).most_common(24)
     fixed = sum(not may_flip(caption) for caption in captions)
     repeated = [(caption, count) for caption, count in Counter(captions).most_common(8) if count > 1]
     return (histogram(lengths, "words of a caption")
-            + f"<p>{fixed} of {len(captions)} captions name a side, a direction or writing: their pictures are never "
-              f"mirrored. Most common words: {escaped(', '.join(f'{word} {count}' for word, count in common))}.</p>"
+            + f"<p>{fixed} of {len(captions)} captions name a side, a direction or writing: their images are never "
+              f"mirrored. Most common words: {escape(', '.join(f'{word} {count}' for word, count in common))}.</p>"
             + (table(["most common captions", "times"], repeated) if repeated else ""))
 
 
-def tokens(captions: Sequence[str], path: Path) -> str:
-    """Token lengths and unknown tokens, of a tokenizer.json of a run folder or of the tokenizers library."""
+def token_section(captions: Sequence[str], path: Path) -> str:
+    """Token lengths and unknown tokens under the tokenizer.json of a run folder or of the tokenizers library.
+
+    Raises ValueError for a file that is no tokenizer.
+    """
     length = None
     try:
         ours = Tokenizer.load(path)
@@ -128,24 +132,24 @@ def tokens(captions: Sequence[str], path: Path) -> str:
     cut = "" if length is None else (f"<p>{int((counted > length).sum())} of {len(captions)} captions are longer than "
                                      f"the {length} tokens that are read, and are cut.</p>")
     marks = [] if length is None else [(float(length), "cut")]
-    return histogram(counted, "tokens of a caption, with start and end", marks=marks) + f"<p>{escaped(said)}</p>" + cut
+    return histogram(counted, "tokens of a caption, with start and end", marks=marks) + f"<p>{escape(said)}</p>" + cut
 
 
-def duplicates(splits: dict[str, Looked], most: int) -> tuple[str, str]:
-    """Near-duplicates, and the overlap between splits, as HTML each."""
+def duplicate_sections(splits: dict[str, SplitContent], most: int) -> tuple[str, str]:
+    """(near-duplicates, overlap between splits), each as HTML; ``most`` is the number of bits that may differ."""
     place = [(name, index) for name, split in splits.items() for index in range(len(split.names))]
     if not place:
-        return "<p>no picture can be read</p>", ""
+        return "<p>no image can be read</p>", ""
     hashes = np.array([value for split in splits.values() for value in split.hashes], dtype=np.uint64)
     small = np.stack([value for split in splits.values() for value in split.small])
     pairs = near_pairs(hashes, small, most)
     groups = near_groups(pairs, len(place))
-    parts = [f"<p>{len(pairs)} pairs in {len(groups)} groups, of {len(place)} pictures: perceptual hashes at most "
+    parts = [f"<p>{len(pairs)} pairs in {len(groups)} groups, of {len(place)} images: perceptual hashes at most "
              f"{most} of 64 bits apart, and colours at 16 x 16 at most 8 of 255.</p>"]
     for group in groups[:12]:
         names = ", ".join(f"{place[i][0]} {splits[place[i][0]].names[place[i][1]]}" for i in group[:6])
-        parts.append(inline(sheet([small[i] for i in group[:12]], min(12, len(group)), 16).resize(
-            (20 * 3 * min(12, len(group)), 60), Image.Resampling.NEAREST), f"{len(group)} pictures: {names}"))
+        parts.append(inline_image(contact_sheet([small[i] for i in group[:12]], min(12, len(group)), 16).resize(
+            (20 * 3 * min(12, len(group)), 60), Image.Resampling.NEAREST), f"{len(group)} images: {names}"))
     across = Counter(tuple(sorted((place[a][0], place[b][0]))) for a, b in pairs.tolist()
                      if place[a][0] != place[b][0])
     rows = []
@@ -160,27 +164,28 @@ def duplicates(splits: dict[str, Looked], most: int) -> tuple[str, str]:
 
 def data_report(config: DataConfig, title: str, tokenizer: Path | None = None, limit: int = 20_000,
                 most: int = 3) -> str:
-    """The page. Raises ValueError or OSError where there is no data at all."""
+    """The report as HTML. Raises ValueError or OSError if there is no data at all."""
     splits, refused = {}, []
     for split in SPLITS:
         source: Source
-        if config.source in FILES:
-            source = FILES[config.source](getattr(config, config.source), split)  # type: ignore[arg-type]
-            refused = list(source.refused)  # of all splits together
+        if config.source in FILE_SOURCES:
+            source = FILE_SOURCES[config.source](getattr(config, config.source), split)  # type: ignore[arg-type]
+            refused = list(source.refused)  # the same list for every split
         else:
             source = build_source(config, split)  # type: ignore[arg-type]
-        splits[split] = looked(source, limit, split)
+        splits[split] = read_split(source, limit, split)
     captions = [caption for split in splits.values() for captions in split.captions for caption in captions]
-    copies, overlap = duplicates(splits, most)
-    shown = [picture for split in splits.values() for picture in split.thumbnails][:SHOWN]
+    copies, overlap = duplicate_sections(splits, most)
+    thumbnails = [image for split in splits.values() for image in split.thumbnails][:THUMBNAILS]
     bad = refused + [entry for split in splits.values() for entry in split.unreadable]
-    sections = [("Counts", counts(splits)), ("Sizes", sizes(splits, config))]
+    sections = [("Counts", count_table(splits)), ("Sizes", size_section(splits, config))]
     if captions:
-        sections.append(("Captions", words(captions)))
+        sections.append(("Captions", caption_section(captions)))
         if tokenizer is not None:
-            sections.append(("Tokens", tokens(captions, tokenizer)))
+            sections.append(("Tokens", token_section(captions, tokenizer)))
     sections += [("Near-duplicates", copies), ("Overlap between splits", overlap)]
-    if shown:
-        sections.append(("Contact sheet", inline(sheet(shown, 8, CELL), f"the first {len(shown)} pictures")))
-    sections.append((f"Unreadable: {len(bad)}", listed([f"{name}: {reason}" for name, reason in bad])))
+    if thumbnails:
+        sheet = contact_sheet(thumbnails, 8, CELL)
+        sections.append(("Contact sheet", inline_image(sheet, f"the first {len(thumbnails)} images")))
+    sections.append((f"Unreadable: {len(bad)}", html_list([f"{name}: {reason}" for name, reason in bad])))
     return page(f"Data: {title}", sections)

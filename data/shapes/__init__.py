@@ -1,1 +1,1 @@
-"""Scenes of coloured shapes, drawn on the fly, with captions whose truth can be checked."""
+"""Scenes of coloured shapes, rendered on the fly, with captions whose truth can be checked."""

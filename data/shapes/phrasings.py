@@ -1,10 +1,10 @@
-"""Phrasings of a scene graph, each with the facts it promises.
+"""The phrasings of a scene graph, each with the facts that it promises.
 
-Facts are a plain dict of JSON types. What a caption does not name is None, and free:
+Facts are a plain dict of JSON types. A fact that the caption does not name is None and may take any value:
 
     kind        the scene's kind
-    tags        names under which a score is reported: the kind, its relations, "mood", "unseen pair"
-    count       how many objects the picture holds
+    tags        names under which scores are reported: the kind, its relations, "mood", "unseen pair"
+    count       number of objects in the image
     objects     [{"colour", "shape", "size"}], None where not named
     relations   [[subject, relation, object]], indices into objects
     background  or None
@@ -24,6 +24,7 @@ PLURALS = {"cross": "crosses"}
 
 
 def with_article(words: str) -> str:
+    """The words with the indefinite article."""
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
@@ -35,29 +36,29 @@ def _noun(scene: Scene, index: int, sized: bool) -> str:
     return with_article(_name(scene["objects"][index], sized))
 
 
-def _listed(order: tuple[int, ...]) -> Body:
+def _enumeration(order: tuple[int, ...]) -> Body:
     def body(scene: Scene, sized: bool) -> str:
         *first, last = (_noun(scene, index, sized) for index in order)
         return f"{', '.join(first)} and {last}"
     return body
 
 
-def _single(scene: Scene, sized: bool) -> str:
+def _single_phrase(scene: Scene, sized: bool) -> str:
     return _noun(scene, 0, sized)
 
 
-def _one(scene: Scene, sized: bool) -> str:
+def _one_phrase(scene: Scene, sized: bool) -> str:
     return f"one {_name(scene['objects'][0], sized)}"
 
 
-def _counted(scene: Scene, sized: bool) -> str:
+def _count_phrase(scene: Scene, sized: bool) -> str:
     thing = scene["objects"][0]
     plural = PLURALS.get(thing["shape"], thing["shape"] + "s")
     size = f"{thing['size']} " if sized else ""
     return f"{NUMBERS[len(scene['objects'])]} {size}{thing['colour']} {plural}"
 
 
-def _related(places: dict[str, str], inverse: bool) -> Body:
+def _relation_phrase(places: dict[str, str], inverse: bool) -> Body:
     def body(scene: Scene, sized: bool) -> str:
         subject, relation, other = scene["relations"][0]
         if inverse:
@@ -66,42 +67,43 @@ def _related(places: dict[str, str], inverse: bool) -> Body:
     return body
 
 
-def _in_order(scene: Scene, sized: bool) -> str:
+def _row_phrase(scene: Scene, sized: bool) -> str:
     """Three objects in a row."""
     direction = "from left to right" if scene["relations"][0][1] == "left of" else "from top to bottom"
-    return f"{_listed((0, 1, 2))(scene, sized)} {direction}"
+    return f"{_enumeration((0, 1, 2))(scene, sized)} {direction}"
 
 
-def _in_order_reversed(scene: Scene, sized: bool) -> str:
+def _reversed_row_phrase(scene: Scene, sized: bool) -> str:
     direction = "from right to left" if scene["relations"][0][1] == "left of" else "from bottom to top"
-    return f"{_listed((2, 1, 0))(scene, sized)} {direction}"
+    return f"{_enumeration((2, 1, 0))(scene, sized)} {direction}"
 
 
-def _containing(scene: Scene, sized: bool) -> str:
+def _container_phrase(scene: Scene, sized: bool) -> str:
     return f"{_noun(scene, 1, sized)} with {_noun(scene, 0, sized)} inside"
 
 
 def _bodies(scene: Scene) -> tuple[Body, Body, Body]:
-    """Three ways to say what there is and how it stands, the second from the other end."""
+    """Three ways to name the objects and their arrangement; the second states relations the other way round."""
     kind = scene["kind"]
     if kind == "single":
-        return _single, _one, _single
+        return _single_phrase, _one_phrase, _single_phrase
     if kind == "count":
-        return _counted, _counted, _counted
+        return _count_phrase, _count_phrase, _count_phrase
     if kind == "relation":
         short = {place: place for place in PLACES}
-        return _related(PLACES, False), _related(PLACES, True), _related(short, False)
+        return _relation_phrase(PLACES, False), _relation_phrase(PLACES, True), _relation_phrase(short, False)
     if kind == "inside":
-        return _related({"inside": "inside"}, False), _containing, _related({"inside": "in"}, False)
+        first, third = (_relation_phrase({"inside": word}, False) for word in ("inside", "in"))
+        return first, _container_phrase, third
     if kind == "pair":
-        return _listed((0, 1)), _listed((1, 0)), _listed((0, 1))
+        return _enumeration((0, 1)), _enumeration((1, 0)), _enumeration((0, 1))
     if scene["relations"]:
-        return _in_order, _in_order_reversed, _in_order
-    return _listed((0, 1, 2)), _listed((1, 2, 0)), _listed((2, 0, 1))
+        return _row_phrase, _reversed_row_phrase, _row_phrase
+    return _enumeration((0, 1, 2)), _enumeration((1, 2, 0)), _enumeration((2, 0, 1))
 
 
-def _set(scene: Scene, body: str, way: int) -> str:
-    """`body` with the background or the mood named, in one of three ways."""
+def _with_setting(scene: Scene, body: str, way: int) -> str:
+    """`body` with the background or the mood, in one of three ways."""
     mood, background = scene["mood"], scene["background"]
     if mood:
         ways = (f"{with_article(mood)} picture of {body}", f"{body}, {mood} mood",
@@ -113,7 +115,8 @@ def _set(scene: Scene, body: str, way: int) -> str:
 
 
 def facts_of(scene: Scene, sized: bool, setting: bool, inverse: bool = False) -> Facts:
-    """What a caption promises that names sizes or not, the background or mood or not, relations from the other end."""
+    """The facts of a caption: `sized` says whether it names sizes, `setting` whether it names background or mood,
+    `inverse` whether it states relations the other way round."""
     relations = [list(relation) for relation in scene["relations"]]
     if inverse and scene["kind"] != "inside":
         relations = [[other, INVERSE[relation], subject] for subject, relation, other in relations]
@@ -145,7 +148,7 @@ def named_places(scene: Scene, caption: str) -> list[tuple[int, int, float, floa
 
 
 def phrasings(scene: Scene) -> list[tuple[str, Facts]]:
-    """Every caption of a scene graph with its facts, short ones first; no two captions are equal."""
+    """All captions of a scene graph with their facts, short ones first and without repetitions."""
     first, second, third = _bodies(scene)
     ways = [(first, False, None), (second, False, None), (first, True, None), (third, False, 0), (second, False, 1),
             (first, True, 2), (second, True, 0), (third, True, 1)]
@@ -153,5 +156,5 @@ def phrasings(scene: Scene) -> list[tuple[str, Facts]]:
     for body, sized, way in ways:
         text = body(scene, sized)
         facts = facts_of(scene, sized, way is not None, inverse=body is second)
-        found.setdefault(text if way is None else _set(scene, text, way), facts)
+        found.setdefault(text if way is None else _with_setting(scene, text, way), facts)
     return list(found.items())

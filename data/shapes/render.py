@@ -1,8 +1,8 @@
-"""Draws scene graphs of the `shapes` source: signed distances, antialiased masks, moods.
+"""Renders scene graphs of the `shapes` source: signed distances, antialiased masks, moods.
 
-Axes: H, W picture; h, w the box around one object; E edges of a polygon.
-Only additions, products, divisions, square roots and comparisons are used on float32, each exactly rounded by IEEE 754
-and none of them a reduction whose order could differ: the same bytes come out everywhere.
+Axis letters: H W size of the image, h w size of the box around one object, E edges of a polygon.
+Only additions, products, divisions, square roots and comparisons are used on float32. IEEE 754 rounds each of them
+exactly, and none is a reduction whose order could differ, so the bytes are the same on every platform.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, Callable
 
 import numpy as np
+from einops import rearrange
 
 from data.shapes.scene_graph import BACKGROUNDS, COLOURS, MOODS, SIZES
 
@@ -26,7 +27,7 @@ BACKGROUND_RGB: dict[str, RGB] = {
 
 @dataclass(frozen=True)
 class Light:
-    """What a mood does to a picture: the background's gradient, glow and vignette, and the light on objects."""
+    """The effect of a mood on an image: gradient, glow and vignette of the background, and light on the objects."""
 
     top: RGB
     bottom: RGB
@@ -110,7 +111,7 @@ _SIN, _COS = (0.0, 0.587785, 0.951057, 0.951057, 0.587785), (1.0, 0.809017, 0.30
 
 
 def _star_vertices(outer: float, inner: float) -> list[tuple[float, float]]:
-    """Ten corners, first one up; multiples of 36 degrees, written out so that no platform's sine matters."""
+    """Ten corners at multiples of 36 degrees, the first one up; the sines are constants, the same on every platform."""
     sines = _SIN + (0.0,) + tuple(-value for value in reversed(_SIN[1:]))
     cosines = _COS + (-1.0,) + tuple(reversed(_COS[1:]))
     radii = [outer if corner % 2 == 0 else inner for corner in range(10)]
@@ -137,31 +138,31 @@ SHAPE_DISTANCE: dict[str, Distance] = {
 }
 
 
-# ---- colours and pictures ----
+# ---- colours and images ----
 
 @lru_cache(maxsize=64)
 def backdrop(name: str, size: int) -> Array:
-    """The empty picture of a background or mood: float32 (H, W, 3) in 0..255, read-only."""
+    """The empty image of a background or mood, float32 (H, W, 3) in 0..255 and read-only."""
     if name in BACKGROUND_RGB:
-        picture = np.broadcast_to(_float(BACKGROUND_RGB[name]), (size, size, 3))
+        image = np.broadcast_to(_float(BACKGROUND_RGB[name]), (size, size, 3))
     else:
         light = LIGHTS[name]
         x = ((np.arange(size, dtype=np.float32) + 0.5) / size)[None, :, None]
         y = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]
         ramp = y * y * (3 - 2 * y)
-        picture = _float(light.top) * (1 - ramp) + _float(light.bottom) * ramp
+        image = _float(light.top) * (1 - ramp) + _float(light.bottom) * ramp
         dx, dy = x - np.float32(light.glow_at[0]), y - np.float32(light.glow_at[1])
         falloff = np.maximum(1 - (dx * dx + dy * dy) / np.float32(light.glow_reach * light.glow_reach), 0)
-        picture = picture + falloff * falloff * _float(light.glow)
+        image = image + falloff * falloff * _float(light.glow)
         corner = 2 * ((x - 0.5) * (x - 0.5) + (y - 0.5) * (y - 0.5))
-        picture = np.clip(picture * (1 - np.float32(light.vignette) * corner), 0, 255)
-    picture = np.ascontiguousarray(picture, np.float32)
-    picture.flags.writeable = False
-    return picture
+        image = np.clip(image * (1 - np.float32(light.vignette) * corner), 0, 255)
+    image = np.ascontiguousarray(image, np.float32)
+    image.flags.writeable = False
+    return image
 
 
 def lit_colour(colour: str, setting: str) -> RGB:
-    """The colour of an object's centre on a background or in a mood, 0..255."""
+    """The colour of an object's centre on a background or in a mood, in 0..255."""
     if setting not in LIGHTS:
         return COLOUR_RGB[colour]
     light = LIGHTS[setting]
@@ -171,14 +172,14 @@ def lit_colour(colour: str, setting: str) -> RGB:
 
 
 def render(scene: dict[str, Any], size: int) -> Array:
-    """The picture of a placed scene graph: uint8 (3, size, size).
+    """The image of a placed scene graph: uint8 (3, size, size).
 
     A pixel's coverage is a ramp one pixel wide across the shape's edge, taken from the signed distance at its centre.
     """
     setting = scene["mood"] or scene["background"]
     canvas = backdrop(setting, size).copy()                                         # (H, W, 3)
     slope = LIGHTS[setting].slope if setting in LIGHTS else (0.0, 0.0)
-    for thing in sorted(scene["objects"], key=lambda thing: -thing["radius"]):      # what is inside comes last
+    for thing in sorted(scene["objects"], key=lambda thing: -thing["radius"]):      # the inner object comes last
         (cx, cy), radius = thing["centre"], thing["radius"]
         reach = 1.12 * radius + 1 / size
         left, right = max(int((cx - reach) * size), 0), min(int((cx + reach) * size) + 1, size)
@@ -193,16 +194,16 @@ def render(scene: dict[str, Any], size: int) -> Array:
             colour = np.minimum(colour * shade[..., None], 255)                     # (h, w, 3)
         box = canvas[top:bottom, left:right]
         box += (colour - box) * cover
-    return np.ascontiguousarray((canvas + 0.5).astype(np.uint8).transpose(2, 0, 1))
+    return np.ascontiguousarray(rearrange((canvas + 0.5).astype(np.uint8), "h w c -> c h w"))
 
 
 @dataclass(frozen=True)
 class ShapesVocabulary:
-    """All that a reader of pictures needs to know of this source: names and what they look like."""
+    """Everything that a reader of images needs to know about this source: the names and what they look like."""
 
     colours: tuple[str, ...]
     shapes: dict[str, Distance]                     # name -> signed distance in radii at (x, y)
-    sizes: dict[str, float]                         # name -> radius in units of the picture's side
+    sizes: dict[str, float]                         # name -> radius in units of the image's side
     backgrounds: tuple[str, ...]
     moods: tuple[str, ...]
     backdrop: Callable[[str, int], Array]           # (background or mood, size) -> float32 (H, W, 3) in 0..255
@@ -210,4 +211,5 @@ class ShapesVocabulary:
 
 
 def vocabulary() -> ShapesVocabulary:
+    """The vocabulary of this source."""
     return ShapesVocabulary(COLOURS, SHAPE_DISTANCE, dict(SIZES), BACKGROUNDS, MOODS, backdrop, lit_colour)

@@ -1,16 +1,16 @@
-"""Scene graphs of the `shapes` source: what there is to name, how a scene is drawn at random, which split it is in.
+"""Scene graphs of the `shapes` source: their vocabulary, their random generation, and their splits.
 
 A scene graph is a plain dict of JSON types:
 
     kind        one of KINDS
     background  a key of BACKGROUNDS, or None when a mood sets it
     mood        a member of MOODS, or None
-    objects     [{"colour", "shape", "size", "centre": [x, y], "radius"}], lengths in units of the picture's side,
+    objects     [{"colour", "shape", "size", "centre": [x, y], "radius"}], lengths in units of the image's side,
                 y down
     relations   [[subject, relation, object]], subject and object are indices into objects
 
-`draw_graph` chooses everything that has a name; `place` then adds centre and radius, which captions never name.
-Only `Random.random()` is called: its stream is the one Python promises to keep across versions and platforms.
+`draw_graph` chooses everything that captions can name; `place` then adds centres and radii, which captions never name.
+Only `Random.random()` is called, since Python promises to keep its stream across versions and platforms.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ BACKGROUNDS = ("white", "grey", "black", "beige")
 MOODS = ("gloomy", "cheerful", "calm", "fiery")
 RELATIONS = ("above", "below", "left of", "right of")
 INVERSE = {"above": "below", "below": "above", "left of": "right of", "right of": "left of", "inside": "around"}
-# Colour and shape are each common in training, the two together occur in the test split only.
+# The colour and the shape are each common in training; together they occur in the test split only.
 UNSEEN_PAIRS = (("purple", "star"), ("green", "heart"), ("orange", "moon"), ("blue", "triangle"))
-# Shapes with room for another one, and where that room is, in radii from the centre: (x, y).
+# Shapes with room for another one, and the place (x, y) of that room, in radii from the centre.
 CONTAINERS = {"circle": (0.0, 0.0), "square": (0.0, 0.0), "diamond": (0.0, 0.0), "heart": (0.0, -0.14),
               "triangle": (0.0, 0.27)}
-CONTAINER_RADIUS = 0.26  # still nearest to "large", with a rim left around a small shape
+CONTAINER_RADIUS = 0.26  # still nearest to "large"; leaves a rim around a small shape
 
 EXTENT = 1.06  # no shape reaches further than this many radii from its centre along x or y
 MARGIN = 0.02
@@ -66,31 +66,34 @@ class SceneMix:
 
 
 def stream(*key: object) -> Random:
-    """A random stream that belongs to `key`, the same on every platform."""
+    """A random stream that is a function of `key`, the same on every platform."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return Random(int.from_bytes(digest, "big"))
 
 
 def pick(rng: Random, choices: Sequence[Item]) -> Item:
+    """A uniformly random choice."""
     return choices[int(rng.random() * len(choices))]
 
 
 def pick_kind(rng: Random, mix: SceneMix) -> str:
+    """A random kind of scene with the weights of `mix`."""
     weights = [getattr(mix, kind) for kind in KINDS]
     remaining = rng.random() * sum(weights)
     for kind, weight in zip(KINDS, weights):
         remaining -= weight
         if remaining < 0:
             return kind
-    return max(zip(weights, KINDS))[1]  # reached by rounding only
+    return max(zip(weights, KINDS))[1]  # reached only through rounding
 
 
 def is_unseen(thing: dict[str, Any]) -> bool:
+    """Whether training never shows an object of this colour and shape."""
     return (thing["colour"], thing["shape"]) in UNSEEN_PAIRS
 
 
 def _objects(rng: Random, sizes: Sequence[str]) -> list[dict[str, Any]]:
-    """One object a size, no two alike in both colour and shape."""
+    """One object for each size, no two alike in both colour and shape."""
     pairs: list[tuple[str, str]] = []
     while len(pairs) < len(sizes):
         pair = (pick(rng, COLOURS), pick(rng, SHAPES))
@@ -141,7 +144,7 @@ _DRAW = {"single": _draw_single, "relation": _draw_relation, "pair": _draw_pair,
 
 
 def draw_graph(rng: Random, mix: SceneMix, mood_share: float) -> Scene:
-    """A random scene graph with every named attribute, without centres and radii."""
+    """A random scene graph with all named attributes, without centres and radii."""
     kind = pick_kind(rng, mix)
     scene = {"kind": kind, "background": None, "mood": None} | _DRAW[kind](rng)
     if rng.random() < mood_share:
@@ -152,10 +155,10 @@ def draw_graph(rng: Random, mix: SceneMix, mood_share: float) -> Scene:
 
 
 def graph_key(scene: Scene) -> str:
-    """The canonical form of a graph, on which splits are disjoint.
+    """The canonical form of a graph; the splits share no key.
 
-    "A above B" and "B below A" have one key. Where several different objects meet, size, background and mood are left
-    out, so that not even a caption that leaves them out occurs in two splits.
+    "A above B" and "B below A" have the same key. The key of several different objects omits size, background and
+    mood, so that not even a caption that omits them occurs in two splits.
     """
     objects = scene["objects"]
     names = [f"{thing['colour']} {thing['shape']}" for thing in objects]
@@ -172,7 +175,7 @@ def graph_key(scene: Scene) -> str:
 
 
 def split_of(scene: Scene) -> Split:
-    """The split a graph belongs to: unseen pairs are for the test, the rest goes by a hash of its key."""
+    """The split of a graph: graphs with unseen pairs belong to the test split, others go by a hash of their key."""
     if any(is_unseen(thing) for thing in scene["objects"]):
         return "test"
     digest = hashlib.blake2b(graph_key(scene).encode(), digest_size=8).digest()
@@ -184,7 +187,7 @@ def split_of(scene: Scene) -> Split:
 
 def draw_scene(rng: Random, split: Split, mix: SceneMix, mood_share: float, unseen_share: float,
                lattice: int = 0) -> Scene:
-    """A placed scene of `split`; in the test, `unseen_share` of them hold a pair that training never shows."""
+    """A random placed scene of `split`; the share `unseen_share` of test scenes holds a pair unseen in training."""
     unseen = split == "test" and rng.random() < unseen_share
     while True:
         scene = draw_graph(rng, mix, mood_share)
@@ -208,19 +211,19 @@ def _force_unseen(rng: Random, scene: Scene) -> None:
 
 
 def place(rng: Random, scene: Scene, lattice: int = 0) -> Scene:
-    """Add centre and radius to every object: nothing overlaps (but what is inside), every relation holds.
+    """Add a centre and a radius to every object, such that relations hold and only contained objects overlap.
 
-    With a ``lattice`` centres lie on multiples of 1 / lattice and radii are those of SIZES: drawings of an
-    object differ by whole steps only.
+    With a ``lattice`` the centres lie on multiples of 1 / lattice and the radii are those of SIZES, so that renderings
+    of an object differ by whole steps only.
     """
     while True:
         _place_freely(rng, scene, 0.0 if lattice else RADIUS_JITTER)
-        if not lattice or _snapped(scene, lattice):
+        if not lattice or _snap_to_lattice(scene, lattice):
             return scene
 
 
 def has_room(lattice: int) -> bool:
-    """Whether the rows that need most, two large objects or a medium one of three, fit on multiples of 1 / lattice."""
+    """Whether the longest rows, of two large objects or of three with a medium one, fit on multiples of 1 / lattice."""
     rows = (("large", "large"), ("medium", "small", "small"), ("small", "medium", "small"),
             ("small", "small", "medium"))
     for row in rows:
@@ -233,8 +236,8 @@ def has_room(lattice: int) -> bool:
     return True
 
 
-def _snapped(scene: Scene, lattice: int) -> bool:
-    """Move every centre to the lattice, what is inside along with what holds it; whether all still fits."""
+def _snap_to_lattice(scene: Scene, lattice: int) -> bool:
+    """Move every centre to the lattice, a contained object together with its container; False if they do not fit."""
     objects = scene["objects"]
     for thing in objects:
         thing["centre"] = [round(round(value * lattice) / lattice, 5) for value in thing["centre"]]
@@ -273,7 +276,7 @@ def _place_freely(rng: Random, scene: Scene, jitter: float) -> None:
 
 
 def _spread(rng: Random, reaches: Sequence[float]) -> list[float]:
-    """Centres of intervals of half-width `reaches` packed in order along [0, 1], the free length shared at random."""
+    """Centres of intervals of half-widths `reaches` in order along [0, 1], with the free length divided at random."""
     free = 1 - 2 * MARGIN - GAP * (len(reaches) - 1) - 2 * sum(reaches)
     cuts = sorted(rng.random() * free for _ in reaches)
     centres, position, used = [], MARGIN, 0.0
@@ -285,7 +288,7 @@ def _spread(rng: Random, reaches: Sequence[float]) -> list[float]:
 
 
 def _place_line(rng: Random, objects: Sequence[dict[str, Any]], axis: int, wander: float) -> None:
-    """Objects in order along `axis` (0 is x, 1 is y); across it each may leave the middle by `wander`."""
+    """Place objects in order along `axis` (0 is x, 1 is y), each at most `wander` off the middle across it."""
     reaches = [EXTENT * thing["radius"] for thing in objects]
     for thing, reach, along in zip(objects, reaches, _spread(rng, reaches)):
         room = min(wander, 0.5 - MARGIN - reach)
@@ -294,7 +297,7 @@ def _place_line(rng: Random, objects: Sequence[dict[str, Any]], axis: int, wande
 
 
 def _place_triangle(rng: Random, objects: Sequence[dict[str, Any]]) -> None:
-    """Two objects on one side (top, bottom, left or right), the third on the other."""
+    """Place two objects on one side (top, bottom, left or right) and the third on the other."""
     axis, flip = int(rng.random() * 2), rng.random() < 0.5
     first = int(rng.random() * 3)
     alone, pair = objects[first], [thing for i, thing in enumerate(objects) if i != first]

@@ -1,8 +1,8 @@
-"""Source `shapes`: captioned scenes of coloured shapes, drawn on the fly; nothing to download.
+"""Source `shapes`: captioned scenes of coloured shapes, rendered on the fly without any download.
 
-Item `index` of a split depends on (seed, split, index) alone: it can be made in any order, in any process, and does
-not change when the split grows. Splits share no scene graph (data/shapes/scene_graph.py), and some pairs of colour and
-shape occur in the test split only.
+Item `index` of a split depends on (seed, split, index) alone: items can be made in any order and in any process, and
+do not change when the split grows. The splits share no scene graph (data/shapes/scene_graph.py), and some pairs of
+colour and shape occur in the test split only.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,11 @@ from data.shapes.scene_graph import SPLITS, Scene, SceneMix, Split, draw_scene, 
 
 @dataclass(frozen=True)
 class ShapesConfig:
-    """size: side of the picture in pixels; train, validation, test: items of each split; lattice: 0 places objects
-    anywhere, n on multiples of 1/n of the picture's side with exact sizes, which is far easier to learn to draw."""
+    """``size`` is the side of the images in pixels; ``train``, ``validation`` and ``test`` are numbers of items.
+
+    ``lattice`` 0 places objects anywhere; n places them on multiples of 1/n of the side with exact sizes, which is far
+    easier to learn.
+    """
 
     size: int = 64
     train: int = 100_000
@@ -47,8 +50,8 @@ class ShapesConfig:
 class Shapes:
     """One split of the source.
 
-    `source[i]` is {"image": uint8 (3, size, size), "caption": str, "captions": all phrasings, "id": str,
-    "scene": scene graph, "facts": what each phrasing promises, "phrasing": index of "caption" in "captions"}.
+    `source[i]` is {"image": uint8 (3, size, size), "caption": str, "captions": all phrasings, "id": str, "scene":
+    scene graph, "facts": those that each phrasing promises, "phrasing": index of "caption" in "captions"}.
     """
 
     def __init__(self, config: ShapesConfig, split: Split):
@@ -61,17 +64,18 @@ class Shapes:
         return getattr(self.config, self.split)
 
     def scene(self, index: int) -> Scene:
-        """The scene graph of an item, as described in data/shapes/scene_graph.py."""
-        config, index = self.config, self._checked(index)
+        """The scene graph of an item; data/shapes/scene_graph.py describes its keys."""
+        config, index = self.config, self._positive_index(index)
         rng = stream("shapes", config.seed, self.split, index)
         return draw_scene(rng, self.split, config.mix, config.mood_share, config.unseen_share,
                           config.lattice)
 
     def prompts(self, index: int) -> list[tuple[str, Facts]]:
-        """Every phrasing of an item with the facts it promises, without drawing the picture."""
+        """All phrasings of an item with the facts that they promise, without rendering the image."""
         return phrasings(self.scene(index))
 
     def captions(self, index: int) -> tuple[str, ...]:
+        """All phrasings of an item, without rendering the image."""
         return tuple(caption for caption, _ in self.prompts(index))
 
     def places(self, index: int, caption: str) -> list[tuple[int, int, float, float, float]]:
@@ -79,7 +83,7 @@ class Shapes:
         return named_places(self.scene(index), caption)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = self._checked(index)
+        index = self._positive_index(index)
         scene = self.scene(index)
         captions, facts = zip(*phrasings(scene))
         phrasing = pick(stream("phrasing", self.config.seed, self.split, index), range(len(captions)))
@@ -87,7 +91,7 @@ class Shapes:
                 "captions": captions, "id": f"shapes-{self.split}-{index:06d}", "scene": scene, "facts": facts,
                 "phrasing": phrasing}
 
-    def _checked(self, index: int) -> int:
+    def _positive_index(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} items of shapes {self.split}")
         return index % len(self)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.loader import Batch, Loader
-from data.order import Order
+from data.order import Order, Slice
 from data.source import image_batch
 from eval.features.efficientnet import Features
 from eval.fidelity import psnr, ssim
@@ -172,7 +172,8 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
         return model.decode_raw(model.moments(held_out[:1].to(device)).mean)
 
     beside = {"adversary": adversary} if adversary else {}
-    with Loader(source, order, batch, seed, config.train.workers, processes.rank, processes.world) as loader:
+    part = Slice(processes.rank, processes.world)
+    with Loader(source, order, batch, seed, config.train.workers, part) as loader:
         task = Task("autoencoder", loader.batch_at, loss_at, validate, preview, ("psnr", "max"), item, beside)
         average = fit(task, model, config.train, run, seed, processes)
     if not processes.main:

@@ -10,7 +10,7 @@ import torch
 
 from data.cache import LatentCache
 from data.loader import Loader
-from data.order import Order, Places
+from data.order import Order, Places, Slice
 from data.source import caption_batch, image_batch
 from files.images import to_unit
 from files.whole import sha256_of
@@ -74,7 +74,7 @@ class CachedPairs:
 
     def at(self, step: int) -> Read:
         """The slice of this process of the batch of ``step``."""
-        return self.of(self.order.places(step, self.batch, self.processes.rank, self.processes.world))
+        return self.of(self.order.places(step, self.batch, Slice(self.processes.rank, self.processes.world)))
 
     def of(self, places: Places) -> Read:
         """The pairs at these places."""
@@ -104,8 +104,8 @@ class ReadPairs:
         buckets: Any = getattr(context.source, "buckets", None)
         order = Order(count, context.seed, None if buckets is None else buckets[:count])
         self.count, self.encode = count, encode
-        self.loader = Loader(context.source, order, batch, context.seed, workers, context.processes.rank,
-                             context.processes.world, dropout)
+        part = Slice(context.processes.rank, context.processes.world)
+        self.loader = Loader(context.source, order, batch, context.seed, workers, part, dropout)
 
     def __len__(self) -> int:
         return self.count

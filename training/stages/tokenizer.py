@@ -18,7 +18,7 @@ def train_tokenizer(config: TokenizerConfig, context: StageContext) -> None:
         return
     tokenizer = fit_tokenizer(context.source, config)
     items = range(min(len(context.source), 2000))
-    cut = sum(bool(tokenizer.lost(caption)) for i in items for caption in context.source.captions(i))
+    cut = sum(bool(tokenizer.overflow(caption)) for i in items for caption in context.source.captions(i))
     write_text(context.run.path / "tokenizer.json", tokenizer.to_json())
     context.run.record(tokenizer={"vocab_size": tokenizer.vocab_size, "length": tokenizer.length,
                                   "cut_of_first_2000": cut})
