@@ -1,16 +1,16 @@
-"""Check text from the command line:
+"""Check texts and images from the command line:
 
     python moderate.py check "a red star" [--file PROMPTS.txt] [--json] [--mode flag] [--log FILE --key FILE]
-    python moderate.py check "a red star" --run RUN      as the programs that draw from a run folder check it
-    python moderate.py check --image PICTURE.png ... --run RUN [--concepts FILE.yaml] [--clip DIR]
+    python moderate.py check "a red star" --run RUN      as sampling from that run folder checks it
+    python moderate.py check --image IMAGE.png ... --run RUN [--concepts FILE.yaml] [--clip DIR]
     python moderate.py calibrate --run RUN --concepts FILE.yaml [--rate 0.01] [--out FILE.yaml]
-    python moderate.py explain "a red star"        how it is read and what fires: for researchers, it shows words
+    python moderate.py explain "a red star"        its readings and matches, for researchers: it shows words
     python moderate.py key FILE                    a new key for the audit log
-    python moderate.py verify LOG --key FILE       does the chain of the log hold?
+    python moderate.py verify LOG --key FILE       verify the chain of the log
 
 The exit code is that of the most severe action: 0 allow, 3 flag, 4 blur, 5 block; 1 for an error.
-Pictures are judged by the CLIP of a run folder (its stage clip). This command lies above the package: the modules of
-safety/ take embeddings as functions and import no other folder.
+Images are judged by the CLIP of a run folder (its stage clip). This command connects it to safety/, whose modules take
+embeddings as functions.
 """
 import argparse
 import json
@@ -27,11 +27,11 @@ EXIT = dict(zip(ACTIONS, (0, 3, 4, 5)))
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
-    """The command line; argparse ends the program with 2 for one it does not know."""
+    """The parsed command line; argparse exits with 2 if it is invalid."""
     parser = argparse.ArgumentParser(prog="python moderate.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="decide on texts or pictures")
+    check = commands.add_parser("check", help="decide on texts or images")
     explain = commands.add_parser("explain", help="show how a text is read")
     for command in (check, explain):
         command.add_argument("texts", nargs="*", metavar="TEXT")
@@ -40,9 +40,9 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--json", action="store_true", help="JSON lines")
     check.add_argument("--negative", action="store_true", help="the texts are negative prompts: listed terms only")
     check.add_argument("--mode", choices=MODES, default="block")
-    check.add_argument("--image", type=Path, nargs="+", help="pictures")
+    check.add_argument("--image", type=Path, nargs="+", help="images")
     calibrate = commands.add_parser("calibrate", help="thresholds of concepts for the CLIP of a run")
-    calibrate.add_argument("--rate", type=float, default=0.01, help="share of harmless pictures that may pass (0.01)")
+    calibrate.add_argument("--rate", type=float, default=0.01, help="share of harmless images that may pass (0.01)")
     calibrate.add_argument("--out", type=Path, help="file to write (concepts.yaml in the run folder)")
     explain.add_argument("--run", type=Path, help="run folder: its own weights and head, where it has them")
     for command in (check, calibrate):
@@ -60,7 +60,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 
 
 def texts_of(options: argparse.Namespace) -> list[str]:
-    """The texts given and those of the file; raises ValueError when there are none."""
+    """The texts of the command line and of the file; raises ValueError if there are none."""
     texts = list(options.texts)
     if options.file is not None:
         texts += options.file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -69,8 +69,8 @@ def texts_of(options: argparse.Namespace) -> list[str]:
     return texts
 
 
-def shown(decision: Decision, as_json: bool) -> str:
-    """One line without a word of the text."""
+def decision_line(decision: Decision, as_json: bool) -> str:
+    """A decision in words or as JSON, without any word of the text."""
     if as_json:
         return json.dumps({"action": decision.action, "category": decision.category, "score": round(decision.score, 4),
                            "threshold": round(decision.threshold, 4), "reason": decision.reason,
@@ -83,10 +83,10 @@ def shown(decision: Decision, as_json: bool) -> str:
 
 
 def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list[Decision]:
-    """Decisions on the pictures of files, each scaled to the size that its CLIP sees, those that are not allowed in the
-    log; raises ValueError or OSError for what is missing or damaged."""
+    """The decisions on image files, each scaled to the size that the CLIP takes. All but "allow" are logged. Raises
+    ValueError or OSError for a file that is missing or damaged."""
     from files.images import read_image, to_unit
-    from pipeline.moderation import CONCEPTS, image_moderator  # torch models are loaded only where pictures are judged
+    from pipeline.moderation import CONCEPTS, image_moderator  # needs torch, which texts do not
 
     if options.run is None:
         raise ValueError("--image needs --run DIR, a run folder with the stage clip and its concepts")
@@ -100,18 +100,18 @@ def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list
 
 
 def calibrate(options: argparse.Namespace) -> int:
-    """Write the concepts with thresholds for the CLIP of a run."""
+    """Write the concepts with thresholds for the CLIP of a run; returns the exit code."""
     from pipeline.moderation import CONCEPTS, calibrated_concepts
 
     found = calibrated_concepts(options.concepts, options.run, options.rate, clip=options.clip)
     out = options.out or options.run / CONCEPTS
     write_concepts(out, found)
-    print(f"wrote {out}: {len(found)} concepts, at most {100 * options.rate:g} % of harmless pictures pass a threshold")
+    print(f"wrote {out}: {len(found)} concepts, at most {100 * options.rate:g} % of harmless images pass a threshold")
     return 0
 
 
 def check(options: argparse.Namespace) -> int:
-    """Print a decision for each text; the exit code of the most severe."""
+    """Print a decision for each text or image; returns the exit code of the most severe one."""
     if (options.log is None) != (options.key is None):
         raise ValueError("--log and --key are given together")
     audit = AuditLog(options.log, read_key(options.key)) if options.log else None
@@ -125,12 +125,12 @@ def check(options: argparse.Namespace) -> int:
         gate = gate_of(options, mode=options.mode, audit=audit)
         decisions = [gate.check(text, options.negative) for text in texts_of(options)]
     for decision in decisions:
-        print(shown(decision, options.json))
+        print(decision_line(decision, options.json))
     return max(EXIT[decision.action] for decision in decisions)
 
 
 def gate_of(options: argparse.Namespace, **settings) -> PromptGate:
-    """The gate of a run folder where one is given, with the head on its text encoder; else the one that is shipped."""
+    """The gate of a run folder, with the head on its text encoder; without a run folder, the shipped gate."""
     if options.run is None:
         return PromptGate.load(options.weights or DEFAULT, **settings)
     from files.run_folder import RunFolder
@@ -141,7 +141,7 @@ def gate_of(options: argparse.Namespace, **settings) -> PromptGate:
 
 
 def explain(options: argparse.Namespace) -> int:
-    """Print the readings of each text, the spans that fired and the scores."""
+    """Print the readings, the matches and the scores of each text; returns the exit code."""
     gate = gate_of(options)
     for text in texts_of(options):
         found = gate.explain(text)
@@ -163,7 +163,7 @@ def explain(options: argparse.Namespace) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; its exit code."""
+    """Run one command; returns the exit code."""
     options = options_of(arguments)
     if options.command == "key":
         new_key(options.path)

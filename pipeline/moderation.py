@@ -27,7 +27,7 @@ from pipeline.text_head import FILE as ENCODER
 from pipeline.text_head import EncoderHead, read_head
 from safety.audit import AuditError, AuditLog
 from safety.gate import PromptGate
-from safety.image import Concept, ImageModerator, blurred, read_concepts
+from safety.image import Concept, ImageModerator, blur, read_concepts
 from safety.policy import MODES, Decision, Mode, most_severe, refusal
 from safety.prompt import DEFAULT
 
@@ -191,7 +191,7 @@ def shown(images: torch.Tensor, decisions: Sequence[Decision]) -> torch.Tensor:
 
 def hidden(image: torch.Tensor) -> torch.Tensor:
     """A picture uint8 (3, H, W) of which blots of colour are left."""
-    return to_uint8(blurred(to_unit(image[None])))[0]
+    return to_uint8(blur(to_unit(image[None])))[0]
 
 
 def reason_of(decision: Decision) -> str:
@@ -222,7 +222,7 @@ def calibrated_concepts(concepts: str | Path, run: str | Path, rate: float, coun
         raise ValueError(f"{run}: every held-out picture shows a concept; valid: data with pictures that do not")
     margins = torch.cat([moderator.margins(image_batch(source, np.array(harmless[start:start + 64])))
                          for start in range(0, len(harmless), 64)])
-    return moderator.calibrated(margins, rate)
+    return moderator.calibrate(margins, rate)
 
 
 def shows(captions: Sequence[str], name: str) -> bool:

@@ -1,1 +1,1 @@
-"""Moderation of prompts and pictures. Embeddings and encoders arrive as functions. Import from the submodules."""
+"""Moderation of prompts and images; embeddings and encoders are passed in as functions. Import the submodules."""

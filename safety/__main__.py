@@ -1,4 +1,4 @@
-"""A hint for those who know the command by its old name."""
+"""A hint for users of the former name of the command."""
 import sys
 
 if __name__ == "__main__":

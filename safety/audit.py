@@ -1,8 +1,8 @@
-"""A log of decisions that tells nobody what was asked, and whose every change is seen.
+"""A log of decisions that reveals no prompt and in which every change is detected.
 
-A line holds the hour, an HMAC-SHA-256 of the normalised prompt cut to 128 bits (keyed, since prompts can be guessed and
-a plain hash be looked up), stage, category, score, action, policy, model, and the chain: an HMAC over the chain of the
-line before and the line itself. Never a prompt, a word of it, or the term that was found.
+A line holds the hour, an HMAC-SHA-256 of the normalised prompt cut to 128 bits, stage, category, score, action, policy,
+model, and the chain: an HMAC over the chain of the previous line and the line itself. The hash is keyed, because
+prompts can be guessed and their plain hashes looked up. The log never holds a prompt, a word of it, or a matched term.
 """
 import datetime
 import fcntl
@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from safety.normalize import folded
+from safety.normalize import fold
 from safety.policy import Decision
 
 START = "0" * 64
@@ -23,11 +23,11 @@ FIELDS = ("time", "prompt", "stage", "category", "score", "action", "policy", "m
 
 
 class AuditError(ValueError):
-    """A log that cannot be written or does not verify; the message names the file and the line."""
+    """A log that cannot be written or verified; the message names the file and the line."""
 
 
 def new_key(path: str | Path) -> None:
-    """Write 32 random bytes, readable by the owner only. Raises AuditError where there is a file already."""
+    """Write 32 random bytes, readable by the owner only. Raises AuditError if the file exists."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
@@ -37,7 +37,7 @@ def new_key(path: str | Path) -> None:
 
 
 def read_key(path: str | Path) -> bytes:
-    """The key in a file; raises AuditError for one that is missing, short, or that others can read."""
+    """The key in a file; raises AuditError if it is missing, too short, or readable by others."""
     path = Path(path)
     try:
         key, mode = path.read_bytes(), path.stat().st_mode
@@ -51,18 +51,18 @@ def read_key(path: str | Path) -> bytes:
 
 
 def prompt_hash(prompt: str, key: bytes) -> str:
-    """32 hexadecimal digits, the same for prompts that are read the same."""
+    """32 hexadecimal digits, equal for prompts that fold to the same text."""
     try:
-        text = " ".join(folded(prompt)[0].split())
+        text = " ".join(fold(prompt)[0].split())
     except ValueError:
         text = str(prompt)[:2000]
     return hmac.new(key, b"prompt:" + text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
 
 class AuditLog:
-    """A file of JSON lines, and the older ones it was rotated into: NAME.1 is the one before NAME.
+    """A file of JSON lines and the older files of its rotation: NAME.1 is the one before NAME.
 
-    ``largest`` bytes start a new file, ``keep`` older files stay. Several processes may write at once.
+    A file of ``largest`` bytes or more is rotated, and ``keep`` older files are kept. Several processes may write.
     """
 
     def __init__(self, path: str | Path, key: bytes, largest: int = 10_000_000, keep: int = 12):
@@ -73,7 +73,7 @@ class AuditLog:
         self.path, self._key, self.largest, self.keep = Path(path), key, largest, keep
 
     def write(self, prompt: str, stage: str, decision: Decision) -> None:
-        """Append a line and flush it to the disk; raises AuditError when that is not possible."""
+        """Append a line and flush it to the disk; raises AuditError if that fails."""
         now = datetime.datetime.now(datetime.timezone.utc)
         line = {"time": now.strftime("%Y-%m-%dT%H"), "prompt": prompt_hash(prompt, self._key), "stage": stage,
                 "category": decision.category, "score": round(decision.score, 2), "action": decision.action,
@@ -93,7 +93,7 @@ class AuditLog:
         before = self._last_chain()
         if self.path.exists() and self.path.stat().st_size >= self.largest:
             self._rotate()
-        line["chain"] = _chain(self._key, before, line)
+        line["chain"] = _chain_hash(self._key, before, line)
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -106,7 +106,7 @@ class AuditLog:
                 with open(path, "rb") as file:
                     file.seek(max(0, path.stat().st_size - 4096))
                     last = file.read().decode("utf-8", "replace").splitlines()[-1]
-                return _parsed(last, path, 0)["chain"]
+                return _parse_line(last, path, 0)["chain"]
         return START
 
     def _older(self, number: int) -> Path:
@@ -120,10 +120,10 @@ class AuditLog:
         os.replace(self.path, self._older(1))
 
     def verify(self) -> int:
-        """The number of lines, oldest file first, whose chain holds; raises AuditError naming the first that does not.
+        """The number of lines; raises AuditError naming the first line, from the oldest file on, that breaks the chain.
 
-        When the oldest file has been deleted by rotation, the chain is taken up at the first line that is left. The
-        end of the log cannot vouch for itself: keep the last chain elsewhere to see lines cut off there.
+        If rotation has deleted the oldest file, the chain starts at the first line that remains. Lines that were cut
+        off at the end are detected only by comparison with a copy of the last chain value.
         """
         numbers = sorted((int(match[1]) for path in self.path.parent.glob(self.path.name + ".*")
                           if (match := re.fullmatch(r".*\.(\d+)", path.name))), reverse=True)
@@ -132,20 +132,22 @@ class AuditLog:
         cut = len(numbers) >= self.keep
         before, count = START, 0
         for path in [*map(self._older, numbers), self.path]:
-            for number, line in _lines(path):
+            for number, line in _read_lines(path):
                 if not (cut and count == 0) and not hmac.compare_digest(
-                        line["chain"].encode("utf-8", "replace"), _chain(self._key, before, line).encode()):
+                        line["chain"].encode("utf-8", "replace"), _chain_hash(self._key, before, line).encode()):
                     raise AuditError(f"{path}: line {number} was changed, or lines before it were removed")
                 before, count = line["chain"], count + 1
         return count
 
 
-def _chain(key: bytes, before: str, line: dict) -> str:
+def _chain_hash(key: bytes, before: str, line: dict) -> str:
+    """The chain value of a line after the chain value ``before``."""
     content = json.dumps({name: line[name] for name in FIELDS if name != "chain"})
     return hmac.new(key, f"chain:{before}:{content}".encode(), hashlib.sha256).hexdigest()
 
 
-def _parsed(text: str, path: Path, number: int) -> dict:
+def _parse_line(text: str, path: Path, number: int) -> dict:
+    """A line of the log; raises AuditError naming it, with number 0 for the last line."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -155,10 +157,11 @@ def _parsed(text: str, path: Path, number: int) -> dict:
     return line
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict]]:
+def _read_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """(number, line) of all lines of a file."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise AuditError(f"audit log {path}: {error.strerror}") from None
     for number, line in enumerate(text.splitlines(), 1):
-        yield number, _parsed(line, path, number)
+        yield number, _parse_line(line, path, number)

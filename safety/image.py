@@ -1,10 +1,10 @@
-"""Pictures against concepts that a person wrote down, by the embeddings of a CLIP that arrives as two functions.
+"""Checks images against written concepts by the embeddings of a CLIP, which is passed in as two functions.
 
-score = max over concepts, and over the whole picture and five crops, of
-        cos(picture, concept) - max over allowed neighbours of cos(picture, neighbour) - threshold
+score = max over concepts, and over the whole image and five crops, of
+        cos(image, concept) - max over allowed neighbours of cos(image, neighbour) - threshold
 where a concept is the mean of the embeddings of several phrasings (Radford et al. 2021, section 3.1.4, ensembles of
-prompts). Without neighbours the second term is 0. Concepts are edited in a YAML file; nothing is trained again.
-Axis letters: B pictures, V views of each, C concepts, D width of an embedding.
+prompts). Without neighbours the second term is 0. Concepts are edited in a YAML file without any training.
+Axis letters: B images, V views of each, C concepts, D width of an embedding.
 """
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,19 +14,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
+from einops import rearrange, reduce
 
 from files.config import ConfigError, read_yaml
-from safety.policy import ACTIONS, CATEGORIES, Action, Decision, Mode, in_mode, refusal
+from safety.policy import ACTIONS, CATEGORIES, Action, Decision, Mode, action_in_mode, refusal
 
 EmbedImages = Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D)
 EmbedTexts = Callable[[Sequence[str]], torch.Tensor]  # texts -> (N, D)
-CROP = 0.7  # side of a crop as a share of the side of the picture
+CROP = 0.7  # side of a crop as a share of the side of the image
 VIEWS = 6
 
 
 @dataclass(frozen=True)
 class Concept:
-    """What a picture is checked for. ``threshold`` is None until it is calibrated; such a concept refuses to judge."""
+    """Something that images are checked for. ``threshold`` is None before calibration; then all images are refused."""
 
     name: str
     category: str
@@ -48,7 +49,7 @@ class Concept:
 
 
 def read_concepts(path: str | Path) -> list[Concept]:
-    """The concepts of a YAML file; raises ValueError naming the file, the concept, and what is valid."""
+    """The concepts of a YAML file; raises ValueError naming the file, the concept, and the valid values."""
     try:
         items = read_yaml(path).get("concepts")
     except ConfigError as error:
@@ -66,6 +67,7 @@ def read_concepts(path: str | Path) -> list[Concept]:
 
 
 def _concept(item: Mapping[str, Any]) -> Concept:
+    """The concept of an entry of the YAML file; raises ValueError naming what is wrong."""
     valid = {"name", "category", "phrasings", "allowed", "action", "threshold"}
     unknown, missing = set(item) - valid, {"name", "category", "phrasings"} - set(item)
     if unknown or missing:
@@ -82,7 +84,7 @@ def _concept(item: Mapping[str, Any]) -> Concept:
 
 
 def write_concepts(path: str | Path, concepts: Sequence[Concept]) -> None:
-    """Write concepts as ``read_concepts`` reads them."""
+    """Write concepts in the format of ``read_concepts``."""
     items = [{"name": c.name, "category": c.category, "phrasings": list(c.phrasings),
               "allowed": [list(one) for one in c.allowed], "action": c.action, "threshold": c.threshold}
              for c in concepts]
@@ -90,7 +92,7 @@ def write_concepts(path: str | Path, concepts: Sequence[Concept]) -> None:
 
 
 def views(images: torch.Tensor) -> torch.Tensor:
-    """The whole pictures (B, 3, H, W), their four corners and their middle, at full size: (B, V, 3, H, W)."""
+    """The images (B, 3, H, W), their four corners and their middle, each at full size: (B, V, 3, H, W)."""
     height, width = images.shape[-2:]
     h, w = max(1, round(height * CROP)), max(1, round(width * CROP))
     corners = [(0, 0), (0, width - w), (height - h, 0), (height - h, width - w), ((height - h) // 2, (width - w) // 2)]
@@ -99,14 +101,14 @@ def views(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([images, *crops], dim=1)
 
 
-def blurred(images: torch.Tensor, cells: int = 8) -> torch.Tensor:
-    """Pictures (B, 3, H, W) of which ``cells`` by ``cells`` blots of colour are left."""
+def blur(images: torch.Tensor, cells: int = 8) -> torch.Tensor:
+    """Images (B, 3, H, W) blurred to ``cells`` by ``cells`` patches of colour."""
     small = F.interpolate(images.float(), (cells, cells), mode="area")
     return F.interpolate(small, images.shape[-2:], mode="bicubic").clamp(-1, 1).to(images.dtype)
 
 
 class ImageModerator:
-    """Decides on pictures. The embeddings of the concepts are computed once, from the texts in the file."""
+    """Decides on images. The embeddings of the concepts are computed once, from their phrasings."""
 
     def __init__(self, concepts: Sequence[Concept], embed_images: EmbedImages, embed_texts: EmbedTexts,
                  mode: Mode = "block"):
@@ -121,25 +123,25 @@ class ImageModerator:
 
     @torch.inference_mode()
     def margins(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores (B, C) before the threshold: the largest over the views."""
-        seen = views(images)
-        embedded = F.normalize(self.embed_images(seen.flatten(0, 1)).float(), dim=-1)  # (B V, D)
+        """Scores (B, C) before subtraction of the threshold: the maximum over the views."""
+        crops = rearrange(views(images), "b v c h w -> (b v) c h w")
+        embedded = F.normalize(self.embed_images(crops).float(), dim=-1)  # (B V, D)
         scores = embedded @ self._vectors.T.to(embedded)  # (B V, C)
         for place, allowed in enumerate(self._allowed):
             if allowed is not None:
                 scores[:, place] = scores[:, place] - (embedded @ allowed.T.to(embedded)).amax(dim=1)
-        return scores.view(len(images), VIEWS, -1).amax(dim=1)
+        return reduce(scores, "(b v) c -> b c", "max", v=VIEWS)
 
-    def calibrated(self, margins: torch.Tensor, rate: float) -> "list[Concept]":
-        """The concepts with thresholds that together the share ``rate`` of harmless pictures, of which ``margins``
-        (B, C) are given, passes at most."""
+    def calibrate(self, margins: torch.Tensor, rate: float) -> "list[Concept]":
+        """The concepts with thresholds such that at most the share ``rate`` of harmless images, given by their
+        ``margins`` (B, C), exceeds any of them."""
         if not 0 < rate < 1 or len(margins) < 1 / rate:
-            raise ValueError(f"rate: {rate} of {len(margins)} pictures; valid: between 0 and 1, at least one picture")
+            raise ValueError(f"rate: {rate} of {len(margins)} images; valid: between 0 and 1, at least one image")
         low, high = rate / len(self.concepts), rate
-        best = _thresholds(margins, low)
+        best = _quantiles(margins, low)
         for _ in range(20):
             middle = (low + high) / 2
-            found = _thresholds(margins, middle)
+            found = _quantiles(margins, middle)
             if float((margins > found).any(dim=1).float().mean()) <= rate:
                 low, best = middle, found
             else:
@@ -147,45 +149,48 @@ class ImageModerator:
         return [replace(concept, threshold=float(value)) for concept, value in zip(self.concepts, best)]
 
     def check(self, images: torch.Tensor) -> list[Decision]:
-        """A decision for each picture (B, 3, H, W) in [-1, 1], as the mode has it; never raises for a picture.
+        """A decision for each image (B, 3, H, W) in [-1, 1], under the mode; never raises for an image.
 
-        A picture that is not finite or of one colour has failed, which is not unsafe; it is refused with that reason.
+        An image that is not finite or has only one colour has failed; it is not unsafe and is refused with that reason.
         """
         failed = [_failure(image) for image in images]
         if any(concept.threshold is None for concept in self.concepts):
             return [refusal("image moderation is not calibrated") for _ in failed]
         try:
             margins = self.margins(torch.nan_to_num(images, nan=0.0, posinf=1.0, neginf=-1.0)).cpu()
-        except Exception as error:  # whatever breaks must not let a picture through
+        except Exception as error:  # no error may let an image through
             return [refusal(reason or f"image moderation failed ({type(error).__name__})") for reason in failed]
         limits = torch.tensor([concept.threshold for concept in self.concepts])
         return [refusal(reason) if reason else self._decision(row, limits) for row, reason in zip(margins, failed)]
 
     def _decision(self, row: torch.Tensor, limits: torch.Tensor) -> Decision:
         if not torch.isfinite(row).all():
-            return refusal("the score of the picture is not a number")
+            return refusal("the score of the image is not a number")
         over = (row - limits).tolist()
-        # of those over their thresholds the most severe one decides, of equals the one that is farthest over
+        # the most severe concept above its threshold decides, and among equals the one that is farthest above
         place = max(range(len(over)), key=lambda i: (
             ACTIONS.index(self.concepts[i].action) if over[i] > 0 else -1, over[i]))
         concept, score = self.concepts[place], float(row[place])
-        action = in_mode(concept.action, self.mode, concept.category) if over[place] > 0 else "allow"
+        action = action_in_mode(concept.action, self.mode, concept.category) if over[place] > 0 else "allow"
         category = concept.category if concept.category in CATEGORIES else ""
         return Decision(action, category, score, float(limits[place]), f"concept {concept.name}",
                         scores={c.name: float(value) for c, value in zip(self.concepts, row)})
 
 
 def _failure(image: torch.Tensor) -> str:
+    """Why the generation of an image has failed, or an empty text."""
     if not torch.isfinite(image).all():
-        return "the picture failed: it is not finite"
+        return "the image failed: it is not finite"
     if float(image.float().amax() - image.float().amin()) < 1e-3:
-        return "the picture failed: it is of one colour"
+        return "the image failed: it is of one colour"
     return ""
 
 
 def _mean_direction(embeddings: torch.Tensor) -> torch.Tensor:
+    """The mean (D,) of the directions of embeddings (N, D), of length 1."""
     return F.normalize(F.normalize(embeddings.float(), dim=-1).mean(dim=0), dim=0)  # (D,)
 
 
-def _thresholds(margins: torch.Tensor, rate: float) -> torch.Tensor:
+def _quantiles(margins: torch.Tensor, rate: float) -> torch.Tensor:
+    """The margins (C,) that the share ``rate`` of the images exceeds, concept by concept."""
     return torch.quantile(margins.float(), 1 - rate, dim=0, interpolation="higher")  # (C,)

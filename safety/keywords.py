@@ -1,7 +1,7 @@
-"""Listed terms found in the readings of a text, from hashes alone: the file holds no term that can be read.
+"""Finds listed terms in the readings of a text by hashes alone: the file holds no readable term.
 
-A term is kept as 8 bytes of BLAKE2b; a bitmap indexed by CRC-32 tells in a fraction of a microsecond that almost every
-span is none, and only a span that passes is hashed. A dictionary and names are kept as a Bloom filter (Bloom 1970).
+A term is stored as 8 bytes of BLAKE2b. A bitmap indexed by CRC-32 rejects almost every other span in a fraction of a
+microsecond, and only a span that passes it is hashed. A dictionary and names are stored as a Bloom filter (Bloom 1970).
 """
 import hashlib
 import itertools
@@ -12,20 +12,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safety.normalize import WILD, Normalized, Reading
+from safety.disguises import WILD, Reading
+from safety.normalize import Normalized
 
-STEM = 5  # letters from which on a severe term counts inside a longer word
-WORDS = 4  # of the longest term
-LETTERS = 24  # of the longest term found inside another word
-PHRASE = 6  # letters from which on a severe term of several words does
-JOINED = 8  # letters from which on two words make a term together, even if both are words of their own
+STEM = 5  # least letters of a severe term that counts inside a longer word
+WORDS = 4  # words of the longest term
+LETTERS = 24  # letters of the longest term found inside another word
+PHRASE = 6  # the same for a severe term of several words
+JOINED = 8  # least letters of two words that make a term together, even if both are words by themselves
 _HASHES = 3
-SIGNAL, FLAG, BLOCK = 1, 2, 3  # levels: counts for the rule on minors only, flags, blocks
+SIGNAL, FLAG, BLOCK = 1, 2, 3  # levels: counts only for the rule on minors, flags, blocks
 
 
 @dataclass(frozen=True)
 class Term:
-    """A listed term as it is given to ``Lexicon.build``. ``inside``: it also counts in a longer unknown word."""
+    """A listed term for ``Lexicon.build``. ``inside``: it also counts inside a longer unknown word."""
 
     text: str
     category: int
@@ -35,7 +36,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Match:
-    """A term that was found: its category, its level, and for ``explain`` only where it was found."""
+    """A term that was found: its category and level and, for ``explain`` only, the kind of reading and the span."""
 
     category: int
     level: int
@@ -44,15 +45,16 @@ class Match:
 
 
 def _key(text: str) -> int:
+    """The hash of a term."""
     return int.from_bytes(hashlib.blake2b(text.encode("ascii", "replace"), digest_size=8, person=b"term").digest(),
                           "little")
 
 
 class WordFilter:
-    """A set of words as a Bloom filter; about one word in a thousand is taken for one of it wrongly."""
+    """A set of words as a Bloom filter with about one false positive in a thousand words."""
 
     def __init__(self, bits: np.ndarray):
-        """bits: uint8, a power of two of them."""
+        """``bits`` (N,) is uint8, and N a power of two."""
         if bits.dtype != np.uint8 or bits.ndim != 1 or len(bits) & (len(bits) - 1):
             raise ValueError(f"word filter: {bits.dtype} {bits.shape}; valid: a power of two of uint8")
         self.bits, self._bytes, self._mask = bits, bits.tobytes(), 8 * len(bits) - 1
@@ -69,7 +71,7 @@ class WordFilter:
     @staticmethod
     def _places(word: str, mask: int) -> list[int]:
         first = zlib.crc32(word.encode("ascii", "replace"))
-        second = first * 0x85EBCA6B >> 13 | 1  # CRC is linear: one with another start would be no second hash
+        second = first * 0x85EBCA6B >> 13 | 1  # CRC is linear: another start value would give no second hash
         return [(first + i * second) & mask for i in range(_HASHES)]
 
     def __contains__(self, word: str) -> bool:
@@ -83,7 +85,7 @@ class WordFilter:
 
 
 def masked_forms(term: str) -> Iterator[str]:
-    """``term`` with one or two of its letters unknown, never more than half, and never the first and the last both."""
+    """``term`` with one or two unknown letters, at most half of them, and never the first or the last letter."""
     places = range(len(term))
     for count in (1, 2):
         if len(term) < max(4, 2 * count):
@@ -95,7 +97,7 @@ def masked_forms(term: str) -> Iterator[str]:
 
 
 def bold_forms(term: str) -> list[str]:
-    """What a blocking term is kept as: itself, without spaces, with letters unknown, and after "=" without repeats."""
+    """The stored forms of a blocking term: as it is, without spaces, with unknown letters, and without repeats (=)."""
     joined = term.replace(" ", "")
     forms = [term] if len(joined) < STEM and joined != term else [term, joined]
     if joined.isalpha() and len(joined) <= LETTERS:
@@ -107,11 +109,11 @@ def bold_forms(term: str) -> list[str]:
 
 
 class Lexicon:
-    """Terms as hashes with a category and a level each."""
+    """Hashed terms, each with a category and a level."""
 
     def __init__(self, keys: np.ndarray, categories: np.ndarray, levels: np.ndarray, inside: np.ndarray,
                  bitmap: np.ndarray, words: WordFilter):
-        """keys uint64 (N,), categories, levels, inside uint8 (N,), bitmap uint8, a power of two of them."""
+        """keys (N,) uint64; categories, levels, inside (N,) uint8; bitmap (M,) uint8 with M a power of two."""
         if not len(keys) == len(categories) == len(levels) == len(inside):
             raise ValueError(f"lexicon: {len(keys)} keys, {len(categories)} categories, {len(levels)} levels")
         self.keys, self.categories, self.levels, self.inside, self.bitmap = keys, categories, levels, inside, bitmap
@@ -122,8 +124,8 @@ class Lexicon:
 
     @classmethod
     def build(cls, terms: Sequence[Term], words: WordFilter, size: int = 2**18) -> "Lexicon":
-        """Hashes of the terms, of the masked forms of those that block, and of their beginnings, in a bitmap of
-        ``size`` bytes. Of two terms with one text the higher level stays."""
+        """The lexicon of the terms, of further forms of blocking terms, and of their stems, with a bitmap of ``size``
+        bytes. Of two terms with the same text the one with the higher level is kept."""
         found: dict[int, tuple[int, int, bool]] = {}
         bitmap = np.zeros(size, np.uint8)
 
@@ -147,19 +149,19 @@ class Lexicon:
         return cls(np.array(keys, np.uint64), categories, levels, within, bitmap, words)
 
     def is_word(self, word: str) -> bool:
-        """Whether a word is of the dictionary or a name, and no listed term."""
+        """Whether a word is in the dictionary or a name, and no listed term."""
         return word in self.words
 
     def term(self, text: str) -> tuple[int, int, bool] | None:
-        """(category, level, counts inside other words) of a text that is a listed term."""
+        """(category, level, counts inside other words) of a listed term, None for any other text."""
         place = zlib.crc32(text.encode("ascii", "replace")) & self._mask
         if not self._bits[place >> 3] >> (place & 7) & 1:
             return None
         return self._terms.get(_key(text))
 
     def matches(self, normalized: Normalized, bold: bool = False) -> list[Match]:
-        """Every listed term in the words of the text and in its bolder readings, which find blocking terms only, or all
-        of them where ``bold``."""
+        """The listed terms in the words of the text and in its readings. Severe readings find blocking terms only, or
+        all terms if ``bold``."""
         found = {(category, level, "words", span): None for category, level, span in self._in_words(normalized.plain)}
         owners = [reading for reading in normalized.readings if reading.whole]
         spans = [reading.text for reading in owners]
@@ -176,17 +178,17 @@ class Lexicon:
         return [Match(*key) for key in found]
 
     def _possible(self, codes: Sequence[int]) -> list[int]:
-        """Places of the CRC-32 that the bitmap knows."""
+        """The indices of the CRC-32 codes that are set in the bitmap."""
         places = np.array(codes, np.int64) & self._mask
         return np.flatnonzero(self.bitmap[places >> 3] >> (places & 7).astype(np.uint8) & 1).tolist()
 
     def _in_words(self, plain: str) -> list[tuple[int, int, str]]:
-        """(category, level, span) of up to WORDS words in a row, and of two that make a term together."""
+        """(category, level, span) of terms of up to WORDS words, and of two words that make a term together."""
         words = plain.split()
         encoded = [word.encode("ascii", "replace") for word in words]
         spaced = [b" " + word for word in encoded]
         code = list(map(zlib.crc32, encoded))
-        joined = list(map(zlib.crc32, encoded[1:], code))  # of two words without the space between
+        joined = list(map(zlib.crc32, encoded[1:], code))  # of two words without a space between them
         found = []
         for start in self._possible(joined):
             span = words[start] + words[start + 1]
@@ -199,11 +201,11 @@ class Lexicon:
                 hit = self._terms.get(_key(span))
                 if hit:
                     found.append((start, size, (hit[0], hit[1], span)))
-            code = list(map(zlib.crc32, spaced[size:], code))  # goes on from word to word
+            code = list(map(zlib.crc32, spaced[size:], code))  # continues over the next word
         return [one for _, _, one in sorted(found)]
 
     def _stems(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
-        """Spans of readings whose first letters are those of a term that counts inside other words."""
+        """Spans of readings that begin with the stem of a term that counts inside other words."""
         begun = zlib.crc32(b"<")
         places, codes = [], []
         for reading in readings:

@@ -1,7 +1,7 @@
-"""What is done about a score: the one place that knows categories, actions and thresholds.
+"""From scores to decisions: the one place that defines categories, actions and thresholds.
 
-Scores are probabilities that a text is harmful in a category. Rules come first, then the network's heads, joined by
-noisy-or. Whatever is not a finite number ends in a refusal.
+Scores are probabilities that a text is harmful in a category. Rules come first, then the heads of the networks, joined
+by noisy-or. A score that is not a finite number leads to a refusal.
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ _NEUTRAL = {
 
 @dataclass(frozen=True)
 class Decision:
-    """What is done with a text or a picture, and why. ``reason`` is for logs and people alike: it names no word."""
+    """The action taken on a text or an image, and its reason. ``reason`` may be logged and shown: it names no word."""
 
     action: Action
     category: str = ""
@@ -42,7 +42,7 @@ class Decision:
 
     @property
     def message(self) -> str:
-        """The sentence shown to the person who asked; it tells the category and no more."""
+        """The sentence shown to the user; it names the category and nothing else."""
         if self.action == "allow":
             return "allowed"
         verb = {"flag": "flagged", "blur": "blurred", "block": "refused"}[self.action]
@@ -53,7 +53,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Limits:
-    """From which score on a category is flagged and blocked; above 1 means never."""
+    """The least scores of a category that are flagged and blocked; a limit above 1 is never reached."""
 
     flag: float
     block: float
@@ -68,23 +68,23 @@ class Limits:
 
 
 def noisy_or(scores: Sequence[float]) -> float:
-    """1 - prod(1 - p): the chance that at least one of independent causes is there. NaN stays NaN."""
+    """1 - prod(1 - p): the probability of at least one of several independent causes. NaN stays NaN."""
     return 1 - math.prod(1 - score for score in scores)
 
 
 def refusal(reason: str, category: str = "", score: float = 1.0, threshold: float = 0.0,
             scores: Mapping[str, float] | None = None) -> Decision:
-    """A block with its reason."""
+    """A decision to block, with its reason."""
     return Decision("block", category, score, threshold, reason, scores=scores or {})
 
 
 def most_severe(decisions: Sequence[Decision]) -> Decision:
-    """The most severe of some decisions, the first of equals."""
+    """The most severe decision, the first one among equals."""
     return max(decisions, key=lambda decision: ACTIONS.index(decision.action))
 
 
 class Policy:
-    """Thresholds of every category. ``minors`` is the sexual score from which a text with a minor is refused."""
+    """The limits of every category. ``minors`` is the least sexual score for which a text with a minor is refused."""
 
     def __init__(self, limits: Mapping[str, Limits], minors: float):
         missing = [name for name in HEADS if name not in limits]
@@ -99,8 +99,8 @@ class Policy:
                minor: bool = False, sexual_term: bool = False) -> Decision:
         """The decision on a text.
 
-        heads: probabilities by category, one mapping for each head; rules: (category, action) of listed terms;
-        minor: a term for a minor is there; sexual_term: a listed sexual term of any level is there.
+        heads: the probabilities by category of each head; rules: the (category, action) of listed terms;
+        minor: the text has a term for a minor; sexual_term: it has a listed sexual term of any level.
         """
         scores = {name: noisy_or([head[name] for head in heads if name in head]) for name in HEADS}
         if not all(math.isfinite(score) and 0 <= score <= 1 for score in scores.values()):
@@ -108,10 +108,10 @@ class Policy:
         if minor and (sexual_term or scores["sexual"] >= self.minors):
             return refusal("rule", "sexual_minors", 1.0, self.minors, scores)
         for action in ("block", "flag"):
-            hits = [category for category, level in rules if level == action]
+            hits = [category for category, listed in rules if listed == action]
             if action == "block" and hits:
                 return Decision("block", hits[0], 1.0, 0.0, "rule", scores=scores)
-            # the category that passes its threshold by the largest factor names the decision
+            # the category that exceeds its threshold by the largest factor names the decision
             over = [(score / self.limit(name, action), name) for name, score in scores.items()
                     if score >= self.limit(name, action)]
             if over:
@@ -124,13 +124,13 @@ class Policy:
         return Decision("allow", name, scores[name], self.limits[name].flag, "score", scores=scores)
 
     def limit(self, category: str, action: str) -> float:
-        """The score from which ``action`` is taken in ``category``."""
+        """The least score for which ``action`` is taken in ``category``."""
         return getattr(self.limits[category], action)
 
 
-def in_mode(action: Action, mode: Mode, category: str = "") -> Action:
-    """What becomes of an action under a switch of the user: ``block`` changes nothing, ``blur`` and ``flag`` are the
-    most that is done, ``off`` lets everything through. What is never made stays blocked in all but ``off``."""
+def action_in_mode(action: Action, mode: Mode, category: str = "") -> Action:
+    """The action under the mode that the user has chosen: ``block`` changes nothing, ``blur`` and ``flag`` are upper
+    bounds, ``off`` allows everything. Sexual content with minors stays blocked in all modes but ``off``."""
     if mode not in MODES:
         raise ValueError(f"moderation: '{mode}'; valid: {', '.join(MODES)}")
     if category == CATEGORIES[MINORS] and mode != "off":

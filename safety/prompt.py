@@ -1,4 +1,4 @@
-"""A text to the probabilities of seven kinds of harm, in a fraction of a millisecond on a CPU.
+"""A network from text to the probabilities of seven kinds of harm, in a fraction of a millisecond on a CPU.
 
 Hashed character 2-5-grams inside words, words and pairs of words -> bags of embeddings -> a small network, beside a
 linear weight for every n-gram ("wide and deep", Cheng et al. 2016; hashing: Weinberger et al. 2009; subwords:
@@ -19,7 +19,7 @@ from safety.keywords import Lexicon, WordFilter
 from safety.policy import HEADS, Limits, Policy
 
 FORMAT = "1"
-DEFAULT = Path(__file__).with_name("moderation.safetensors")  # what is shipped; its card is moderation.json
+DEFAULT = Path(__file__).with_name("moderation.safetensors")  # the shipped file; its card is moderation.json
 LONGEST_GRAM = 5
 _CODES = np.zeros(128, np.uint64)
 _CODES[[ord(c) for c in "abcdefghijklmnopqrstuvwxyz0123456789"]] = np.arange(1, 37)
@@ -27,13 +27,13 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth, The Art of C
 
 
 class ArtefactError(ValueError):
-    """A file of weights that is missing, damaged, or of another format; the message names it."""
+    """A file of moderation that is missing, damaged, or of another format; the message names it."""
 
 
 def ngram_ids(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Buckets of the character n-grams, below 2^bits[0], and of words and pairs of words, below 2^bits[1].
+    """Buckets of the character n-grams (N,), below 2^bits[0], and of words and pairs of words, below 2^bits[1].
 
-    plain: words of a-z and 0-9 with one space between. A space counts as the letter before and after a word.
+    plain: words of a-z and 0-9 separated by one space. The spaces around a word count as letters of its n-grams.
     """
     codes = _CODES[np.frombuffer(f" {plain} ".encode("ascii", "replace"), np.uint8) & 127]
     space = codes == 0
@@ -43,7 +43,7 @@ def ngram_ids(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
         if len(codes) < size:
             break
         grams = grams[:-1] * np.uint64(37) + codes[size - 1:]
-        inner = before[size - 1:len(codes)] - before[1:len(codes) - size + 2]  # spaces that are not at either end
+        inner = before[size - 1:len(codes)] - before[1:len(codes) - size + 2]  # spaces inside the n-gram
         kept = grams[inner == 0] + np.uint64(size * 0x1000003)
         found.append((kept * _MIX) >> shift)
     characters = np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
@@ -55,7 +55,7 @@ def ngram_ids(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """Sizes of the network: buckets of characters and of words as powers of two, embedding and hidden width."""
+    """Sizes of the network: log2 of the buckets of characters and of words, embedding width, hidden width."""
 
     char_bits: int = 17
     word_bits: int = 16
@@ -69,17 +69,18 @@ class HeadConfig:
 
     @property
     def bits(self) -> tuple[int, int]:
+        """log2 of the buckets of characters and of words."""
         return self.char_bits, self.word_bits
 
 
 class PromptHead:
-    """The trained network. Tables are int8 with one scale a column; the rest is float32."""
+    """The trained network. Its tables are int8 with one scale for each column; all else is float32."""
 
     def __init__(self, config: HeadConfig, weights: Mapping[str, np.ndarray]):
         """weights: char.table (2^char_bits, D + K) and word.table (2^word_bits, D + K) int8, their .scale (D + K,),
         hidden.weight (H, 2D), hidden.bias (H,), out.weight (K, H), out.bias (K,), slope (K,), shift (K,).
 
-        Raises ArtefactError for what is missing, misshapen or not finite.
+        Raises ArtefactError for a tensor that is missing, misshapen or not finite.
         """
         columns = config.width + len(HEADS)
         shapes = {"char.table": (2**config.char_bits, columns), "word.table": (2**config.word_bits, columns),
@@ -96,7 +97,7 @@ class PromptHead:
         self.config, self.weights = config, dict(weights)
 
     def bags(self, plain: str) -> tuple[np.ndarray, np.ndarray]:
-        """Sums over n-grams divided by the root of their number: embeddings (2D,) and linear scores (K,)."""
+        """Embeddings (2D,) and linear scores (K,): sums over n-grams divided by the square root of their number."""
         deep, wide = [], np.zeros(len(HEADS), np.float32)
         for name, ids in zip(("char", "word"), ngram_ids(plain, self.config.bits)):
             rows = self.weights[f"{name}.table"][ids]  # (N, D + K)
@@ -106,14 +107,14 @@ class PromptHead:
         return np.concatenate(deep).astype(np.float32), wide
 
     def logits(self, plain: str) -> np.ndarray:
-        """(K,) before calibration."""
+        """Logits (K,) before calibration."""
         deep, wide = self.bags(plain)
         w = self.weights
         hidden = np.maximum(w["hidden.weight"] @ deep + w["hidden.bias"], 0)
         return w["out.weight"] @ hidden + w["out.bias"] + wide
 
     def scores(self, plain: str) -> dict[str, float]:
-        """Calibrated probability of each category: sigmoid(slope logit + shift) (Platt 1999)."""
+        """The calibrated probability of each category: sigmoid(slope logit + shift) (Platt 1999)."""
         if not plain:
             return dict.fromkeys(HEADS, 0.0)
         z = np.clip(self.logits(plain) * self.weights["slope"] + self.weights["shift"], -60, 60)
@@ -122,7 +123,7 @@ class PromptHead:
 
 @dataclass(frozen=True)
 class Artefact:
-    """Everything that a file of moderation holds. ``minors`` are hashes of terms for minors."""
+    """The contents of a file of moderation. ``minors`` holds the hashes of terms for minors."""
 
     head: PromptHead
     lexicon: Lexicon
@@ -136,7 +137,7 @@ LEXICON = ("keys", "categories", "levels", "inside", "bitmap")
 
 
 def tensors_of(head: PromptHead, lexicon: Lexicon, minors: Lexicon) -> dict[str, np.ndarray]:
-    """What ``load_artefact`` reads back, by name."""
+    """The tensors of a file of moderation by name; ``load_artefact`` reads them back."""
     found = {f"head.{name}": np.ascontiguousarray(value) for name, value in head.weights.items()}
     for kind, one in (("lexicon", lexicon), ("minors", minors)):
         found |= {f"{kind}.{name}": getattr(one, name) for name in LEXICON}
@@ -144,7 +145,7 @@ def tensors_of(head: PromptHead, lexicon: Lexicon, minors: Lexicon) -> dict[str,
 
 
 def content_hash(tensors: Mapping[str, np.ndarray], settings: str) -> str:
-    """SHA-256 over names, types, shapes and bytes of all tensors and the settings."""
+    """SHA-256 of the settings and of the names, types, shapes and bytes of all tensors."""
     digest = hashlib.sha256(settings.encode())
     for name in sorted(tensors):
         value = np.ascontiguousarray(tensors[name])
@@ -153,8 +154,8 @@ def content_hash(tensors: Mapping[str, np.ndarray], settings: str) -> str:
 
 
 def load_artefact(path: str | Path = DEFAULT) -> Artefact:
-    """The moderation of a file; raises ArtefactError when it is missing, when one byte of it is not as written, or when
-    it was made for another format."""
+    """The contents of a file of moderation; raises ArtefactError if it is missing, if a single byte has changed, or if
+    it has another format."""
     path = Path(path)
     if not path.is_file():
         raise ArtefactError(f"no moderation weights {path}")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from moderate import main
 from safety.audit import AuditLog
 from safety.gate import WINDOW, PromptGate, windows
-from safety.normalize import LONGEST, latin
+from safety.normalize import LONGEST, latin_words
 from safety.policy import HEADS, MODES, Limits, Policy
 from safety.prompt import ArtefactError, PromptHead, content_hash, load_artefact, ngram_ids
 
@@ -109,7 +109,7 @@ def test_a_sentence_is_not_drowned(weights):
     """The score of a text is that of its worst part, however much stands around it; and what is no Latin word is left
     out in one reading."""
     gate, text = PromptGate.load(weights), "a mixed up sentence of letters"
-    alone = gate.artefact.head.scores(latin(text))
+    alone = gate.artefact.head.scores(latin_words(text))
     for around in ("\u043a\u0440\u0430\u0441\u043d\u0430\u044f " * 40 + text,):
         assert all(gate.explain(around).heads[0][name] >= alone[name] for name in HEADS)
     letters = gate.check(" ".join("a red star above a blue circle on a white wall".replace(" ", "")))

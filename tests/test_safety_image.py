@@ -1,4 +1,4 @@
-"""Concepts on embeddings; here the "CLIP" reads the mean colour of a picture, so every figure is known."""
+"""Concepts on embeddings; here the "CLIP" reads the mean colour of an image, so every figure is known."""
 import math
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data.shapes.scene_graph import COLOURS, SHAPES
-from safety.image import VIEWS, Concept, ImageModerator, blurred, read_concepts, views, write_concepts
+from safety.image import VIEWS, Concept, ImageModerator, blur, read_concepts, views, write_concepts
 
 ROOT = Path(__file__).parents[1]
 AXES = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
@@ -21,7 +21,7 @@ def embed_texts(texts) -> torch.Tensor:
     return torch.tensor([AXES[text] for text in texts])
 
 
-def picture(**colours: float) -> torch.Tensor:
+def plain_image(**colours: float) -> torch.Tensor:
     """16x16, with a little texture so that it is not of one colour."""
     values = torch.tensor([colours.get(name, 0.0) for name in ("red", "green", "blue")]) * 1.9 - 0.95
     return values[:, None, None] + 0.04 * torch.sin(torch.arange(256.0)).view(16, 16)
@@ -33,7 +33,7 @@ def moderator(*concepts: Concept, **options) -> ImageModerator:
 
 def test_margins_are_cosines_with_the_mean_phrasing():
     mean = torch.nn.functional.normalize(torch.tensor([1.0, 0, 0]) + torch.tensor([1.0, 1, 1]) / math.sqrt(3), dim=0)
-    images = torch.stack([picture(red=1), picture(blue=1), picture(red=1, green=1)])
+    images = torch.stack([plain_image(red=1), plain_image(blue=1), plain_image(red=1, green=1)])
     expected = torch.nn.functional.normalize(embed_images(images), dim=1) @ mean
     torch.testing.assert_close(moderator(RED).margins(images)[:, 0], expected, atol=5e-3, rtol=0)
 
@@ -41,14 +41,14 @@ def test_margins_are_cosines_with_the_mean_phrasing():
 def test_a_neighbour_takes_its_share_away():
     plain = Concept("red", "violence", ("red",), threshold=0.5)
     near = Concept("red", "violence", ("red",), allowed=(("white",), ("blue", "blue")), threshold=0.1)
-    images = torch.stack([picture(red=1), picture(red=1, green=1, blue=1)])
+    images = torch.stack([plain_image(red=1), plain_image(red=1, green=1, blue=1)])
     assert [d.action for d in moderator(plain).check(images)] == ["block", "block"]
     assert [d.action for d in moderator(near).check(images)] == ["block", "allow"]
 
 
 def test_a_corner_is_seen():
-    image = picture(blue=1)
-    image[:, :10, :10] = picture(red=1)[:, :10, :10]
+    image = plain_image(blue=1)
+    image[:, :10, :10] = plain_image(red=1)[:, :10, :10]
     score = moderator(Concept("red", "violence", ("red",), threshold=0.9)).margins(image[None])
     whole = embed_images(image[None])
     assert float(score) > float(whole[0, 0] / whole.norm()) + 0.1
@@ -63,7 +63,7 @@ def test_views():
 
 
 def test_actions_and_modes():
-    images = torch.stack([picture(red=1), picture(blue=1)])
+    images = torch.stack([plain_image(red=1), plain_image(blue=1)])
     red = Concept("red", "violence", ("red",), threshold=0.8)
     for mode, expected in (("block", "block"), ("blur", "blur"), ("flag", "flag"), ("off", "allow")):
         assert [d.action for d in moderator(red, mode=mode).check(images)] == [expected, "allow"]
@@ -75,17 +75,18 @@ def test_the_most_severe_of_those_over_their_thresholds_decides():
     """However far a milder one is over its own."""
     mild = Concept("blue", "hate", ("blue",), action="flag", threshold=-1.5)
     severe = Concept("red", "violence", ("red",), threshold=0.5)
-    both = picture(red=0.6, blue=0.8)[None]
+    both = plain_image(red=0.6, blue=0.8)[None]
     assert moderator(mild).check(both)[0].action == "flag" and moderator(severe).check(both)[0].action == "block"
     for order in ((mild, severe), (severe, mild)):
         decision = moderator(*order).check(both)[0]
         assert (decision.action, decision.reason) == ("block", "concept red")
-    assert moderator(mild, severe).check(picture(blue=0.9)[None])[0].action == "flag"
+    assert moderator(mild, severe).check(plain_image(blue=0.9)[None])[0].action == "flag"
 
 
 def test_the_strongest_concept_names_the_decision():
-    found = moderator(Concept("red", "violence", ("red",), threshold=0.5),
-                      Concept("blue", "hate", ("blue",), threshold=0.5)).check(torch.stack([picture(blue=1, red=0.3)]))
+    judge = moderator(Concept("red", "violence", ("red",), threshold=0.5),
+                      Concept("blue", "hate", ("blue",), threshold=0.5))
+    found = judge.check(torch.stack([plain_image(blue=1, red=0.3)]))
     assert found[0].category == "hate" and set(found[0].scores) == {"red", "blue"}
 
 
@@ -93,8 +94,8 @@ def test_the_strongest_concept_names_the_decision():
     (torch.full((3, 16, 16), math.nan), "finite"), (torch.full((3, 16, 16), math.inf), "finite"),
     (torch.zeros(3, 16, 16), "one colour"), (-torch.ones(3, 16, 16), "one colour"),
 ])
-def test_a_broken_picture_has_failed_and_is_not_called_unsafe(image, why):
-    broken, fine = moderator(RED).check(torch.stack([image, picture(blue=1)]))
+def test_a_broken_image_has_failed_and_is_not_called_unsafe(image, why):
+    broken, fine = moderator(RED).check(torch.stack([image, plain_image(blue=1)]))
     assert broken.action == "block" and "failed" in broken.reason and why in broken.reason and broken.category == ""
     assert fine.action == "allow"  # its neighbour in the batch does not matter
 
@@ -102,30 +103,30 @@ def test_a_broken_picture_has_failed_and_is_not_called_unsafe(image, why):
 @pytest.mark.parametrize("embed", [lambda images: 1 / 0, lambda images: embed_images(images) * math.nan,
                                    lambda images: torch.zeros(1, 7), lambda images: None])
 def test_a_broken_encoder_refuses(embed):
-    found = ImageModerator([RED], embed, embed_texts).check(torch.stack([picture(blue=1)] * 2))
+    found = ImageModerator([RED], embed, embed_texts).check(torch.stack([plain_image(blue=1)] * 2))
     assert [decision.action for decision in found] == ["block", "block"]
 
 
 def test_without_thresholds_nothing_passes():
-    found = moderator(Concept("red", "violence", ("red",))).check(torch.stack([picture(blue=1)]))
+    found = moderator(Concept("red", "violence", ("red",))).check(torch.stack([plain_image(blue=1)]))
     assert found[0].action == "block" and "calibrated" in found[0].reason
 
 
-def test_calibration_keeps_the_rate_on_harmless_pictures():
+def test_calibration_keeps_the_rate_on_harmless_images():
     generator = torch.Generator().manual_seed(0)
     concepts = [Concept("red", "violence", ("red",)), Concept("green", "hate", ("green",))]
     margins = torch.randn(5000, 2, generator=generator)
     fresh = torch.randn(20000, 2, generator=generator)
-    thresholds = torch.tensor([c.threshold for c in moderator(*concepts).calibrated(margins, 0.02)])
+    thresholds = torch.tensor([c.threshold for c in moderator(*concepts).calibrate(margins, 0.02)])
     assert float((margins > thresholds).any(dim=1).float().mean()) <= 0.02
     assert 0.014 < float((fresh > thresholds).any(dim=1).float().mean()) < 0.026
     with pytest.raises(ValueError, match="rate"):
-        moderator(*concepts).calibrated(margins[:10], 0.01)
+        moderator(*concepts).calibrate(margins[:10], 0.01)
 
 
 def test_blur_leaves_no_detail():
     image = torch.rand(1, 3, 64, 64) * 2 - 1
-    soft = blurred(image)
+    soft = blur(image)
     assert soft.shape == image.shape and float(soft.diff(dim=3).abs().max()) < 0.1
     assert float(image.diff(dim=3).abs().max()) > 1
     torch.testing.assert_close(soft.mean(), image.mean(), atol=0.02, rtol=0)

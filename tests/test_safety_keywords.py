@@ -6,9 +6,10 @@ import unicodedata
 import numpy as np
 import pytest
 
+from safety.disguises import neighbours
 from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter, masked_forms
 from safety.lookalikes import LOOKALIKES
-from safety.normalize import LONGEST, MOST_DISGUISED, TextError, _neighbours, apart, folded, normalize
+from safety.normalize import LONGEST, MOST_DISGUISED, TextError, fold, normalize, with_spaces_for_signs
 
 WORDS = ["a", "red", "star", "photo", "of", "the", "little", "balloon", "letter", "flumquater", "zorbicide", "crossing",
          "pushing", "committee", "gravel", "over"]
@@ -43,13 +44,13 @@ def found(lexicon: Lexicon, text: str) -> set[tuple[int, int]]:
     ("re\udc80d", "re\udc80d", ()),
 ])
 def test_folding(text, expected, notes):
-    assert folded(text) == (expected, notes)
+    assert fold(text) == (expected, notes)
 
 
 def test_folding_is_stable():
     for text in ("R\u0435D (star:1.2)", "\uff32\u0301ed", "plain words"):
-        once = folded(text)[0]
-        assert folded(once)[0] == once
+        once = fold(text)[0]
+        assert fold(once)[0] == once
 
 
 def test_lookalikes_are_letters_that_nothing_else_folds():
@@ -70,8 +71,8 @@ def test_what_is_no_text_or_too_long_is_refused(text):
 
 def test_expansion_is_capped():
     with pytest.raises(TextError, match="written out"):  # to cut the text would be to read less than the model does
-        folded("\ufdfa" * 112 + " zorbic")  # a ligature of 18 letters
-    assert len(folded("\ufdfa" * 100)[0]) == 1800
+        fold("\ufdfa" * 112 + " zorbic")  # a ligature of 18 letters
+    assert len(fold("\ufdfa" * 100)[0]) == 1800
 
 
 # ---- terms
@@ -106,7 +107,7 @@ def test_harmless_text_is_not(lexicon, text):
     ("a(red)star", "a red star"), ("a\u200bred\u200bstar", "a red star"), ("a'red'star", "a red star"),
     (r"a\(red\)star", "a red star"), ("(red:1.3) star", " red  star"), ("a red star", None), ("a star's edge", None)])
 def test_words_as_a_tokenizer_parts_them(text, expected):
-    assert apart(text) == expected
+    assert with_spaces_for_signs(text) == expected
 
 
 def test_a_short_term_counts_alone_only(lexicon):
@@ -183,4 +184,4 @@ def test_nothing_takes_seconds(lexicon):
 @pytest.mark.parametrize("words", [[], ["a"], ["a", "b"], list("abcdefg")])
 def test_neighbours_are_those_of_a_plain_loop(words):
     expected = [["".join(words[i:i + size]) for i in range(len(words) - size + 1)] for size in (2, 3, 4)]
-    assert list(_neighbours(words, lambda a, b: a + b)) == expected
+    assert list(neighbours(words, lambda a, b: a + b)) == expected

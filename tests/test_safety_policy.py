@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from safety.audit import START, AuditError, AuditLog, new_key, prompt_hash, read_key
-from safety.policy import ACTIONS, HEADS, HELP, MODES, Decision, Limits, Policy, in_mode, noisy_or
+from safety.policy import ACTIONS, HEADS, HELP, MODES, Decision, Limits, Policy, action_in_mode, noisy_or
 
 KEY = bytes(range(32))
 
@@ -81,11 +81,11 @@ def test_policies_that_cannot_be(limits):
 
 
 def test_modes_only_soften():
-    table = {mode: [in_mode(action, mode) for action in ACTIONS] for mode in MODES}
+    table = {mode: [action_in_mode(action, mode) for action in ACTIONS] for mode in MODES}
     assert table == {"block": ["allow", "flag", "blur", "block"], "blur": ["allow", "flag", "blur", "blur"],
                      "flag": ["allow", "flag", "flag", "flag"], "off": ["allow"] * 4}
     with pytest.raises(ValueError, match="valid"):
-        in_mode("block", "loud")  # type: ignore[arg-type]
+        action_in_mode("block", "loud")  # type: ignore[arg-type]
 
 
 # ---- audit

@@ -10,25 +10,25 @@ import pytest
 import torch
 from made_up_moderation import BAD, CALM, write_csv, written_text
 
-from benchmarks.moderation.metrics import auc, calibration_error, interval, matched, recall_at
-from benchmarks.moderation.obfuscation import KINDS, obfuscated
+from benchmarks.moderation.metrics import auc, calibration_error, interval, match_lengths, recall_at
+from benchmarks.moderation.obfuscation import KINDS, obfuscate
 from safety.gate import PromptGate
 from safety.policy import HEADS
 from safety.prompt import DEFAULT, HeadConfig, PromptHead, load_artefact
 from train import main
-from training.moderation.artefact import NEVER, blocked, level_of, limits_within
+from training.moderation.artefact import NEVER, level_of, limits_within, reaches_limits
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Row, TextFilesError, read_corpus, regrouped
+from training.moderation.corpus import Row, TextFilesError, group_alike, read_corpus
 from training.moderation.stage import (
     Network,
-    bag,
     batch_loss,
-    labels,
-    quantized,
-    trained,
+    label_tensors,
+    ngram_bag,
+    quantize,
+    train_network,
     twin_places,
 )
-from training.moderation.variations import CARRIERS, disguised, varied
+from training.moderation.variations import CARRIERS, disguise, vary
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "moderation"
@@ -78,7 +78,7 @@ def test_it_says_what_it_was_made_from_and_holds_no_word(run):
 def test_training_repeats_itself(folder):
     rows = [row for row in read_corpus([folder]).rows if row.split == "train"][:150]
     config = ModeratorStage(head=SMALL, epochs=1, batch=32, twins=4)
-    one, two, three = (trained(rows, config, seed, log=False) for seed in (1, 1, 2))
+    one, two, three = (train_network(rows, config, seed, log=False) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
     assert not torch.equal(one.hidden.weight, three.hidden.weight)
 
@@ -88,9 +88,9 @@ def test_inference_is_the_network_that_was_trained():
     network = Network(SMALL, dropout=0.5).eval()
     network.char.weight.data.normal_(std=0.3)
     network.word.weight.data.normal_(std=0.3)
-    head = PromptHead(SMALL, quantized(network))
+    head = PromptHead(SMALL, quantize(network))
     for text in ("a red star", "two BLUE boats, (gorvax:1.2)", "x", ""):
-        expected = network([bag(text, SMALL)])[0].detach().numpy()
+        expected = network([ngram_bag(text, SMALL)])[0].detach().numpy()
         np.testing.assert_allclose(head.logits(" ".join(text.lower().replace(",", "").replace("(", "").replace(
             ":1.2)", "").split())), expected, atol=0.03)  # tables in 8 bits
 
@@ -99,7 +99,7 @@ def test_inference_is_the_network_that_was_trained():
 
 def test_unknown_labels_have_no_gradient():
     rows = [Row("a", {"hate": 1.0}, "s", 0), Row("b", dict.fromkeys(HEADS, 0.0), "s", 1)]
-    values, known = labels(rows)
+    values, known = label_tensors(rows)
     logits = torch.zeros(2, len(HEADS), requires_grad=True)
     batch_loss(logits, values, known, 0, ModeratorStage()).backward()
     place = HEADS.index("hate")
@@ -130,7 +130,7 @@ def test_splits_keep_twins_and_copies_together(folder):
         assert rows[one].group == rows[two].group and rows[one].harmful and rows[two].harmless
     copies = [Row("the old bridge at night", {}, "a", 1), Row("at night, the old bridge!", {}, "b", 2),
               Row("a quite different text", {}, "c", 3)]
-    found = regrouped(copies)
+    found = group_alike(copies)
     assert found[0].group == found[1].group != found[2].group
 
 
@@ -139,7 +139,7 @@ def test_thresholds_keep_the_budget():
     groups = {"a": generator.random((2000, len(HEADS))) ** 3, "b": generator.random((900, len(HEADS)))}
     budget = {"a": 0.01, "b": 0.05}
     limits = limits_within(groups, budget, ("sexual", "hate"))
-    shares = {name: blocked(scores, limits).mean() for name, scores in groups.items()}
+    shares = {name: reaches_limits(scores, limits).mean() for name, scores in groups.items()}
     assert all(shares[name] <= budget[name] for name in groups) and any(shares[n] > 0.6 * budget[n] for n in groups)
     assert [limits[i] == NEVER for i in range(len(HEADS))] == [name not in ("sexual", "hate") for name in HEADS]
 
@@ -152,9 +152,9 @@ def test_levels():
 def test_variations_keep_what_is_said():
     generator = np.random.default_rng(0)
     assert all(carrier.count("{}") >= 1 for carrier in CARRIERS)
-    texts = [varied("lamp", ["a tree, oil on canvas"], generator) for _ in range(200)]
+    texts = [vary("lamp", ["a tree, oil on canvas"], generator) for _ in range(200)]
     assert len(set(texts)) > 50 and sum("lamp" in text for text in texts) > 170
-    assert len({disguised("window", generator) for _ in range(100)}) >= 8
+    assert len({disguise("window", generator) for _ in range(100)}) >= 8
 
 
 @pytest.mark.parametrize("name, header, rows", [
@@ -201,7 +201,7 @@ def test_figures_against_their_definitions():
 def test_matched_negatives_have_the_lengths_of_the_positives():
     generator = np.random.default_rng(0)
     lengths, pool = generator.integers(80, 200, 100), generator.integers(10, 400, 3000)
-    found = matched(lengths, pool)
+    found = match_lengths(lengths, pool)
     assert len(set(found.tolist())) == len(found) == 300
     assert abs(auc(lengths.astype(float), pool[found].astype(float)) - 0.5) < 0.02
     assert abs(auc(lengths.astype(float), pool.astype(float)) - 0.5) > 0.05
@@ -211,7 +211,7 @@ def test_there_are_enough_kinds_of_disguise_and_each_does_something():
     generator = np.random.default_rng(0)
     assert len(KINDS) >= 25
     for kind in KINDS:
-        changed = [obfuscated("mirkowest", kind, generator) != "mirkowest" for _ in range(5)]
+        changed = [obfuscate("mirkowest", kind, generator) != "mirkowest" for _ in range(5)]
         assert kind == "as it is" or any(changed), kind
 
 
