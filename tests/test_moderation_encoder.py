@@ -18,7 +18,7 @@ from safety.policy import HEADS, noisy_or
 from safety.prompt import load_artefact
 from training.moderation.config import ModeratorStage
 from training.moderation.corpus import read_corpus
-from training.moderation.encoder_head import calibrated, fitted, plain, train_encoder_head
+from training.moderation.encoder_head import calibrate, fit, plain_texts, train_encoder_head
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModeratorStage(twins=8, kept={"captions": 1.0}, budget={"captions": 0.02})
@@ -43,9 +43,9 @@ def test_it_learns_words_that_its_encoder_was_never_taught(tiny_run, text):
     """Scores of texts with a bad word are above those without, on groups that were not trained on."""
     rows = [row for row in read_corpus([text]).rows if row.labels]
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "test")}
-    head = fitted(untrained_head(tiny_run), parts["train"], CONFIG, epochs=100)
+    head = fit(untrained_head(tiny_run), parts["train"], CONFIG, epochs=100)
     with torch.no_grad():
-        found = torch.sigmoid(head.net(head.states(plain(parts["test"])))).amax(dim=1)
+        found = torch.sigmoid(head.net(head.states(plain_texts(parts["test"])))).amax(dim=1)
     bad = torch.tensor([row.harmful for row in parts["test"]])
     assert bad.sum() > 10 and (found[bad, None] > found[None, ~bad]).float().mean() > 0.8
 
@@ -76,11 +76,11 @@ def test_states_do_not_depend_on_the_batch(run):
 def test_by_itself_it_flags_no_more_harmless_text_than_its_budget(tiny_run, text, tmp_path):
     artefact = load_artefact(written(tmp_path / "moderation.safetensors"))
     rows = [row for row in read_corpus([text]).rows if row.labels]
-    head = calibrated(fitted(untrained_head(tiny_run), rows, CONFIG), rows, artefact, budget=0.05)
+    head = calibrate(fit(untrained_head(tiny_run), rows, CONFIG), rows, artefact, budget=0.05)
     harmless = [row for row in rows if row.harmless and row.source == "captions"]
     limits = torch.tensor([artefact.policy.limits[name].flag for name in HEADS])
     with torch.no_grad():
-        scores = torch.sigmoid(head.net(head.states(plain(harmless))) * head.slope + head.shift)
+        scores = torch.sigmoid(head.net(head.states(plain_texts(harmless))) * head.slope + head.shift)
     assert ((scores >= limits).float().mean(dim=0) <= 0.05).all() and (head.slope > 0).all()
 
 

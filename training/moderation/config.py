@@ -6,8 +6,8 @@ from safety.prompt import HeadConfig
 
 @dataclass(frozen=True)
 class TextData:
-    """``root``: folder of text in the format of training/moderation/corpus.py; ``extra``: another one, or empty.
-    ``left_out``: files (by name without ending) that are not trained on, to be tested on."""
+    """``root``: a folder of text in the format of training/moderation/corpus.py; ``extra``: a second one, or empty.
+    ``left_out``: names, without endings, of files that are excluded from training in order to test on them."""
 
     root: str = ""
     extra: str = ""
@@ -16,13 +16,13 @@ class TextData:
 
 @dataclass(frozen=True)
 class ModeratorStage:
-    """``data`` is the labelled text. ``variations`` of each text beside itself; ``twins`` pairs in each batch,
-    ``margin`` between their logits.
+    """``data`` is the labelled text. Every text is trained on with ``variations`` variations; every batch has ``twins``
+    pairs of twins, whose logits are pushed apart by ``margin``.
 
-    ``kept`` is the share of a file that is trained on, where there is more of one kind than is of use; ``forget`` the
-    share of n-grams left out of every text in every step, so that no single one decides.
-    ``budget`` is the share of harmless development text of each kind that may be blocked, ``flag_budget`` times it the
-    share that may be flagged; ``minors_budget`` that of harmless text with a minor that the rule may refuse.
+    ``kept`` is the share of a file that is used, for files with more text than is useful. ``forget`` is the share of
+    n-grams that is dropped from every text in every step, so that no single n-gram decides. ``budget`` is the share of
+    harmless development text of each kind that may be blocked, and ``flag_budget`` times as much may be flagged.
+    ``minors_budget`` is the share of harmless text about minors that the rule on minors may refuse.
     """
 
     data: TextData = field(default_factory=TextData)

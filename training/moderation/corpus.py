@@ -1,14 +1,14 @@
 """Text for training and checking the prompt classifier, read from the CSV files of a folder.
 
-A file says by its header what it holds:
+The header of a file defines its kind:
 
     text,label,category[,group]     label 1: harmful in the category; 0: harmless, in all categories if it names none
-    benign,harmful,category         twins: as alike as can be, one harmless, one not
-    prompt,categories,inappropriate_percentage,...   prompts by the share of pictures judged inappropriate (I2P)
-    prompt[,category]               harmless prompts (a category is what they only sound like)
+    benign,harmful,category         twins: two very similar texts, one harmless and one harmful
+    prompt,categories,inappropriate_percentage,...   prompts by the share of images judged inappropriate (I2P)
+    prompt[,category]               harmless prompts (the category is the one that they seem to have)
     text,category,severity          listed terms, severity 1 to 3
 
-and words.txt, names.txt hold a dictionary and names, one a line. Several categories are joined by "|" or ", ".
+The files words.txt and names.txt hold a dictionary and names, one a line. Several categories are joined by "|" or ", ".
 """
 import csv
 import re
@@ -23,26 +23,27 @@ import scipy.sparse.csgraph
 
 from safety.policy import HEADS
 
-SHARE_HARMLESS, SHARE_HARMFUL = 10.0, 50.0  # percent of inappropriate pictures up to, and from which on
+SHARE_HARMLESS, SHARE_HARMFUL = 10.0, 50.0  # percent of inappropriate images: at most, at least
 ALIASES = {
     "violence": "violence", "shocking": "violence", "sexual": "sexual", "sexual_content": "sexual", "hate": "hate",
     "self-harm": "self_harm", "self_harm": "self_harm", "harassment": "harassment", "unethical": "harassment",
     "illegal activity": "illegal", "illegal_activities": "illegal", "illegal": "illegal", "privacy": "privacy",
     "privacy_individual": "privacy", "privacy_public": "privacy",
 }
-IGNORED = {"copyright_violations"}  # not covered: neither harmful nor an example of harmless text
-ALIKE = 0.6  # Jaccard similarity of words from which on texts are of one group
+IGNORED = {"copyright_violations"}  # not covered: counts neither as harmful nor as harmless
+ALIKE = 0.6  # least Jaccard similarity of the words of texts in one group
 
 
 class TextFilesError(ValueError):
-    """A folder or file of training text that cannot be used; the message names it and what is valid."""
+    """A folder or file of training text that cannot be used; the message names it and the valid values."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A text, its label in each category (1, 0, or missing where unknown), its file, and the group it is split with.
+    """A text, its label in each category (1, 0, or missing if unknown), its file, and its group, which is never split.
 
-    ``twin`` numbers twins; ``topic`` is the category as its file has it; ``share`` that of inappropriate pictures.
+    ``twin`` numbers pairs of twins; ``topic`` is the category in its file; ``share`` is the percentage of inappropriate
+    images. -1 stands for none.
     """
 
     text: str
@@ -55,10 +56,12 @@ class Row:
 
     @property
     def harmful(self) -> bool:
+        """Whether the text is harmful in any category."""
         return any(self.labels.values())
 
     @property
     def harmless(self) -> bool:
+        """Whether the text is known to be harmless in all categories."""
         return len(self.labels) == len(HEADS) and not self.harmful
 
     @property
@@ -70,7 +73,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ListedTerm:
-    """A term of a lexicon as its file has it: severity 1 (mild) to 3."""
+    """A term of a lexicon as its file lists it, with a severity from 1 (mild) to 3."""
 
     text: str
     topic: str
@@ -79,7 +82,7 @@ class ListedTerm:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Everything that folders of text hold."""
+    """The contents of folders of text."""
 
     rows: list[Row]
     terms: list[ListedTerm]
@@ -88,7 +91,7 @@ class Corpus:
 
 
 def read_corpus(folders: Iterable[str | Path]) -> Corpus:
-    """All text of the folders, near-duplicates in one group. Raises TextFilesError naming what cannot be read."""
+    """All text of the folders, with near-duplicates in one group. Raises TextFilesError for what cannot be read."""
     rows: list[Row] = []
     terms: list[ListedTerm] = []
     lists: dict[str, set[str]] = {"words.txt": set(), "names.txt": set()}
@@ -105,11 +108,11 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
                 words.update((folder / name).read_text(encoding="utf-8").split("\n"))
     if not any(row.harmful for row in rows) or not any(row.harmless for row in rows):
         raise TextFilesError("moderator.data.root: valid: at least one harmful and one harmless text")
-    return Corpus(regrouped(rows), terms, lists["words.txt"] - {""}, lists["names.txt"] - {""})
+    return Corpus(group_alike(rows), terms, lists["words.txt"] - {""}, lists["names.txt"] - {""})
 
 
 def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
-    """Append what one CSV file holds; raises TextFilesError for an unknown header or value."""
+    """Append the contents of a CSV file to ``rows`` and ``terms``; raises TextFilesError naming a wrong value."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -127,19 +130,19 @@ def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
                 continue
             labels = dict.fromkeys(categories_of(line["category"], where), 1.0)
             rows.append(Row(line["harmful"], labels, source, group, group, line["category"]))
-            rows.append(Row(line["benign"], _harmless(), source, group, group, line["category"]))
+            rows.append(Row(line["benign"], _harmless_labels(), source, group, group, line["category"]))
         elif {"prompt", "categories", "inappropriate_percentage"} <= header:
-            rows.append(_by_share(line, source, group, where))
+            rows.append(_row_by_share(line, source, group, where))
         elif {"text", "label"} <= header:
-            rows.append(_labelled(line, source, group, where))
+            rows.append(_row_by_label(line, source, group, where))
         elif "prompt" in header:
-            rows.append(Row(line["prompt"], _harmless(), source, group, topic=line.get("category") or ""))
+            rows.append(Row(line["prompt"], _harmless_labels(), source, group, topic=line.get("category") or ""))
         else:
             raise TextFilesError(f"{path}: header {', '.join(sorted(header))}; valid: see docs/moderation.md")
 
 
 def categories_of(text: str, where: str) -> list[str]:
-    """The categories, ours or of a known data set, in a cell; raises TextFilesError for an unknown one."""
+    """The categories named in a cell, by our names or those of ALIASES; raises TextFilesError for an unknown one."""
     names = [name.strip() for name in re.split(r"[|,]", text) if name.strip()]
     unknown = [name for name in names if name not in ALIASES]
     if unknown or not names:
@@ -147,11 +150,13 @@ def categories_of(text: str, where: str) -> list[str]:
     return [ALIASES[name] for name in names]
 
 
-def _harmless() -> dict[str, float]:
+def _harmless_labels() -> dict[str, float]:
+    """The labels of a harmless text."""
     return dict.fromkeys(HEADS, 0.0)
 
 
 def _number(text: str, where: str, low: float, high: float) -> float:
+    """The number in a cell; raises TextFilesError if it is not from ``low`` to ``high``."""
     try:
         value = float(text)
     except ValueError:
@@ -161,28 +166,30 @@ def _number(text: str, where: str, low: float, high: float) -> float:
     return value
 
 
-def _by_share(line: dict[str, str], source: str, group: int, where: str) -> Row:
+def _row_by_share(line: dict[str, str], source: str, group: int, where: str) -> Row:
+    """A row whose label follows from the share of inappropriate images; between the two limits it has none."""
     share = _number(line["inappropriate_percentage"], where, 0, 100)
     names = categories_of(line["categories"], where)
-    labels = _harmless() if share <= SHARE_HARMLESS else dict.fromkeys(names, 1.0) if share >= SHARE_HARMFUL else {}
+    labels = dict.fromkeys(names, 1.0) if share >= SHARE_HARMFUL else {}
+    labels = _harmless_labels() if share <= SHARE_HARMLESS else labels
     return Row(line["prompt"], labels, source, group, topic=line["categories"], share=share)
 
 
-def _labelled(line: dict[str, str], source: str, group: int, where: str) -> Row:
+def _row_by_label(line: dict[str, str], source: str, group: int, where: str) -> Row:
+    """A row with an explicit label."""
     label, category = _number(line["label"], where, 0, 1), line.get("category") or ""
     if line.get("group"):
         group = zlib.crc32(f"{source} {line['group']}".encode()) + 2**32
     if label >= 0.5 or category:
         labels = dict.fromkeys(categories_of(category, where), float(label >= 0.5))
     else:
-        labels = _harmless()
+        labels = _harmless_labels()
     return Row(line["text"], labels, source, group, topic=category)
 
 
-def regrouped(rows: list[Row], common: float = 0.05) -> list[Row]:
-    """Rows whose words are alike (Jaccard from ALIKE up) in one group, so that no text is tested on its own copy.
-
-    Words in more than the share ``common`` of the texts are left out of the comparison.
+def group_alike(rows: list[Row], common: float = 0.05) -> list[Row]:
+    """The rows, with texts of similar words (Jaccard similarity of at least ALIKE) in one group, so that no copy of a
+    training text is tested on. Words in more than the share ``common`` of the texts are not compared.
     """
     vocabulary: dict[str, int] = {}
     sets = [sorted({vocabulary.setdefault(word, len(vocabulary))
@@ -202,7 +209,7 @@ def regrouped(rows: list[Row], common: float = 0.05) -> list[Row]:
         links[0].append(one[alike])
         links[1].append(two[alike])
     groups = {group: number for number, group in enumerate(dict.fromkeys(row.group for row in rows))}
-    own = np.array([groups[row.group] for row in rows]) + len(rows)  # a node for every group beside those of the rows
+    own = np.array([groups[row.group] for row in rows]) + len(rows)  # groups are further nodes beside the rows
     ends = np.concatenate([*links[0], np.arange(len(rows))]), np.concatenate([*links[1], own])
     nodes = len(rows) + len(groups)
     graph = scipy.sparse.coo_matrix((np.ones(len(ends[0]), np.int8), ends), (nodes, nodes))

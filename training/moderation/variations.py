@@ -1,7 +1,7 @@
-"""Variations of training text: carriers, styles and disguises, all of them filled with harmless and harmful text alike.
+"""Variations of training text: carriers, styles and disguises, applied to harmless and harmful text alike.
 
-What is seen with one label only becomes a sign of it: a classifier whose carriers held bad words alone flagged 61 % of
-the harmless words in them.
+A pattern that occurs with one label only becomes a sign of that label: a classifier whose carriers held only harmful
+words flagged 61 % of the harmless words in them.
 """
 from collections.abc import Sequence
 
@@ -19,20 +19,20 @@ _LEET = str.maketrans("aeiostl", "4310571")
 _ALIKE = str.maketrans("aeopcxy", "\u0430\u0435\u043e\u0440\u0441\u0445\u0443")
 
 
-def carried(text: str, random: np.random.Generator) -> str:
-    """A few words inside a carrier phrase."""
+def in_carrier(text: str, random: np.random.Generator) -> str:
+    """A few words inserted into a random carrier phrase."""
     carrier = CARRIERS[random.integers(len(CARRIERS))]
     return carrier.replace("{}", text, 1).replace("{}", COLOURS[random.integers(len(COLOURS))])
 
 
-def styled(text: str, style: str) -> str:
-    """A text followed by the style of a real prompt: what comes after its first comma."""
+def with_style(text: str, style: str) -> str:
+    """A text followed by the style of a real prompt, which is the part after its first comma."""
     _, comma, rest = style.partition(",")
     return f"{text.rstrip('. ')},{rest}" if comma and len(rest) < 200 else text
 
 
-def disguised(word: str, random: np.random.Generator) -> str:
-    """A word written so that a list of words does not have it, in one of eight ways."""
+def disguise(word: str, random: np.random.Generator) -> str:
+    """A word written in one of eight ways that a list of words does not contain."""
     place = int(random.integers(1, max(2, len(word) - 1)))
     ways = (
         lambda: word.translate(_LEET), lambda: ".".join(word), lambda: " ".join(word), lambda: word.translate(_ALIKE),
@@ -43,30 +43,30 @@ def disguised(word: str, random: np.random.Generator) -> str:
     return ways[random.integers(len(ways))]()
 
 
-def misspelt(word: str, random: np.random.Generator) -> str:
-    """A word with a letter dropped, doubled, or swapped with the next: what somebody tries who is refused."""
+def misspell(word: str, random: np.random.Generator) -> str:
+    """A word with a letter dropped, doubled, or swapped with the next one, as users try after a refusal."""
     place = int(random.integers(1, len(word)))
     return (word[:place] + word[place + 1:], word[:place] + word[place] + word[place:],
             word[:place - 1] + word[place] + word[place - 1] + word[place + 1:])[random.integers(3)]
 
 
 def with_misspellings(text: str, random: np.random.Generator) -> str:
-    """A text in which a fifth of the longer words is misspelt."""
-    return " ".join(misspelt(word, random) if len(word) > 3 and random.random() < 0.2 else word
+    """A text in which each longer word is misspelt with probability 0.2."""
+    return " ".join(misspell(word, random) if len(word) > 3 and random.random() < 0.2 else word
                     for word in text.split())
 
 
 def with_disguises(text: str, random: np.random.Generator) -> str:
-    """A text in which a quarter of the longer words is disguised."""
-    return " ".join(disguised(word, random) if len(word) > 3 and random.random() < 0.25 else word
+    """A text in which each longer word is disguised with probability 0.25."""
+    return " ".join(disguise(word, random) if len(word) > 3 and random.random() < 0.25 else word
                     for word in text.split())
 
 
-def varied(text: str, styles: Sequence[str], random: np.random.Generator) -> str:
+def vary(text: str, styles: Sequence[str], random: np.random.Generator) -> str:
     """A variation of a text: short ones in a carrier, half with a style, a tenth disguised, a third misspelt."""
     if len(text.split()) <= 4:
-        text = carried(text, random)
+        text = in_carrier(text, random)
     if styles and random.random() < 0.5:
-        text = styled(text, styles[int(random.integers(len(styles)))])
+        text = with_style(text, styles[int(random.integers(len(styles)))])
     draw = random.random()
     return with_disguises(text, random) if draw < 0.1 else with_misspellings(text, random) if draw < 0.43 else text
