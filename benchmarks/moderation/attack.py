@@ -1,18 +1,19 @@
-"""What an attacker has to pay: rewrites that need no question at all, and a small adaptive search.
+"""The cost of an attack on the gate: fixed rewrites that need no query, and a small adaptive search.
 
     python -m benchmarks.moderation.attack --data DIR [DIR ...] [--queries 200]
 
-A rewrite is the same for every prompt, such as brackets in the place of spaces: a tokenizer still reads the words.
+A rewrite is the same for every prompt, such as brackets in place of spaces; a tokenizer still reads the words.
 
-For prompts of the test split that are blocked: find the word whose removal lowers the score most, misspell it in the
-way that lowers the score most (a letter dropped, doubled, or swapped with the next), and go on until the prompt passes
-or the queries are spent. A reader still understands the prompt; whether a model draws it is not measured.
+The search starts from blocked prompts of the test split. It finds the word whose removal lowers the score most,
+misspells it in the way that lowers the score most (a letter dropped, doubled, or swapped with the next one), and
+repeats this until the prompt passes or the queries are used up. A reader still understands the prompt; whether a model
+still generates its content is not measured.
 """
 import argparse
 
 import numpy as np
 
-from benchmarks.moderation.metrics import shown, table
+from benchmarks.moderation.metrics import estimate, table
 from safety.gate import PromptGate
 from safety.normalize import LONGEST
 from safety.policy import HEADS, noisy_or
@@ -38,15 +39,16 @@ REWRITES = {
 }
 
 
-def misspelt(word: str) -> list[str]:
-    """Every word one letter away by dropping, doubling, or swapping neighbours."""
+def misspellings(word: str) -> list[str]:
+    """All misspellings of a word by a letter dropped, doubled, or swapped with the next one."""
     places = range(1, len(word))
     return [*(word[:i] + word[i + 1:] for i in places), *(word[:i] + word[i] + word[i:] for i in places),
             *(word[:i - 1] + word[i] + word[i - 1] + word[i + 1:] for i in places)]
 
 
-class Counted:
-    """The gate as an attacker sees it: a score to lower, and a counter. A listed term scores 2."""
+class CountedGate:
+    """The gate as an attacker sees it, with a counter of queries: (score, whether the prompt passes). A listed term
+    scores 2."""
 
     def __init__(self, gate: PromptGate):
         self.gate, self.queries = gate, 0
@@ -58,16 +60,16 @@ class Counted:
         return max(rule, noisy_or([decision.scores.get(name, 1.0) for name in HEADS])), decision.action != "block"
 
 
-def attacked(gate: PromptGate, text: str, queries: int) -> tuple[bool, int, int]:
-    """(whether it passed, queries used, words misspelt)."""
-    ask, words, changed = Counted(gate), text.split(), set()
+def attack(gate: PromptGate, text: str, queries: int) -> tuple[bool, int, int]:
+    """(whether the prompt passed, number of queries, number of misspelt words)."""
+    ask, words, changed = CountedGate(gate), text.split(), set()
     while ask.queries < queries and len(changed) < len(words):
         without = [(ask(words[:i] + words[i + 1:])[0], i) for i in range(len(words)) if i not in changed]
         if not without:
             break
         place = min(without)[1]
         changed.add(place)
-        options = [(*ask(words[:place] + [other] + words[place + 1:]), other) for other in misspelt(words[place])]
+        options = [(*ask(words[:place] + [other] + words[place + 1:]), other) for other in misspellings(words[place])]
         if options:
             _, passed, words[place] = min(options)
             if passed:
@@ -76,6 +78,7 @@ def attacked(gate: PromptGate, text: str, queries: int) -> tuple[bool, int, int]
 
 
 def main() -> None:
+    """Print the table of rewrites and the result of the search."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--queries", type=int, default=200)
@@ -88,13 +91,13 @@ def main() -> None:
     for name, rewrite in REWRITES.items():
         short = [text for text in blocked if len(rewrite(text)) <= LONGEST]
         action = np.array([gate.check(rewrite(text)).action for text in short])
-        rows.append([name, str(len(short)), *(shown(np.mean, (action == one).astype(float), percent=True)
+        rows.append([name, str(len(short)), *(estimate(np.mean, (action == one).astype(float), percent=True)
                                               for one in ("allow", "flag"))])
     print(table(("rewrite", "prompts", "allowed", "flagged"), rows) + "\n")
-    found = [attacked(gate, text, options.queries) for text in blocked]
+    found = [attack(gate, text, options.queries) for text in blocked]
     passed = np.array([one[0] for one in found], float)
     print(f"{len(texts)} harmful prompts of the test split, {len(blocked)} blocked")
-    print(f"of those, passed after misspelling: {shown(np.mean, passed, percent=True)}; "
+    print(f"of those, passed after misspelling: {estimate(np.mean, passed, percent=True)}; "
           f"median queries {np.median([one[1] for one in found if one[0]]):.0f}, "
           f"median words {np.median([one[2] for one in found if one[0]]):.0f}")
 

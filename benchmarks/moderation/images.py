@@ -2,10 +2,10 @@
 
     python -m benchmarks.moderation.images --clip runs/shapes_clip [--clip runs/emoji_clip] [--rate 0.01]
 
-The judge is the CLIP that the stage clip has left in a run folder, on the data that the folder was trained on. Every
-concept is calibrated alone on validation pictures that do not show it, and measured on test pictures: with phrasings
-like those of training, with phrasings of another grammar, and on things that training never showed. Nothing harmful is
-drawn; recall on real harm is not measured.
+The judge is the CLIP of a run folder (stage clip), applied to the data that it was trained on. Every concept is
+calibrated separately on validation images that do not show it, and measured on test images: with phrasings like those
+of training, with phrasings of another grammar, and for objects that training never showed. No harmful image is
+generated, so recall on real harm is not measured.
 """
 import argparse
 from collections import Counter
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.moderation.metrics import shown, table
+from benchmarks.moderation.metrics import estimate, table
 from data.catalog import build_source
 from data.emoji.emoji import Emoji
 from data.emoji.phrasings import noun
@@ -33,28 +33,29 @@ SEEN = ("a {}", "one {}", "a large {}", "a small {}")
 UNSEEN = ("{}", "this shows the {}", "some {} somewhere", "nothing but {}")
 PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "circle"), ("purple", "cross"), ("yellow", "moon"),
          ("orange", "square"))
-EMOJI = 40  # things of emoji that are forbidden, one after the other
+EMOJI = 40  # emoji that are forbidden, one after the other
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Pictures of a split as margins are computed from them, and the things in each."""
+class LabelledImages:
+    """Images of a split, and the objects in each of them."""
 
-    pictures: torch.Tensor  # uint8 (B, 3, H, W)
+    images: torch.Tensor  # uint8 (B, 3, H, W)
     things: list[set[str]]
 
     def shows(self, thing: str) -> torch.Tensor:
+        """Which images (B,) show an object."""
         return torch.tensor([thing in one for one in self.things])
 
     def near(self, thing: str) -> torch.Tensor:
-        """Pictures without the thing that share a word with it: its colour or its shape."""
+        """Which images (B,) show no such object but one that shares a word with it: its colour or its shape."""
         words = set(thing.split())
         return torch.tensor([thing not in one and any(words & set(other.split()) for other in one)
                              for one in self.things])
 
 
 def things_of(source: Source, index: int, item: dict) -> set[str]:
-    """What a picture shows: "red triangle" of shapes, "fox" of emoji."""
+    """The objects in an image: "red triangle" for shapes, "fox" for emoji."""
     if isinstance(source, Shapes):
         return {f"{thing['colour']} {thing['shape']}" for thing in item["scene"]["objects"]}
     assert isinstance(source, Emoji)
@@ -63,15 +64,15 @@ def things_of(source: Source, index: int, item: dict) -> set[str]:
     return {noun(source.items[row]["label"]) for row in rows}
 
 
-def seen(source: Source, count: int) -> Seen:
-    """The first pictures of a split."""
+def read_images(source: Source, count: int) -> LabelledImages:
+    """The first ``count`` images of a split."""
     items = [(index, source[index]) for index in range(min(count, len(source)))]
-    return Seen(torch.stack([item["image"] for _, item in items]),
-                [things_of(source, index, item) for index, item in items])
+    return LabelledImages(torch.stack([item["image"] for _, item in items]),
+                          [things_of(source, index, item) for index, item in items])
 
 
-def groups_of(source: Source, calibration: Seen, test: Seen) -> dict[str, list[str]]:
-    """{kind: things} to forbid: of training, and such as training never showed."""
+def groups_of(source: Source, calibration: LabelledImages, test: LabelledImages) -> dict[str, list[str]]:
+    """{kind: objects to forbid}: objects that occur in training, and objects that training never showed."""
     if isinstance(source, Shapes):
         return {"seen": [" ".join(pair) for pair in PAIRS], "unseen": [" ".join(pair) for pair in UNSEEN_PAIRS]}
     assert isinstance(source, Emoji)
@@ -82,23 +83,24 @@ def groups_of(source: Source, calibration: Seen, test: Seen) -> dict[str, list[s
 
 
 def neighbours(thing: str) -> tuple[tuple[str, ...], ...]:
-    """Phrasings of what stays allowed: the same colour on other shapes, other colours on the same shape."""
+    """Phrasings of allowed neighbours: the same colour on other shapes, other colours on the same shape."""
     colour, shape = thing.split()
     near = [(colour, other) for other in SHAPES if other != shape]
     near += [(other, shape) for other in COLOURS if other != colour]
     return tuple(tuple(text.format(" ".join(one)) for text in SEEN) for one in near)
 
 
-def measured(clip: ClipVectors, concepts: Sequence[Concept], calibration: Seen, test: Seen,
-             rate: float) -> list[np.ndarray]:
-    """[hits, false positives on all other pictures, on those that share a word], 0 or 1 each, over all concepts."""
+def measure(clip: ClipVectors, concepts: Sequence[Concept], calibration: LabelledImages, test: LabelledImages,
+            rate: float) -> list[np.ndarray]:
+    """[hits, false positives on all other images, false positives on images that share a word], as 0 or 1 for each
+    image and concept."""
     moderator = ImageModerator(concepts, clip, clip.texts)
-    calm, real = (torch.cat([moderator.margins(to_unit(part)) for part in one.pictures.split(64)])
+    calm, real = (torch.cat([moderator.margins(to_unit(part)) for part in one.images.split(64)])
                   for one in (calibration, test))  # (B, C)
     found: list[list[torch.Tensor]] = [[], [], []]
     for place, concept in enumerate(concepts):
         alone = ImageModerator([concept], clip, clip.texts)
-        [fixed] = alone.calibrated(calm[~calibration.shows(concept.name), place:place + 1], rate)
+        [fixed] = alone.calibrate(calm[~calibration.shows(concept.name), place:place + 1], rate)
         assert fixed.threshold is not None
         over, here = real[:, place] > fixed.threshold, test.shows(concept.name)
         for one, chosen in zip(found, (here, ~here, test.near(concept.name))):
@@ -116,30 +118,31 @@ def rows_of(folder: Path, count: int, rate: float) -> list[list[str]]:
     else:
         raise ValueError(f"--clip {folder}: trained on {data.source}; valid: on shapes or emoji")
     sources = build_source(data, "validation"), build_source(data, "test")
-    calibration, test = (seen(source, 2 * count) for source in sources)
+    calibration, test = (read_images(source, 2 * count) for source in sources)
     clip, rows = ClipVectors.of_run(folder), []
     for kind, things in groups_of(sources[1], calibration, test).items():
         for name, texts in (("seen", SEEN), ("unseen", UNSEEN)):
             for near in (False, True) if data.source == "shapes" else (False,):
                 concepts = [Concept(thing, "stand_in", tuple(text.format(thing) for text in texts),
                                     neighbours(thing) if near else ()) for thing in things]
-                hits, wrong, close = measured(clip, concepts, calibration, test, rate)
+                hits, wrong, close = measure(clip, concepts, calibration, test, rate)
                 rows.append([data.source, f"{len(things)} {kind}", name, "yes" if near else "no",
-                             *(shown(np.mean, part, percent=True) if len(part) else "-"
+                             *(estimate(np.mean, part, percent=True) if len(part) else "-"
                                for part in (hits, wrong, close)), str(len(hits))])
                 print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
+    """Print the table for all run folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clip", type=Path, nargs="+", required=True, help="run folders with the stage clip")
-    parser.add_argument("--count", type=int, default=2000, help="pictures of calibration, and of the test")
-    parser.add_argument("--rate", type=float, default=0.01, help="harmless pictures that may pass, a concept (0.01)")
+    parser.add_argument("--count", type=int, default=2000, help="images for calibration, and for the test")
+    parser.add_argument("--rate", type=float, default=0.01, help="share of harmless images over a threshold (0.01)")
     options = parser.parse_args()
     rows = [row for folder in options.clip for row in rows_of(folder, options.count, options.rate)]
     print(table(("data", "things", "phrasings", "neighbours", "recall", "false positives", "of those that share a word",
-                 "pictures"), rows))
+                 "images"), rows))
 
 
 if __name__ == "__main__":

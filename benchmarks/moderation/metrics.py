@@ -1,4 +1,4 @@
-"""Figures of a classifier of text: AUC, recall at a false-positive rate, calibration, shares, each with an interval.
+"""Metrics of a text classifier: AUC, recall at a false-positive rate, calibration error, each with an interval.
 
 Axis letters: P positives, N negatives, R resamples.
 """
@@ -8,14 +8,14 @@ import numpy as np
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Chance that a positive (P,) scores above a negative (N,), ties counting half (Hanley and McNeil 1982)."""
+    """The probability that a positive (P,) scores above a negative (N,); ties count half (Hanley and McNeil 1982)."""
     order = np.sort(negative)
     below = np.searchsorted(order, positive, "left") + np.searchsorted(order, positive, "right")
     return float(below.mean() / 2 / len(negative))
 
 
 def recall_at(positive: np.ndarray, negative: np.ndarray, rate: float) -> float:
-    """Share of positives strictly above the lowest score that at most ``rate`` of the negatives pass."""
+    """The share of positives above the lowest threshold that at most the share ``rate`` of the negatives exceeds."""
     allowed = int(np.floor(rate * len(negative)))
     threshold = np.sort(negative)[::-1][min(allowed, len(negative) - 1)]
     return float((positive > threshold).mean())
@@ -29,9 +29,9 @@ def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) ->
     return float(sum(gaps))
 
 
-def matched(lengths: np.ndarray, pool: np.ndarray, most: int = 3, within: float = 0.1) -> np.ndarray:
-    """Places in ``pool`` (lengths of negatives) such that every positive has up to ``most`` of nearly its length, each
-    taken once. A positive without any is matched by nothing."""
+def match_lengths(lengths: np.ndarray, pool: np.ndarray, most: int = 3, within: float = 0.1) -> np.ndarray:
+    """Indices into ``pool`` (the lengths of negatives) of up to ``most`` negatives of nearly the length of each
+    positive; each negative is used once. A positive may have none."""
     order = np.argsort(pool, kind="stable")
     free = dict.fromkeys(order.tolist())
     found: list[int] = []
@@ -48,17 +48,17 @@ def matched(lengths: np.ndarray, pool: np.ndarray, most: int = 3, within: float 
 
 
 def interval(statistic: Callable[..., float], *samples: np.ndarray, resamples: int = 500, seed: int = 0,
-             level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap of a statistic of independent samples (Efron 1979)."""
+             confidence: float = 0.95) -> tuple[float, float]:
+    """A percentile bootstrap interval of a statistic of independent samples (Efron 1979)."""
     random = np.random.default_rng(seed)
     values = [statistic(*(sample[random.integers(0, len(sample), len(sample))] for sample in samples))
               for _ in range(resamples)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 
-def shown(statistic: Callable[..., float], *samples: np.ndarray, percent: bool = False) -> str:
-    """A figure with its interval, or a dash where a sample has fewer than ten."""
+def estimate(statistic: Callable[..., float], *samples: np.ndarray, percent: bool = False) -> str:
+    """A statistic with its interval as text, or a dash if a sample has fewer than ten values."""
     if any(len(sample) < 10 for sample in samples):
         return "-"
     value, (low, high) = statistic(*samples), interval(statistic, *samples)

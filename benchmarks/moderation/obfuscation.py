@@ -1,4 +1,4 @@
-"""Ways to write a word so that a filter does not see it and a reader does; written apart from those of training."""
+"""Ways to write a word that readers recognise and filters may not; they share no code with those of training."""
 from collections.abc import Callable
 
 import numpy as np
@@ -16,11 +16,11 @@ _TURNED = str.maketrans("abcdefghijklmnopqrtuvwy",
 _ACCENTS = "\u0300\u0301\u0302\u0303\u0308\u030a\u0327\u0323"
 
 
-def _shifted(word: str, start: int) -> str:
+def _shift_letters(word: str, start: int) -> str:
     return "".join(chr(start + ord(c) - 97) if "a" <= c <= "z" else c for c in word)
 
 
-def _inserted(word: str, random: Random, piece: str) -> str:
+def _insert(word: str, random: Random, piece: str) -> str:
     place = int(random.integers(1, len(word)))
     return word[:place] + piece + word[place:]
 
@@ -31,12 +31,12 @@ def _leet(word: str, random: Random, share: float) -> str:
     return "".join(_LEET[c][random.integers(len(_LEET[c]))] if i in chosen else c for i, c in enumerate(word))
 
 
-def _starred(word: str, random: Random, sign: str) -> str:
+def _star_letter(word: str, random: Random, sign: str) -> str:
     place = int(random.integers(1, len(word) - 1))
     return word[:place] + sign + word[place + 1:]
 
 
-def _one_alike(word: str, random: Random, table: dict[int, int]) -> str:
+def _replace_one(word: str, random: Random, table: dict[int, int]) -> str:
     hit = [i for i, c in enumerate(word) if ord(c) in table]
     if not hit:
         return word
@@ -56,44 +56,44 @@ KINDS: dict[str, Callable[[str, Random], str]] = {
     "underscores": lambda w, r: "_".join(w),
     "signs of several kinds": lambda w, r: "".join(c + "-._/~"[r.integers(5)] for c in w).rstrip("-._/~"),
     "spaces and capitals": lambda w, r: " ".join(w.upper()),
-    "letter repeated": lambda w, r: _inserted(w, r, "") if len(w) < 2 else w[:-1] + w[-1] * int(r.integers(3, 7)),
+    "letter repeated": lambda w, r: _insert(w, r, "") if len(w) < 2 else w[:-1] + w[-1] * int(r.integers(3, 7)),
     "vowel repeated": lambda w, r: "".join(c * (int(r.integers(3, 6)) if c in "aeiou" else 1) for c in w),
     "all repeated": lambda w, r: "".join(c * 2 for c in w),
-    "star for a letter": lambda w, r: _starred(w, r, "*"),
-    "hash for a letter": lambda w, r: _starred(w, r, "#"),
-    "zero width space": lambda w, r: _inserted(w, r, "\u200b"),
+    "star for a letter": lambda w, r: _star_letter(w, r, "*"),
+    "hash for a letter": lambda w, r: _star_letter(w, r, "#"),
+    "zero width space": lambda w, r: _insert(w, r, "\u200b"),
     "zero width everywhere": lambda w, r: "\u200c".join(w),
-    "soft hyphen": lambda w, r: _inserted(w, r, "\u00ad"),
-    "word joiner and selector": lambda w, r: _inserted(_inserted(w, r, "\u2060"), r, "\ufe0f"),
-    "tag letters": lambda w, r: _inserted(w, r, "\U000e0061\U000e0062"),
-    "direction marks": lambda w, r: "\u2066" + _inserted(w, r, "\u200e") + "\u2069",
+    "soft hyphen": lambda w, r: _insert(w, r, "\u00ad"),
+    "word joiner and selector": lambda w, r: _insert(_insert(w, r, "\u2060"), r, "\ufe0f"),
+    "tag letters": lambda w, r: _insert(w, r, "\U000e0061\U000e0062"),
+    "direction marks": lambda w, r: "\u2066" + _insert(w, r, "\u200e") + "\u2069",
     "accents": lambda w, r: "".join(c + (_ACCENTS[r.integers(8)] if r.random() < 0.5 else "") for c in w),
     "stacked marks": lambda w, r: "".join(c + "".join(chr(0x300 + int(k)) for k in r.integers(0, 0x6F, 6)) for c in w),
-    "Cyrillic, one": lambda w, r: _one_alike(w, r, _CYRILLIC),
+    "Cyrillic, one": lambda w, r: _replace_one(w, r, _CYRILLIC),
     "Cyrillic, all": lambda w, r: w.translate(_CYRILLIC),
     "Greek, all": lambda w, r: w.translate(_GREEK),
-    "full width": lambda w, r: _shifted(w, 0xFF41),
-    "mathematical bold": lambda w, r: _shifted(w, 0x1D41A),
-    "mathematical script": lambda w, r: _shifted(w, 0x1D4EA),
-    "circled": lambda w, r: _shifted(w, 0x24D0),
-    "squared": lambda w, r: _shifted(w, 0x1F170),
-    "regional letters": lambda w, r: _shifted(w, 0x1F1E6),
+    "full width": lambda w, r: _shift_letters(w, 0xFF41),
+    "mathematical bold": lambda w, r: _shift_letters(w, 0x1D41A),
+    "mathematical script": lambda w, r: _shift_letters(w, 0x1D4EA),
+    "circled": lambda w, r: _shift_letters(w, 0x24D0),
+    "squared": lambda w, r: _shift_letters(w, 0x1F170),
+    "regional letters": lambda w, r: _shift_letters(w, 0x1F1E6),
     "small capitals": lambda w, r: w.translate(_SMALL),
     "turned letters": lambda w, r: w.translate(_TURNED),
     "brackets of a prompt": lambda w, r: f"({w[:2]}){w[2:]}" if r.random() < 0.5 else f"[{w}:1.3]",
-    "cut in two": lambda w, r: _inserted(w, r, " "),
-    "cut in two by a sign": lambda w, r: _inserted(w, r, "-'_,"[r.integers(4)]),
+    "cut in two": lambda w, r: _insert(w, r, " "),
+    "cut in two by a sign": lambda w, r: _insert(w, r, "-'_,"[r.integers(4)]),
     "backwards": lambda w, r: w[::-1],
     "inside a longer word": lambda w, r: "xq" + w + "zz",
     "leet and dots": lambda w, r: ".".join(_leet(w, r, 0.5)),
-    "Cyrillic and zero width": lambda w, r: _inserted(_one_alike(w, r, _CYRILLIC), r, "\u200d"),
+    "Cyrillic and zero width": lambda w, r: _insert(_replace_one(w, r, _CYRILLIC), r, "\u200d"),
     "capitals, spaces and accents": lambda w, r: " ".join(c + _ACCENTS[r.integers(8)] for c in w.upper()),
     "leet and repeats": lambda w, r: _leet(w[:-1] + w[-1] * 4, r, 0.4),
 }
 
 
-def obfuscated(term: str, kind: str, random: Random) -> str:
-    """Each word of a term written in one way; words of fewer than three letters stay."""
+def obfuscate(term: str, kind: str, random: Random) -> str:
+    """The term with each word written in the way ``kind``; words of fewer than three letters are unchanged."""
     if kind == "inside a longer word":
         return KINDS[kind](term.replace(" ", ""), random)
     return " ".join(KINDS[kind](word, random) if len(word) >= 3 else word for word in term.split())

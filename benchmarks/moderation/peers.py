@@ -1,7 +1,7 @@
-"""Other people's filters on the same text, in environments of their own: they need libraries that this project has not.
+"""Other filters on the same text, run in their own environments, because they need further libraries.
 
-`python` is one where alt-profanity-check and hatesonar are installed, `node` a folder with node_modules of obscenity,
-allprofanity and @2toad/profanity. A peer that does not start is reported with its last line, and left out.
+`python` is an interpreter with alt-profanity-check and hatesonar, `node` a folder with node_modules of obscenity,
+allprofanity and @2toad/profanity. A peer that fails is reported with the last line of its error.
 """
 import json
 import subprocess
@@ -25,8 +25,8 @@ const filter = new Profanity(); out = texts.map(t => filter.exists(t));""",
 }
 
 
-def flagged(texts: list[str], python: Path | None, node: Path | None) -> dict[str, list[bool] | str]:
-    """What each peer flags, by its name, or the line with which it failed."""
+def peer_answers(texts: list[str], python: Path | None, node: Path | None) -> dict[str, list[bool] | str]:
+    """Whether each peer flags each text, or the line with which the peer failed, by its name."""
     data = json.dumps([text.encode("utf-8", "replace").decode() for text in texts])
     found: dict[str, list[bool] | str] = {}
     for name, code in PYTHON.items() if python else ():
@@ -41,6 +41,7 @@ def flagged(texts: list[str], python: Path | None, node: Path | None) -> dict[st
 
 
 def _answer(command: list[str], data: str, folder: Path | None) -> list[bool] | str:
+    """The answer of one peer, or the last line of its error."""
     try:
         done = subprocess.run(command, input=data, capture_output=True, text=True, timeout=900, cwd=folder)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -51,4 +52,4 @@ def _answer(command: list[str], data: str, folder: Path | None) -> list[bool] | 
 
 
 if __name__ == "__main__":
-    print(flagged(["a red star"], Path(sys.argv[1]), Path(sys.argv[2])))
+    print(peer_answers(["a red star"], Path(sys.argv[1]), Path(sys.argv[2])))

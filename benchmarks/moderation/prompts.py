@@ -1,12 +1,12 @@
-"""The table of docs/moderation.md: the prompt classifier on text that it has not seen.
+"""The tables of docs/moderation.md: the prompt classifier on text that it was not trained on.
 
     python -m benchmarks.moderation.prompts --data DIR [DIR ...] [--left-out NAME=FILE ...] [--more NAME=FILE ...]
     python -m benchmarks.moderation.prompts --csv FILE.csv            your own text: text,label,category
 
-`--left-out i2p=FILE` names weights trained without that source, judged on all of it; `--more "no twins=FILE"` other
-weights for the ablation; `--run RUN` a run folder whose text encoder has a head of its own. With `--peers-python` and
-`--peers-node` other people's filters are run on the same text. `--card` writes the figures by category into the card
-beside the weights.
+`--left-out i2p=FILE` names weights that were trained without that source, which are then tested on all of it. `--more
+"no twins=FILE"` names other weights for the ablation, `--run RUN` a run folder with a head on its text encoder. With
+`--peers-python` and `--peers-node` other filters are run on the same text. `--card` writes the figures by category into
+the card beside the weights.
 """
 import argparse
 import csv
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.moderation.metrics import auc, calibration_error, matched, recall_at, shown, table
-from benchmarks.moderation.peers import flagged
+from benchmarks.moderation.metrics import auc, calibration_error, estimate, match_lengths, recall_at, table
+from benchmarks.moderation.peers import peer_answers
 from benchmarks.moderation.rules import obfuscation_table, trap_table
 from benchmarks.moderation.time import time_tables
 from files.whole import write_text
@@ -34,7 +34,7 @@ PARTS = ("rules", "network", "all")
 
 
 class Judged:
-    """Rows with the decisions of one gate: ``score[part]`` (B,), ``action`` (B,), ``head`` (B, K)."""
+    """Rows and the decisions of one gate on them: ``score[part]`` (B,), ``action`` (B,), ``head`` (B, K)."""
 
     def __init__(self, gate: PromptGate, rows: list[Row]):
         self.rows = rows
@@ -49,24 +49,29 @@ class Judged:
 
     def places(self, *, source: str = "", topic: str = "", share: float = -1,
                harmless: bool | None = None) -> np.ndarray:
-        """Places of rows of a source (a file), with a topic, from a share of inappropriate pictures up."""
+        """Indices of the rows of a source (a file) with a topic and at least a share of inappropriate images."""
         return np.array([i for i, row in enumerate(self.rows)
                          if source in ("", row.source) and topic in row.topic and row.share >= share
                          and (harmless is None or row.harmless == harmless)], int)
 
 
+def ranking(positives: np.ndarray, near: np.ndarray, negatives: np.ndarray) -> list[str]:
+    """[AUC against negatives of near lengths, AUC against all, recall at 1 %, recall at 5 % against near lengths]."""
+    return [estimate(auc, positives, near), estimate(auc, positives, negatives),
+            *(estimate(lambda a, b: recall_at(a, b, rate), positives, near) for rate in (0.01, 0.05))]
+
+
 def ranking_rows(judged: Judged, scores: np.ndarray, share: float) -> list[list[str]]:
-    """AUC and recall by category: I2P prompts from ``share`` up against real prompts of their lengths."""
+    """AUC and recall by category: I2P prompts of at least ``share`` against real prompts of their lengths."""
     negatives, rows = judged.places(source="real_prompts", harmless=True), []
     for name, topic in TOPICS.items():
         positives = judged.places(source="i2p", topic=topic, share=share)
-        near = negatives[matched(judged.length[positives], judged.length[negatives])]
+        near = negatives[match_lengths(judged.length[positives], judged.length[negatives])]
         if len(positives) < 10 or len(near) < 10:
             continue
         p, n = scores[positives], scores[near]
-        rows.append([name, str(len(positives)), str(len(near)), shown(auc, p, n), shown(auc, p, scores[negatives]),
-                     shown(lambda a, b: recall_at(a, b, 0.01), p, n), shown(lambda a, b: recall_at(a, b, 0.05), p, n),
-                     shown(auc, judged.length[positives].astype(float), judged.length[near].astype(float))])
+        rows.append([name, str(len(p)), str(len(n)), *ranking(p, n, scores[negatives]),
+                     estimate(auc, judged.length[positives].astype(float), judged.length[near].astype(float))])
     return rows
 
 
@@ -75,7 +80,7 @@ RANKING = ("category", "harmful", "harmless", "AUC, lengths matched", "AUC, unma
 
 
 def twins(judged: Judged, scores: np.ndarray) -> list[str]:
-    """[number, AUC, ordered right, ordered right where the harmful one is not longer, harmful blocked]."""
+    """[number, AUC, ordered right, ordered right if the harmful text is not longer, harmful texts blocked]."""
     pairs: dict[int, dict[bool, int]] = {}
     for place, row in enumerate(judged.rows):
         if row.twin >= 0:
@@ -87,22 +92,22 @@ def twins(judged: Judged, scores: np.ndarray) -> list[str]:
     right = (harmful > harmless).astype(float)
     short = right[judged.length[both[:, 0]] <= judged.length[both[:, 1]]]
     blocked = (judged.action[both[:, 0]] == "block").astype(float)
-    return [str(len(both)), shown(auc, harmful, harmless), shown(np.mean, right),
-            f"{shown(np.mean, short)} of {len(short)}", shown(np.mean, blocked, percent=True)]
+    return [str(len(both)), estimate(auc, harmful, harmless), estimate(np.mean, right),
+            f"{estimate(np.mean, short)} of {len(short)}", estimate(np.mean, blocked, percent=True)]
 
 
 def share_rows(judged: Judged) -> list[list[str]]:
-    """What is blocked and flagged of harmless text, by file."""
+    """The shares of harmless text that are blocked and flagged, by file."""
     rows = []
     for source in sorted({row.source for row in judged.rows if row.harmless}):
         action = judged.action[judged.places(source=source, harmless=True)]
-        rows.append([source, str(len(action)), *(shown(np.mean, (action == name).astype(float), percent=True)
+        rows.append([source, str(len(action)), *(estimate(np.mean, (action == name).astype(float), percent=True)
                                                  for name in ("block", "flag"))])
     return rows
 
 
 def calibration_rows(judged: Judged) -> list[list[str]]:
-    """Expected calibration error by category: on all text with a known label, and on as many harmless as harmful."""
+    """Expected calibration error by category: on all text with a known label, and on a mixture that is half harmful."""
     random, rows = np.random.default_rng(0), []
     for place, name in enumerate(HEADS):
         labels = np.array([row.labels.get(name, np.nan) for row in judged.rows])
@@ -111,17 +116,17 @@ def calibration_rows(judged: Judged) -> list[list[str]]:
         if len(ones) < 10:
             continue
         even = np.concatenate([ones, random.choice(zeros, min(len(ones), len(zeros)), replace=False)])
-        rows.append([name, *(shown(lambda both: calibration_error(both[:, 0], both[:, 1]),
-                                   np.stack([scores[places], labels[places]], axis=1)) for places in (known, even))])
+        rows.append([name, *(estimate(lambda both: calibration_error(both[:, 0], both[:, 1]),
+                                      np.stack([scores[places], labels[places]], axis=1)) for places in (known, even))])
     return rows
 
 
 def peer_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
-    """What peers and this gate flag or block: harmful text by category, and harmless text."""
+    """The shares that peers and this gate flag or block, of harmful text by category and of harmless text."""
     kept = np.array([i for i, row in enumerate(judged.rows)
                      if row.source != "captions" and (row.share < 0 or row.share >= 50)])
     texts = [judged.rows[i].text for i in kept]
-    answers: dict[str, list[bool] | str] = dict(flagged(texts, options.peers_python, options.peers_node))
+    answers: dict[str, list[bool] | str] = dict(peer_answers(texts, options.peers_python, options.peers_node))
     answers["this, blocked"] = (judged.action[kept] == "block").tolist()
     answers["this, blocked or flagged"] = (judged.action[kept] != "allow").tolist()
     rows = []
@@ -139,7 +144,7 @@ def peer_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
 
 
 def own_csv(path: Path) -> list[Row]:
-    """Rows of a CSV with text, label (0 or 1) and category; raises ValueError naming what is missing."""
+    """The rows of a CSV file with text, label (0 or 1) and category; raises ValueError naming what is missing."""
     with open(path, newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {"text", "label"} <= set(lines[0]):
@@ -156,7 +161,7 @@ def own_csv(path: Path) -> list[Row]:
 
 
 def report_csv(gate: PromptGate, path: Path, options: argparse.Namespace) -> None:
-    """The figures of somebody's own text: by category, by what decides, calibration, harmless text."""
+    """Print the figures on the user's own text: by category, by what decides, calibration, harmless text."""
     rows = own_csv(path)
     judged = Judged(gate, rows)
     negatives = judged.places(harmless=True)
@@ -167,13 +172,12 @@ def report_csv(gate: PromptGate, path: Path, options: argparse.Namespace) -> Non
     def line(name: str, found: Judged, part: str, topic: str) -> list[str]:
         score = found.score[part]
         positives = np.array([i for i in found.places(topic=topic) if found.rows[i].harmful], int)
-        near = negatives[matched(found.length[positives], found.length[negatives])]
+        near = negatives[match_lengths(found.length[positives], found.length[negatives])]
         near = near if len(near) else negatives
         p, n = score[positives], score[near]
         blocked = (found.action[positives] == "block").astype(float)
-        return [name, str(len(p)), str(len(n)), shown(auc, p, n), shown(auc, p, score[negatives]),
-                shown(lambda a, b: recall_at(a, b, 0.01), p, n), shown(lambda a, b: recall_at(a, b, 0.05), p, n),
-                shown(np.mean, blocked, percent=True)]
+        return [name, str(len(p)), str(len(n)), *ranking(p, n, score[negatives]),
+                estimate(np.mean, blocked, percent=True)]
 
     header = ("harmful", "harmless", *RANKING[3:7], "blocked")
     topics = sorted({row.topic for row in rows if row.harmful})
@@ -189,13 +193,13 @@ ABLATION = ("what decides", "twins", "AUC", "ordered right", "where not longer",
 
 
 def ablation_row(name: str, judged: Judged, part: str = "all") -> list[str]:
-    """Twins and the first four categories of I2P, by one part of what decides."""
+    """Twins and the first four categories of I2P, decided by one part of the gate."""
     score = judged.score[part]
     return [name, *twins(judged, score), *(row[3] for row in ranking_rows(judged, score, 50)[:4])]
 
 
 def ablation_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
-    """Each part alone, other weights, and with the head on the text encoder of a run."""
+    """Each part alone, other weights, and the gate with a head on the text encoder of a run."""
     rows = [ablation_row(part, judged, part) for part in (*PARTS, "length")]
     short = [row for row in judged.rows if row.source != "captions"]
     for name, path in options.more:
@@ -212,13 +216,13 @@ def ablation_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]
 
 
 def write_card(weights: Path, judged: Judged) -> None:
-    """Put the figures by category into the card beside the weights."""
+    """Write the figures by category into the card beside the weights."""
     path = weights.with_suffix(".json")
     card = json.loads(path.read_text(encoding="utf-8"))
     found = twins(judged, judged.score["all"])
     card["figures"] = {
         "what": "test split, 95 % bootstrap intervals; docs/moderation.md has all tables",
-        "prompts of I2P from 50 % inappropriate pictures up, against real prompts of their lengths": {
+        "prompts of I2P from 50 % inappropriate images up, against real prompts of their lengths": {
             row[0]: dict(zip(RANKING[1:], row[1:])) for row in ranking_rows(judged, judged.score["all"], 50)},
         "twins": dict(zip(ABLATION[1:6], found)),
         "harmless text": {row[0]: {"number": row[1], "blocked": row[2], "flagged": row[3]} for row in
@@ -229,12 +233,12 @@ def write_card(weights: Path, judged: Judged) -> None:
 
 
 def report(gate: PromptGate, corpus: Corpus, options: argparse.Namespace) -> None:
-    """Every table, on the test split of the corpus and on sources left out."""
+    """Print all tables, on the test split of the corpus and on the sources left out."""
     judged = Judged(gate, [row for row in corpus.rows if row.split == "test"])
     if options.card:
         write_card(options.weights, judged)
     for share in (50, 80):
-        print(f"\n## Test split, I2P from {share} % inappropriate pictures up\n")
+        print(f"\n## Test split, I2P from {share} % inappropriate images up\n")
         print(table(RANKING, ranking_rows(judged, judged.score["all"], share)))
     print("\n## Harmless text\n\n" + table(("file", "number", "blocked", "flagged"), share_rows(judged)))
     print("\n## Calibration error\n\n" + table(("category", "all text", "half harmful"), calibration_rows(judged)))
@@ -257,7 +261,8 @@ def report(gate: PromptGate, corpus: Corpus, options: argparse.Namespace) -> Non
     print(f"\nsize: {options.weights.stat().st_size / 1e6:.2f} MB")
 
 
-def named(text: str) -> tuple[str, Path]:
+def name_and_path(text: str) -> tuple[str, Path]:
+    """The parts of an argument NAME=FILE."""
     name, equals, path = text.partition("=")
     if not equals or not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"'{text}'; valid: NAME=FILE of weights")
@@ -265,12 +270,13 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def main(arguments: list[str]) -> None:
+    """Print the tables for a corpus or for the user's own text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], help="folders of text")
     parser.add_argument("--csv", type=Path, help="your own text")
     parser.add_argument("--weights", type=Path, default=DEFAULT)
-    parser.add_argument("--left-out", type=named, nargs="*", default=[])
-    parser.add_argument("--more", type=named, nargs="*", default=[])
+    parser.add_argument("--left-out", type=name_and_path, nargs="*", default=[])
+    parser.add_argument("--more", type=name_and_path, nargs="*", default=[])
     parser.add_argument("--run", type=Path, help="run folder with a head on its text encoder")
     parser.add_argument("--card", action="store_true", help="write figures into the card beside the weights")
     parser.add_argument("--peers-python", type=Path)

@@ -1,6 +1,6 @@
-"""How long a prompt takes, and the worst of what somebody could send.
+"""The time that the gate takes for a prompt, and for the slowest texts that an attacker could send.
 
-    python -m benchmarks.moderation.time [FILE]               one prompt a line; without, made-up ones
+    python -m benchmarks.moderation.time [FILE]               one prompt a line; default: built-in prompts
 """
 import random
 import sys
@@ -23,7 +23,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def latency(gate: PromptGate, texts: list[str], repeats: int = 3) -> dict[str, float]:
-    """Milliseconds a prompt: the best of ``repeats`` for each text, at its median and 95th percentile."""
+    """Milliseconds for a prompt: the median and the 95th percentile over texts of the best of ``repeats``."""
     times = np.full(len(texts), np.inf)
     for _ in range(repeats):
         for place, text in enumerate(texts):
@@ -34,8 +34,8 @@ def latency(gate: PromptGate, texts: list[str], repeats: int = 3) -> dict[str, f
 
 
 def hostile(size: int) -> dict[str, str]:
-    """Texts of ``size`` characters that need the most work, by what they are made of: the same piece again and again,
-    and words of which no two are alike, as many with signs and repeats as are read."""
+    """Texts of ``size`` characters that need the most work, by their description: one repeated piece, or different
+    words, of which as many as the gate reads have signs and repeated letters."""
     def word(letters: str, length: int) -> str:
         return "".join(draw.choice(letters) for _ in range(length))
 
@@ -52,7 +52,7 @@ def hostile(size: int) -> dict[str, str]:
 
 
 def hostile_rows(gate: PromptGate) -> list[list[str]]:
-    """Milliseconds for the worst of them at several lengths: linear if they grow as the length does."""
+    """[characters, milliseconds, description] of the slowest text at several lengths."""
     rows = []
     for size in (250, 500, 1000, LONGEST):
         worst = {name: latency(gate, [text], 5)["p50"] for name, text in hostile(size).items()}
