@@ -10,14 +10,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
+    from sampling.flags import parser
+    parser().parse_args()  # before PyTorch is imported, which takes longer than reading what is printed
+
 from tqdm import tqdm
 
+from model.allocator import keep_freed_memory
 from pipeline.moderation import OFF
 from pipeline.prompts import chunks_of
 from pipeline.system import TextToImage
+from sampling.command import Command, parse
 from sampling.draw import texts_of
 from sampling.engine import Job, draw_samples, gate_of, step_count
-from sampling.flags import Command, parse
 from sampling.gate import blur_where_decided
 from sampling.loading import load_moderation, load_system, read_sources
 from sampling.metadata import shared_settings
@@ -100,6 +105,7 @@ def verify_files(command: Command) -> int:
 def main(arguments: list[str]) -> int:
     """Sample, or verify; 1 when a verified image is not equal, 5 when everything was refused."""
     command = parse(arguments)
+    keep_freed_memory()
     return verify_files(command) if command.verify else sample(command)
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from files.config import from_dict, to_dict
 from files.run_folder import RunFolder
+from model.allocator import keep_freed_memory
 from model.device import default_device
 from training.check import check
 from training.distributed import ProcessLost, leave, process_group
 from training.experiment import STAGES, Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
-from training.memory import keep_freed_memory
 from training.run_stages import run_stages
 
 

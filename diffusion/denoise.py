@@ -24,6 +24,17 @@ class TimedDenoiser(ABC):
         return self.at(t[0].item())(x_t, t)  # waits for the device; samplers go through `at`
 
 
+class Numbered(TimedDenoiser):
+    """A `denoise` made of a function of x_t, t (B,) and t as a number, for what is looked up by the number."""
+
+    def __init__(self, call: Callable[[Tensor, Tensor, float], Tensor]) -> None:
+        self.call = call
+
+    def at(self, t: float) -> Denoise:
+        """The callable to use at time t."""
+        return lambda x_t, times: self.call(x_t, times, t)
+
+
 def denoise_at(denoise: Denoise, t: float) -> Denoise:
     """`denoise` itself, or its `at(t)` when it asks for the value of t."""
     return denoise.at(t) if isinstance(denoise, TimedDenoiser) else denoise

@@ -86,18 +86,31 @@ class Edit:
     keep: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What one run of a sampler may have beside its configuration.
+
+    progress: wraps the list of times, for a progress bar. edit: the image to start from, None for noise alone. trace: a
+    list that receives the predicted x_0 of every step. weak: a weaker network, pushed away from in place of the
+    unconditional predictions, as in `autoguidance`.
+    """
+
+    progress: Callable[[list], Iterable] = iter
+    edit: Edit | None = None
+    trace: list | None = None
+    weak: Denoise | None = None
+
+
 def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], Tensor], schedule: Schedule,
-                   prediction_type: str, config: SamplingConfig, progress: Callable[[list], Iterable] = iter,
-                   edit: Edit | None = None, trace: list | None = None, weak: Denoise | None = None) -> Tensor:
+                   prediction_type: str, config: SamplingConfig, run: RunSettings = RunSettings()) -> Tensor:
     """x_0 (B, C, H, W); the first draw of ``noise`` is x_T, later ones feed stochastic samplers.
 
-    conditional, doubled: as in `classifier_free_guidance`. weak: pushed away from in place of the unconditional half of
-    `doubled`, as in `autoguidance`. progress: wraps the list of times, for a progress bar. trace: a list that receives
-    the predicted x_0 of every step. Raises ValueError when the schedule has fewer times
-    than steps are asked for, and for a strength that leaves no step.
+    conditional, doubled: as in `classifier_free_guidance`. Raises ValueError when the schedule has fewer times than
+    steps are asked for, and for a strength that leaves no step.
     """
-    if weak is not None:
-        denoise = autoguidance(conditional, weak, config.guidance, schedule, prediction_type)
+    edit = run.edit
+    if run.weak is not None:
+        denoise = autoguidance(conditional, run.weak, config.guidance, schedule, prediction_type)
     else:
         denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
     times = visited_times(schedule, config, edit.strength if edit else 1.0)
@@ -106,8 +119,8 @@ def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], T
         denoise = InpaintingDenoiser(denoise, edit.x_0, x, edit.keep, schedule, prediction_type)
     if edit is not None and not (edit.keep is not None and edit.strength == 1.0):
         x, _ = image_to_image_start(edit.x_0, x, times, 1.0, schedule)
-    return get_sampler(config.sampler)(denoise, x, progress(times), schedule, prediction_type, noise, trace=trace,
-                                       **config.options)
+    return get_sampler(config.sampler)(denoise, x, run.progress(times), schedule, prediction_type, noise,
+                                       trace=run.trace, **config.options)
 
 
 def visited_times(schedule: Schedule, config: SamplingConfig, strength: float = 1.0) -> list:
@@ -119,7 +132,8 @@ def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingCon
                    strength: float | None = None) -> None:
     """Raises the ValueError that sampling with these settings would, by doing it once on a latent of four zeros."""
     edit = None if strength is None else Edit(torch.zeros(1, 1, 2, 2), strength)
-    sample_latents(_zeros, _zeros, PerImageNoise([0], (1, 2, 2)), schedule, prediction_type, config, edit=edit)
+    sample_latents(_zeros, _zeros, PerImageNoise([0], (1, 2, 2)), schedule, prediction_type, config,
+                   RunSettings(edit=edit))
 
 
 def _zeros(x_t: Tensor, t: Tensor) -> Tensor:

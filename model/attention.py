@@ -5,7 +5,7 @@ Axis letters: B batch, N queries, M keys, L context tokens, h heads, d width of 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -225,6 +225,12 @@ class ContextCache:
             weights=tuple((p, p.data_ptr(), p._version) for p in _context_weights(layers, pool)),
         )
 
+    def last(self, count: int) -> "ContextCache":
+        """The cache of the last `count` contexts of the batch, as views."""
+        return replace(self, layers=tuple((k[-count:], v[-count:]) for k, v in self.layers), batch=count,
+                       pooled=None if self.pooled is None else self.pooled[-count:],
+                       mask=None if self.mask is None else self.mask[-count:])
+
     def check(self, layers: list[CrossAttention], x: Tensor, trainings: int, pool: ContextPool | None = None) -> None:
         """Raises ValueError unless the cache fits the batch x (B, ...) and the weights are those it was made from.
 
@@ -237,6 +243,8 @@ class ContextCache:
             raise ValueError(
                 f"cache: made under autocast {self.autocast}, used under {_autocast_dtype(x.device)}; valid: the same"
             )
+        if torch.compiler.is_compiling():  # addresses and versions cannot be looked at in a compiled graph
+            return
         now = _context_weights(layers, pool)
         same = len(now) == len(self.weights) and all(
             p is q and q.data_ptr() == address and q._version == version

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, called, check_groups, widened
+from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, called, check_groups
+from model.norm import GroupNorm
 
 EPS = 1e-6  # of every GroupNorm
 
@@ -121,7 +122,7 @@ class Encoder(nn.Module):
             self.down.append(Level(widths, config.norm_groups, resample, config.gradient_checkpointing))
             c_in = c
         self.mid = Middle(c_in, config.norm_groups, config.mid_attention)
-        self.norm_out = nn.GroupNorm(config.norm_groups, c_in, eps=EPS)
+        self.norm_out = GroupNorm(config.norm_groups, c_in, eps=EPS)
         self.conv_out = nn.Conv2d(c_in, 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(x, self.stem) if self.stem > 1 else x)  # (B, c_0, H / stem, W / stem)
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(widened(self.mid(x)))))  # (B, 2C, h, w)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))  # (B, 2C, h, w)
 
 
 class Decoder(nn.Module):
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
             self.up.append(Level(widths, config.norm_groups, Upsample(c) if level else None,
                                  config.gradient_checkpointing))
             c_in = c
-        self.norm_out = nn.GroupNorm(config.norm_groups, c_in, eps=EPS)
+        self.norm_out = GroupNorm(config.norm_groups, c_in, eps=EPS)
         self.conv_out = nn.Conv2d(c_in, config.image_channels * config.stem**2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(z))  # (B, c_last, h, w)
         for level in self.up:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(widened(x))))  # (B, 3 stem^2, H / stem, W / stem)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 3 stem^2, H / stem, W / stem)
         return F.pixel_shuffle(x, self.stem) if self.stem > 1 else x  # (B, 3, H, W)
 
 

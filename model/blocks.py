@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import CrossAttention, SelfAttention
+from model.norm import GroupNorm
+from model.packed import Conv2d
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -37,18 +39,6 @@ def check_groups(channels: tuple[int, ...], groups: int) -> None:
     for count in channels:
         if groups < 1 or count < 1 or count % groups:
             raise ValueError(f"norm_groups: {groups} does not divide {count} of channels {channels}; valid: a divisor")
-
-
-def widened(x: Tensor) -> Tensor:
-    """x (B, C, H, W) as a norm before a layer should get it: in fp32 in a training step under autocast on a CPU.
-
-    In bf16 and channels-last order the kernel of GroupNorm adds up one value at a time: with SiLU, forward and backward
-    of (32, 128, 8, 8) take 3.1 ms on one core, in fp32 1.5 ms. The layer after it rounds to bf16 by itself.
-    """
-    if (x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled()
-            and torch.is_autocast_enabled("cpu")):
-        return x.float()
-    return x
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
@@ -100,20 +90,21 @@ class ResBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, groups: int, eps: float, time_width: int | None = None,
                  dropout: float = 0.0):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=eps)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1 = GroupNorm(groups, c_in, eps=eps)
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
         self.time = None if time_width is None else nn.Linear(time_width, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=eps)
+        self.norm2 = GroupNorm(groups, c_out, eps=eps)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.shortcut = None if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.conv2 = zero_init(Conv2d(c_out, c_out, 3, padding=1))
+        self.shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """x (B, c_in, H, W); time (B, time_width), after SiLU. Returns (B, c_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(widened(x))))  # (B, c_out, H, W)
+    def forward(self, x: Tensor, time: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """x (B, c_in, H, W); time (B, time_width), after SiLU, or `shift` (B or 1, c_out), what it adds here.
+        Returns (B, c_out, H, W)."""
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
         if self.time is not None:
-            h = h + self.time(time)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(widened(h)))))
+            h = h + (self.time(time) if shift is None else shift)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -126,7 +117,7 @@ class Downsample(nn.Module):
     def __init__(self, channels: int, symmetric: bool = True):
         super().__init__()
         self.symmetric = symmetric
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=1 if symmetric else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x if self.symmetric else F.pad(x, (0, 1, 0, 1)))
@@ -137,7 +128,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -226,7 +217,7 @@ class SpatialTransformer(nn.Module):
                  linear_projection: bool, qk_norm: bool = False, dropout: float = 0.0):
         super().__init__()
         projection = nn.Linear if linear_projection else PointwiseConv
-        self.norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm = GroupNorm(groups, width, eps=1e-6)
         self.proj_in = projection(width, width)
         self.blocks = nn.ModuleList(
             TransformerBlock(width, heads, context_width, qk_norm, dropout) for _ in range(depth)
@@ -236,7 +227,7 @@ class SpatialTransformer(nn.Module):
     def forward(self, x: Tensor, keys_values: tuple[tuple[Tensor, Tensor], ...], mask: Tensor | None) -> Tensor:
         """x (B, C, H, W); keys_values one pair (B, heads, L, d) a block; mask (B, 1, 1, L). Returns (B, C, H, W)."""
         height, width = x.shape[2:]
-        h = to_tokens(self.norm(widened(x)))  # (B, N, C)
+        h = to_tokens(self.norm(x))  # (B, N, C)
         h = self.proj_in(h)
         for block, (k, v) in zip(self.blocks, keys_values, strict=True):
             h = block(h, k, v, mask)
@@ -248,13 +239,13 @@ class ImageAttention(nn.Module):
 
     def __init__(self, channels: int, groups: int, eps: float):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=eps)
+        self.norm = GroupNorm(groups, channels, eps=eps)
         self.attention = SelfAttention(channels, heads=1, bias=True)
         zero_init(self.attention.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return x + to_image(self.attention(to_tokens(self.norm(widened(x)))), *x.shape[2:])
+        return x + to_image(self.attention(to_tokens(self.norm(x))), *x.shape[2:])
 
 
 def to_tokens(x: Tensor) -> Tensor:

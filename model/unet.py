@@ -3,7 +3,7 @@
 Rombach et al. 2022, section 3.3. Axis letters: B batch, C channels, H height, W width, L tokens, D context width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,12 +21,13 @@ from model.blocks import (
     Upsample,
     called,
     check_groups,
-    widened,
     zero_init,
 )
+from model.norm import GroupNorm
 
 EPS = 1e-5  # of every GroupNorm outside the transformers
 Pairs = Iterator[tuple[Tensor, Tensor]]  # keys and values (B, heads, L, d) of the context, one pair a layer, in order
+Time = Tensor | Iterator[Tensor]  # (B, 4 channels[0]), or what it adds in every residual block, (B or 1, c_out) each
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ class Level(nn.Module):
         )
         self.resample = resample
 
-    def block(self, index: int, x: Tensor, time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+    def block(self, index: int, x: Tensor, time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """Residual block `index` and the transformer after it, (B, c_in, H, W) -> (B, c_out, H, W)."""
-        x = called(self.resblocks[index], x, time, forget=self.gradient_checkpointing)
+        at = (time, None) if isinstance(time, Tensor) else (None, next(time))
+        x = called(self.resblocks[index], x, *at, forget=self.gradient_checkpointing)
         if index < len(self.transformers):
             keys_values = tuple(islice(pairs, self.depth))
             x = called(self.transformers[index], x, keys_values, mask, forget=self.gradient_checkpointing)
@@ -125,7 +127,7 @@ class Level(nn.Module):
 class DownLevel(Level):
     """On the way down every result is also kept for the way up."""
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """x (B, c_in, H, W); appends to `skips`. Returns (B, c_out, H/2, W/2), at the last level (B, c_out, H, W)."""
         for index in range(len(self.resblocks)):
             x = self.block(index, x, time, pairs, mask)
@@ -139,7 +141,7 @@ class DownLevel(Level):
 class MidLevel(Level):
     """Residual block, transformer, residual block at the coarsest resolution."""
 
-    def forward(self, x: Tensor, time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         for index in range(len(self.resblocks)):
             x = self.block(index, x, time, pairs, mask)
@@ -149,7 +151,7 @@ class MidLevel(Level):
 class UpLevel(Level):
     """On the way up every block first takes back one result of the way down."""
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Tensor, pairs: Pairs, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), at the finest level (B, c_out, H, W)."""
         for index in range(len(self.resblocks)):
             x = torch.cat([x, skips.pop()], dim=1)  # (B, c_in + c_skip, H, W)
@@ -189,7 +191,7 @@ class UNet(nn.Module):
                 c = width
             transformers = blocks + 1 if config.attention[level] else 0
             self.up.append(UpLevel(config, level, widths, transformers, Upsample(c) if level else None))
-        self.norm_out = nn.GroupNorm(config.norm_groups, c, eps=EPS)
+        self.norm_out = GroupNorm(config.norm_groups, c, eps=EPS)
         self.conv_out = zero_init(nn.Conv2d(c, config.out_channels, 3, padding=1))
 
     def cross_attentions(self) -> list[CrossAttention]:
@@ -214,18 +216,34 @@ class UNet(nn.Module):
         self.check_context(context)
         return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
+    def time_shifts(self, t: Tensor) -> list[Tensor]:
+        """What each time t (S,) adds in every residual block, (S, c_out) each; `forward` takes a row as `shifts`.
+
+        They depend on nothing else, so a sampler computes those of all its steps at once. Raises ValueError for a
+        network whose time embedding reads the prompt, too.
+        """
+        if self.pool is not None:
+            raise ValueError("time_shifts: the time embedding of this network reads the prompt; valid: a UNet with "
+                             "pooled_context: false")
+        time = self.time(t, self.conv_in.weight.dtype)  # (S, 4 channels[0])
+        return [block.time(time) for level in (*self.down, self.mid, *self.up) for block in level.resblocks
+                if block.time is not None]
+
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                cache: ContextCache | None = None) -> Tensor:
+                cache: ContextCache | None = None, shifts: Sequence[Tensor] | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
-        `context_cache`. Both ways give the same bits. Returns (B, out_channels, H, W). Raises ValueError on other
-        shapes, on a cache beside a context, in training mode, and on one that the weights may have outlived.
+        `context_cache`. Both ways give the same bits. shifts: those of t from `time_shifts`, (B or 1, c_out) each, so
+        that t is not looked at. Returns (B, out_channels, H, W). Raises ValueError on other shapes, on a cache beside a
+        context, in training mode, and on one that the weights may have outlived.
         """
         self.check_input(x, t)
         pairs, mask, pooled = self.context_parts(x, context, mask, cache)
 
-        time = self.time(t, x.dtype, pooled)  # (B, 4 channels[0])
+        if shifts is not None and self.pool is not None:
+            raise ValueError("shifts: given to a network whose time embedding reads the prompt; valid: None")
+        time: Time = self.time(t, x.dtype, pooled) if shifts is None else iter(shifts)
         x = self.conv_in(x)  # (B, channels[0], H, W)
         if self.positions is not None:
             x = self.positions(x)
@@ -235,7 +253,7 @@ class UNet(nn.Module):
         x = self.mid(x, time, pairs, mask)
         for up in self.up:
             x = up(x, skips, time, pairs, mask)
-        return self.conv_out(F.silu(self.norm_out(widened(x))))  # (B, out_channels, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
         """Raises ValueError unless x is (B, in_channels, H, W) with sizes that halve at every level, and t is (B,)."""

@@ -1,25 +1,30 @@
-"""Prompts to pictures: tokenizer, text encoder, denoiser and autoencoder of a run folder or of a published checkpoint.
+"""Prompts to images: tokenizer, text encoder, denoiser and autoencoder of a run folder or of a published checkpoint.
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
-from diffusion.denoise import Denoise
+from diffusion.denoise import Denoise, Numbered
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
-from diffusion.sampling import Edit, SamplingConfig, sample_latents, with_sampler
+from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, visited_times, with_sampler
 from diffusion.schedule import Schedule
 from files.images import to_uint8, to_unit
+from model.attention import ContextCache
 from model.autoencoder import Autoencoder
 from model.decode import decode_sliced, decode_tiled
+from model.device import autocast_dtype, frozen, placed
+from model.graphed import Runs
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
@@ -29,7 +34,8 @@ from pipeline.prompts import Prompt, chunks_of, joined, parse_prompt, weighted_c
 from safety.policy import Decision, most_severe
 
 Progress = Callable[[list], Iterable]
-WHOLE = 256 * 256  # pixels of a picture up to which a batch is decoded at once; above, one at a time costs no speed
+Speed = Literal["exact", "fast"]  # fast rounds: see docs/performance.md
+WHOLE = 256 * 256  # pixels of an image up to which a batch is decoded at once; above, one at a time costs no speed
 
 
 class Networks(nn.Module):
@@ -62,6 +68,8 @@ class TextToImage:
         self.files: dict[str, Path] = {}
         self.tiled = False
         self.guide: TextToImage | None = None
+        self.speed: Speed = "exact"
+        self.runs: Runs | None = None  # on a GPU, where "fast" replays whole runs as CUDA graphs
         self.moderation: Moderation | None = None
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -81,8 +89,22 @@ class TextToImage:
         write_diffusers_folder(path, self.unet, self.autoencoder, self.text_encoder, scheduler, write_tokenizer,
                                self.config.latent_shape[1:])
 
+    def at_speed(self, speed: Speed) -> "TextToImage":
+        """This system, or with "fast" a copy of it whose denoiser has its weights in bf16 and computes in it, if the
+        machine does; on a GPU the decoder does too, and from the second run of a kind on runs are replayed as CUDA
+        graphs. Solver, guidance and noise stay in fp32."""
+        dtype = autocast_dtype("auto", self.device)
+        if speed == "exact" or dtype is None:
+            return self
+        fast = copy(self)
+        fast.speed = speed
+        fast.unet = frozen(placed(deepcopy(self.unet).to(dtype), self.device))
+        fast.runs = Runs() if self.device.type == "cuda" else None
+        fast.guide = self.guide.at_speed(speed) if self.guide else None
+        return fast
+
     def set_size(self, height: int, width: int) -> None:
-        """Draw pictures of this size in pixels from now on; raises ValueError unless the networks can."""
+        """Draw images of this size in pixels from now on; raises ValueError unless the networks can."""
         f = self.autoencoder.factor
         multiple = f * 2 ** (len(self.unet.config.channels) - 1)
         if min(height, width) < 1 or height % multiple or width % multiple:
@@ -108,30 +130,55 @@ class TextToImage:
         weak = None
         if guided and self.guide is not None:
             weak, _ = self.guide.denoisers(*self.guide.encode(prompts), len(prompts))
-        return self.sampled(context, mask, len(prompts), noise, config, progress, edit, trace, weak)
+        return self.sampled(context, mask, len(prompts), noise, config, RunSettings(progress, edit, trace, weak))
 
-    def sampled(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
-                noise: Callable[[], torch.Tensor], config: SamplingConfig, progress: Progress = iter,
-                edit: Edit | None = None, trace: list | None = None, weak: Denoise | None = None) -> torch.Tensor:
+    def sampled(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, noise: Callable[[], torch.Tensor],
+                config: SamplingConfig, run: RunSettings = RunSettings()) -> torch.Tensor:
         """As ``latents``, from the context (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without
-        guidance or with a ``weak`` network in place of them, and from any source of noise (B, C, H, W); B is
+        guidance or with a weaker network in place of them, and from any source of noise (B, C, H, W); B is
         ``count``."""
-        conditional, doubled = self.denoisers(context, mask, count)
-        return sample_latents(conditional, doubled, noise, self.schedule, self.config.prediction_type,
-                              config, progress, edit, trace, weak)
+        times = visited_times(self.schedule, config, run.edit.strength if run.edit else 1.0)
 
-    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int) -> tuple[Denoise, Denoise]:
-        """The network bound to the prompts alone, and to all of the context."""
-        both = self.unet.context_cache(context, mask)
-        alone = self.unet.context_cache(context[-count:], None if mask is None else mask[-count:])
+        def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor, mask: torch.Tensor | None = None,
+                   run: RunSettings = RunSettings()) -> torch.Tensor:
+            conditional, doubled = self.denoisers(context, mask, count, times)
+            return sample_latents(conditional, doubled, draw, self.schedule, self.config.prediction_type, config, run)
 
-        def conditional(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(x_t, self.schedule.network_time(t), cache=alone)
+        watched = any(layer.watch is not None for layer in self.unet.cross_attentions())
+        if self.runs is None or watched or run.edit or run.trace is not None or run.weak:
+            return sample(noise, context, mask, run)
+        kind = (repr(config), context.shape, mask is None, count, self.latent_shape)
+        result = self.runs(kind, sample, [context] if mask is None else [context, mask], noise)
+        for _ in run.progress(times):
+            pass
+        return result
 
-        def doubled(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.unet(x_t, self.schedule.network_time(t), cache=both)
+    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
+                  times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
+        """The network bound to the prompts alone, and to all of the context. What depends on the prompts or on the time
+        alone is computed once: here, of ``times`` together, or of a time when it is first asked for."""
+        dtype = next(self.unet.parameters()).dtype
+        both = self.unet.context_cache(context.to(dtype), mask)
+        alone = both.last(count)
+        shifts: dict[float, list[torch.Tensor]] = {}
 
-        return conditional, doubled
+        def learn(numbers: Sequence[float], t: torch.Tensor) -> None:
+            tables = self.unet.time_shifts(self.schedule.network_time(t))  # (S, c_out) for each block
+            shifts.update((number, [table[k:k + 1] for table in tables]) for k, number in enumerate(numbers))
+
+        def bound(cache: ContextCache) -> Denoise:
+            def call(x_t: torch.Tensor, t: torch.Tensor, number: float) -> torch.Tensor:
+                if cache.pooled is not None:  # the time embedding reads the prompt: no table of times alone
+                    return self.unet(x_t.to(dtype), self.schedule.network_time(t), cache=cache)
+                if number not in shifts:
+                    learn([number], t[:1])
+                return self.unet(x_t.to(dtype), t, cache=cache, shifts=shifts[number])
+            return Numbered(call)
+
+        if times and both.pooled is None:
+            # filled on the device: a copy from the host cannot be recorded in a CUDA graph
+            learn(times, torch.cat([torch.full((1,), float(time), device=self.device) for time in times]))
+        return bound(alone), bound(both)
 
     def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context (B, L, D) of prompts, and their padding mask (B, L), None where padding is read like text.
@@ -153,7 +200,7 @@ class TextToImage:
 
     @torch.inference_mode()
     def encoded_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit-scale latents (B, C, H, W) of pictures (B, 3, H, W) uint8, without noise; raises ValueError for another
+        """Unit-scale latents (B, C, H, W) of images (B, 3, H, W) uint8, without noise; raises ValueError for another
         size than is drawn."""
         size = tuple(side * self.autoencoder.factor for side in self.latent_shape[1:])
         if images.shape[2:] != size:
@@ -165,7 +212,8 @@ class TextToImage:
         """Images (B, 3, H, W) of unit-scale latents: in tiles if ``tiled``, large ones one at a time."""
         pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2
         decode = self.autoencoder.decode if pixels <= WHOLE else partial(decode_sliced, self.autoencoder)
-        return decode_tiled(self.autoencoder, latents) if self.tiled else decode(latents)
+        with torch.autocast(self.device.type, torch.bfloat16, self.speed == "fast" and self.device.type == "cuda"):
+            return (decode_tiled(self.autoencoder, latents) if self.tiled else decode(latents)).float()
 
     @torch.inference_mode()
     def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
@@ -173,7 +221,7 @@ class TextToImage:
         """Pictures (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
 
         Raises Refused, with a decision for each, before anything is drawn when a prompt is refused, and before anything
-        is returned when a picture is.
+        is returned when a image is.
         """
         asked = [Decision("allow")] * len(prompts)
         if self.moderation is not None:

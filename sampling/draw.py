@@ -13,7 +13,7 @@ from diffusion.editing import MixedNoise, ddim_inversion, invertible_times
 from diffusion.guidance import classifier_free_guidance
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
-from diffusion.sampling import Edit, check_sampling, visited_times
+from diffusion.sampling import Edit, RunSettings, check_sampling, visited_times
 from files.images import to_uint8
 from model.attention_maps import AttentionMaps, watched
 from pipeline.prompts import between, padded
@@ -21,7 +21,6 @@ from pipeline.system import TextToImage
 from sampling.request import Request
 
 Progress = Callable[[list], Iterable]
-REFINEMENTS, MOST_REFINEMENTS = 3, 100  # repeats of each step of an inversion, by default and at most
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
               ([request.seed for request in requests], [end.seed for end in ends])]
     noise = MixedNoise(noises[0], noises[1], [end.weight for end in ends])
-    return system.sampled(context, mask, len(requests), noise, config, progress, None, trace)
+    return system.sampled(context, mask, len(requests), noise, config, RunSettings(progress, trace=trace))
 
 
 def states_of(system: TextToImage, request: Request, text: str) -> torch.Tensor:

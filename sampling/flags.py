@@ -1,36 +1,23 @@
-"""The flags of `sample.py`, which of them go together, and the settings that they stand for."""
+"""The flags of `sample.py` and which of them go together. Nothing here imports PyTorch: --help takes no time."""
 import argparse
-from dataclasses import dataclass
 
-from diffusion.samplers import SAMPLERS
-from pipeline.moderation import CONCEPTS
 from safety.policy import MODES
-from sampling.draw import MOST_REFINEMENTS, REFINEMENTS
-from sampling.engine import DrawSettings
-from sampling.loading import RUN, ModerationChoice, SourceFiles, SystemChoice
-from sampling.plan import LARGEST, STRENGTH, Plan
-from sampling.request import AXES, CHUNKS, LAST_SEED, MOST_CHUNKS, SETTINGS
+from sampling.limits import CHUNKS, LARGEST, LAST_SEED, MOST_CHUNKS, MOST_REFINEMENTS, REFINEMENTS, RUN, STRENGTH
+
+# names that modules define which take seconds to import; a test compares them
+SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
+            "dpm_solver_sde", "unipc", "lcm", "flow_euler", "flow_heun")
+SETTINGS = ("spacing", "offset", "variance", "repeats", "eta", "clean_end", "order", "sigma_data", "timestep_scaling",
+            "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum", "zero_init", "threshold",
+            "threshold_limit")
+AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", *SETTINGS)
+CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
          ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
 OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command line, understood. out: the folder of the images, None for the one in the run. verify: files to draw
-    again instead."""
-
-    plan: Plan
-    system: SystemChoice
-    sources: SourceFiles
-    draw: DrawSettings
-    moderation: ModerationChoice
-    out: str | None = None
-    metadata: bool = True
-    verify: tuple[str, ...] = ()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,6 +66,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         f"of the sampler among them: {', '.join(SETTINGS)}")
     add("--size", metavar="N or HxW", help="pixels of an image (what the model was trained at)")
     add("--tiled", action="store_true", help="decode in tiles: less memory, approximate")
+    add("--speed", choices=("exact", "fast"), default="exact", help="fast: in bf16 where the machine has it, with "
+        "rounding that is measured in docs/performance.md (%(default)s)")
     add("--batch", type=int, help="images computed at a time (64, with --pretrained 1)")
     add("--exact", action="store_true", help="bytes that do not depend on --batch: one image at a time")
 
@@ -108,17 +97,6 @@ def add_moderation(parser: argparse.ArgumentParser) -> None:
         "there is one)")
     add("--clip", metavar="DIR", help="run folder of the CLIP that judges images by --concepts (the run's own)")
     add("--audit", nargs=2, metavar=("LOG", "KEY"), help="append decisions, but no words, to a log")
-
-
-def parse(arguments: list[str]) -> Command:
-    """The command line, understood. Raises ValueError in one line for numbers out of range and for flags that do not go
-    together."""
-    reader = parser()
-    options = reader.parse_args(arguments)
-    given = {name for name, value in vars(options).items() if value != reader.get_default(name) and value != []}
-    check_combination(options, given)
-    check_limits(options)
-    return command_of(options)
 
 
 def flag(name: str) -> str:
@@ -152,23 +130,3 @@ def check_limits(options: argparse.Namespace) -> None:
         if value is not None and not low <= value <= high:
             most = "2^62 - 1" if high == LAST_SEED else high
             raise ValueError(f"{flag(name)} {value}; valid: {low} to {most}")
-
-
-def command_of(options: argparse.Namespace) -> Command:
-    """The settings that the flags stand for."""
-    same = ("negative", "literal", "chunks", "seed", "sampler", "steps", "guidance", "strength", "interpolate",
-            "to_seed")
-    plan = Plan(prompts=options.prompt, file=options.prompts, count=options.n, settings=options.settings or (),
-                axes=options.xy or (), starts=bool(options.init), painted=bool(options.mask),
-                inverted=bool(options.invert), weak=bool(options.weak),
-                **{name: getattr(options, name) for name in same})
-    refinements = REFINEMENTS if options.invert and options.refinements is None else options.refinements
-    return Command(
-        plan,
-        SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, options.weak, options.size,
-                     options.tiled),
-        SourceFiles(options.init, options.mask, options.invert, refinements),
-        DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
-                     options.attention),
-        ModerationChoice(options.moderation, options.concepts, options.clip, options.audit and tuple(options.audit)),
-        options.out, not options.no_metadata, tuple(options.verify or ()))

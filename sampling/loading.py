@@ -8,13 +8,12 @@ from files.images import read_image, read_mask
 from model.device import default_device
 from pipeline.loading import load_pretrained, load_run, load_weaker
 from pipeline.moderation import Moderation, weights_of
-from pipeline.system import TextToImage
+from pipeline.system import Speed, TextToImage
 from safety.audit import AuditLog, read_key
 from safety.policy import Mode
 from safety.prompt import DEFAULT
 from sampling.draw import Sources
-
-RUN = "runs/shapes"
+from sampling.limits import RUN
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class SystemChoice:
     """Which system samples: a run folder, or the published checkpoint at the path ``pretrained``.
 
     tokenizer, prediction: of a single file that does not hold them. weak: a run folder or a state to be the weaker
-    network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles.
+    network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles. speed:
+    "fast" computes in bf16 (docs/performance.md).
     """
 
     run: str | None = None
@@ -32,6 +32,7 @@ class SystemChoice:
     weak: str | None = None
     size: str | None = None
     tiled: bool = False
+    speed: Speed = "exact"
 
     @property
     def path(self) -> Path:
@@ -73,7 +74,7 @@ def load_system(choice: SystemChoice) -> TextToImage:
     if choice.weak is not None:
         system.guide = load_weaker(system, choice.weak)
     system.tiled = choice.tiled
-    return system
+    return system.at_speed(choice.speed)
 
 
 def read_sources(files: SourceFiles) -> Sources:

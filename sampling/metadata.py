@@ -7,8 +7,8 @@ import torch
 
 from files.config import to_dict
 from files.whole import sha256_of
-from pipeline.system import TextToImage
-from sampling.draw import MOST_REFINEMENTS
+from pipeline.system import Speed, TextToImage
+from sampling.limits import MOST_REFINEMENTS
 from sampling.loading import SourceFiles, SystemChoice
 
 
@@ -52,6 +52,7 @@ class Call:
     pretrained: str | None = None
     size: str | None = None
     tiled: bool = False
+    speed: Speed = "exact"
     exact: Exact | None = None
     weak: Guide | None = None
     init: SourceFile | None = None
@@ -74,8 +75,10 @@ def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFile
     """The metadata that the images of a call share; defaults are omitted."""
     call = Call(weight_hashes(system), run=None if choice.pretrained else choice.path.name,
                 pretrained=choice.path.name if choice.pretrained else None, size=choice.size, tiled=choice.tiled,
+                speed=choice.speed,
                 exact=Exact(torch.get_num_threads()) if exact else None,
                 weak=Guide(Path(choice.weak or "").name, weight_hashes(system.guide)) if system.guide else None,
                 init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
                 invert=SourceFile.of(files.invert), refinements=files.refinements if files.invert else None)
-    return {key: value for key, value in to_dict(call).items() if value not in (None, False)}
+    return {key: value for key, value in to_dict(call).items() if value not in (None, False)
+            and (key, value) != ("speed", "exact")}

@@ -7,10 +7,8 @@ from pathlib import Path
 from diffusion.sampling import SamplingConfig
 from pipeline.prompts import alternatives
 from pipeline.system import with_options
-from sampling.request import CHUNKS, Request, cross, interpolate, parse_axis, with_settings
-
-LARGEST = 100_000  # images of one call
-STRENGTH = 0.6  # of image to image; inpainting begins from noise
+from sampling.limits import CHUNKS, LARGEST, STRENGTH
+from sampling.request import Request, cross, interpolate, parse_axis, with_settings
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from diffusion.spacing import Spacing
 from files.config import ConfigError, from_dict, to_dict
 from pipeline.prompts import Prompt, parse_prompt
 from pipeline.system import with_options
-
-CHUNKS, MOST_CHUNKS = 4, 64  # contexts that a prompt may fill by default, and at most
-LAST_SEED = 2**62 - 1
+from sampling.limits import CHUNKS, LAST_SEED, MOST_CHUNKS
 
 
 def check_seed(seed: int) -> None:

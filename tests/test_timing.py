@@ -58,7 +58,8 @@ def test_what_differs_is_not_compared():
 
 def test_machine_and_rows_are_written(tmp_path):
     found = machine()
-    assert found["processor"] and found["gflops_float32"] > 0 and torch.__version__.startswith(found["versions"]["torch"])
+    assert found["processor"]
+    assert found["gflops_float32"] > 0 and torch.__version__.startswith(found["versions"]["torch"])
     rows = compared("batch 1", {"ours": lambda: None, "theirs": lambda: None}, "theirs", 3, images=1, flops=1e3)
     text = save("x", rows, tmp_path, "python -m x", equality="1e-6")
     assert described(found).split(";")[0] in text and "| batch 1 | ours |" in text and "equality: 1e-6" in text

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.blocks import GEGLU, ResBlock, gated, widened
+from model.blocks import GEGLU, ResBlock, gated
 from model.device import placed
+from model.norm import widened
 from model.text_encoder import trimmed
 from model.unet import UNet, UNetConfig
 

@@ -13,7 +13,7 @@ call.
 
 import math
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
@@ -89,6 +89,4 @@ def polynomial_rho(ratios: list[float], h: float) -> list[float]:
         b.append(phi * factorial / math.expm1(-h))
         factorial *= j + 1
         phi = -phi / h - 1.0 / factorial
-    r = torch.tensor(ratios, dtype=torch.float64)
-    R = torch.stack([r**j for j in range(len(ratios))])
-    return torch.linalg.solve(R, torch.tensor(b, dtype=torch.float64)).tolist()
+    return np.linalg.solve(np.vander(ratios, increasing=True).T, b).tolist()
