@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from benchmarks import stages
+from benchmarks import stages, training_diffusers
 
 
 @pytest.mark.slow
@@ -35,3 +35,13 @@ def test_the_wait_for_a_turn_does_not_count():
 def test_a_run_that_ends_is_said_to(tmp_path):
     with pytest.raises(RuntimeError, match="ended with status"):
         stages.Run(stages.ROOT, "denoiser", tmp_path / "absent.yaml", [], tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_step_of_diffusers(tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    training_diffusers.main(["--quick", "--rounds", "2", "--out", str(tmp_path), "--device", "cpu"])
+    found = json.loads((tmp_path / "training_diffusers.json").read_text())
+    assert [row["call"] for row in found["rows"]] == ["ours, adamw", "ours, muon", "diffusers", "diffusers, tuned",
+                                                      "ours, adamw (again)"]
+    assert "| times as fast" in capsys.readouterr().out
