@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.muon import Muon, matrix_of, shaped_as
 from training.polar import iterated, orthogonalized, polar_factors
 
-BAND = (0.75, 1.25)  # 1 +- 0.2 by the polynomials, the rest is the rounding of bf16
+BAND = (0.62, 1.38)  # 1 +- 0.32 by the polynomials, the rest is the rounding of bf16
 
 
 def matrix(rows: int, columns: int, smallest: float, seed: int = 0, size: float = 1.0) -> torch.Tensor:
@@ -34,8 +34,8 @@ def test_singular_values_end_within_the_band(rows, columns, size):
     [found] = polar_factors([x])
     values = torch.linalg.svdvals(found.double())
     assert BAND[0] < values.min() and values.max() < BAND[1]
-    assert (values - 1).abs().median() < 0.2
-    assert (found.double() - polar(x)).norm() < 0.2 * polar(x).norm()
+    assert (values - 1).abs().median() < 0.32
+    assert (found.double() - polar(x)).norm() < 0.32 * polar(x).norm()
 
 
 def test_directions_that_are_nearly_absent_stay_small():
@@ -45,7 +45,7 @@ def test_directions_that_are_nearly_absent_stay_small():
     assert torch.linalg.svdvals(found.double()).max() < BAND[1] + 0.1
     left, _, right = torch.linalg.svd(x.double(), full_matrices=False)
     kept = left[:, :16].mT @ found.double() @ right[:16].mT  # in the basis of the sixteen largest: near the identity
-    assert (kept - torch.eye(16, dtype=torch.float64)).abs().max() < 0.3
+    assert (kept - torch.eye(16, dtype=torch.float64)).abs().max() < 0.4
 
 
 def test_zeros_stay_zeros():
@@ -131,7 +131,7 @@ def test_batches_keep_their_order():
     batches = [torch.stack([matrix(8, c, 0.3, seed=c + n) for n in range(2)]) for c in (8, 24)]
     for batch, found in zip(batches, iterated([b.to(torch.bfloat16) for b in batches], "short"), strict=True):
         for x, y in zip(batch, found, strict=True):
-            assert (y.double() - polar(x)).norm() < 0.35 * polar(x).norm()
+            assert (y.double() - polar(x)).norm() < 0.4 * polar(x).norm()
 
 
 def test_it_goes_on_from_its_state_to_the_bit():
