@@ -19,7 +19,7 @@ from benchmarks.sampling import CONFIG, TINY, theirs_of
 from benchmarks.timing import add_flags, compared, require_equal, save
 from model.allocator import keep_freed_memory
 from model.unet import UNet, UNetConfig
-from training.device import placed
+from model.device import placed
 from training.ema import PowerEma
 from training.optim import OptimConfig, build_optimizer
 from training.speed import forward_flops

@@ -103,7 +103,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
     averages = averages_of(model, config)
     cost = cost_of(task, averages[0].average, config, processes, device)
     trainer = prepared(task, model, averages, config, processes)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, dtype or torch.float32)
     guard, clock = Guard(config.guard), Clock(device)
     state = State(model, averages, optimizer, guard, task.beside, checkpoints_of(task.name, run, config, processes),
                   processes, run.about)

@@ -18,12 +18,17 @@ __all__ = ["Muon", "matrices_and_others", "matrix_of", "orthogonalized", "shaped
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps parameter groups marked ``muon`` by orthogonalized Nesterov momentum, the others by fused AdamW."""
+    """Steps parameter groups marked ``muon`` by orthogonalized Nesterov momentum, the others by fused AdamW.
+
+    ``dtype`` is that of the iteration, None for bf16 where the machine has it. A run in fp32 iterates in fp32: in bf16
+    a difference in the last bit of a gradient may become one in the third digit of an update.
+    """
 
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], momentum: float = 0.95,
-                 iteration: Iteration = "short"):
+                 iteration: Iteration = "short", dtype: torch.dtype | None = None):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "momentum": momentum, "muon": False,
                                   "weight_decay": 0.0, "iteration": iteration})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
@@ -45,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         # a matrix that is spread over processes is put together: its directions are those of the whole
         updates = [matrix_of(full(gradient.lerp(momentum, group["momentum"])), p)  # Nesterov's look ahead, (R, C)
                    for p, gradient, momentum in zip(parameters, gradients, momenta)]
-        directions = polar_factors(updates, group["iteration"])
+        directions = polar_factors(updates, group["iteration"], self.dtype)
         weights = [local(p) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for p, weight, direction in zip(parameters, weights, directions, strict=True):

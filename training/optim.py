@@ -46,10 +46,11 @@ class OptimConfig:
             raise ValueError(f"decay: {self.decay}; valid: a share of the run in [0, 1]")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype | None = None) -> torch.optim.Optimizer:
     """Muon or fused AdamW; weight decay acts on matrices and filters, not on embeddings, biases and gains.
 
-    ``share`` of a group is that of the learning rate. Raises ValueError where ``slow`` names no child of the model.
+    ``share`` of a group is that of the learning rate; ``dtype`` is that of Muon's iteration, None for bf16 where the
+    machine has it. Raises ValueError where ``slow`` names no child of the model.
     """
     matrices, others = matrices_and_others(model)
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay, "share": 1.0},
@@ -65,7 +66,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     if config.optimizer == "muon":
         for group in groups:
             group["muon"] = group is not groups[1]
-        return Muon(groups, config.learning_rate, config.betas, iteration=config.iteration)
+        return Muon(groups, config.learning_rate, config.betas, iteration=config.iteration, dtype=dtype)
     # fused=True must be asked for: on a CPU the default is a Python loop over tensors
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 

@@ -30,8 +30,9 @@ TOGETHER = 2  # polynomials gathered before X is touched, see `gathered`
 MARGIN = 1.02  # on the bound of the largest singular value, for the rounding of bf16: beyond 1 the quintics shoot up
 
 
-def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short") -> list[Tensor]:
-    """Each matrix (R, C), of whatever shapes, with its singular values near 1; in the type of `arithmetic`.
+def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short",
+                  dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Each matrix (R, C), of whatever shapes, with its singular values near 1; in ``dtype``, or that of `arithmetic`.
 
     Matrices of one shape, or of its transpose, are one batch: many small products at once reach twice the speed.
     """
@@ -44,7 +45,7 @@ def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short") ->
         batches = []
         for where in alike:
             wide = [matrices[i] if matrices[i].shape[0] == rows else matrices[i].mT for i in where]  # each (R, C)
-            batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=arithmetic(wide[0]))  # (M, R, C)
+            batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=dtype or arithmetic(wide[0]))  # (M, R, C)
             torch._foreach_copy_(list(batch), wide)
             batches.append(batch)
         for where, batch in zip(alike, iterated(batches, iteration), strict=True):
