@@ -3,7 +3,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ def _short(value: float) -> str:
 def estimate_from_error(value: float, error: float, note: str = "", freedom: float = np.inf) -> Estimate:
     """A value whose error is normal with standard deviation ``error``, which was itself estimated with ``freedom``
     degrees of freedom (Student 1908)."""
-    reach = float(stats.t.ppf(0.975, freedom)) * error
+    from scipy.special import stdtrit  # late, as it takes longer to import than all that an image needs besides PyTorch
+    reach = float(stdtrit(freedom, 0.975)) * error
     return Estimate(value, value - reach, value + reach, note)
 
 

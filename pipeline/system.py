@@ -155,8 +155,9 @@ class TextToImage:
 
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                   times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
-        """The network bound to the prompts alone, and to all of the context. What depends on the prompts or on the time
-        alone is computed once: here, of ``times`` together, or of a time when it is first asked for."""
+        """The network bound to the prompts alone, and to all of the context, whose keys and values are computed here.
+        With "fast" so is what depends on the time alone, of all ``times`` together or of a time when it is first asked
+        for: a product with fewer rows, and so with other last bits."""
         dtype = next(self.unet.parameters()).dtype
         both = self.unet.context_cache(context.to(dtype), mask)
         alone = both.last(count)
@@ -167,15 +168,19 @@ class TextToImage:
             shifts.update((number, [table[k:k + 1] for table in tables]) for k, number in enumerate(numbers))
 
         def bound(cache: ContextCache) -> Denoise:
-            def call(x_t: torch.Tensor, t: torch.Tensor, number: float) -> torch.Tensor:
+            def exact(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+                return self.unet(x_t, self.schedule.network_time(t), cache=cache)
+
+            def fast(x_t: torch.Tensor, t: torch.Tensor, number: float) -> torch.Tensor:
                 if cache.pooled is not None:  # the time embedding reads the prompt: no table of times alone
                     return self.unet(x_t.to(dtype), self.schedule.network_time(t), cache=cache)
                 if number not in shifts:
                     learn([number], t[:1])
                 return self.unet(x_t.to(dtype), t, cache=cache, shifts=shifts[number])
-            return Numbered(call)
 
-        if times and both.pooled is None:
+            return Numbered(fast) if self.speed == "fast" else exact
+
+        if self.speed == "fast" and times and both.pooled is None:
             # filled on the device: a copy from the host cannot be recorded in a CUDA graph
             learn(times, torch.cat([torch.full((1,), float(time), device=self.device) for time in times]))
         return bound(alone), bound(both)

@@ -12,7 +12,7 @@ def test_sampling_against_diffusers(tmp_path, capsys):
     pytest.importorskip("diffusers")
     assert sampling.main(["--quick", "--out", str(tmp_path), "--device", "cpu"]) == 0
     rows = json.loads((tmp_path / "sampling.json").read_text())["rows"]
-    assert {row["case"] for row in rows} == {"tiny, batch 1, 3 steps", "tiny, batch 2, 3 steps"}
+    assert {row["case"] for row in rows} == {"tiny, batch 1, 4 steps", "tiny, batch 2, 4 steps"}
     assert {row["call"] for row in rows} >= {"ours", "ours, fast", "ours (again)", "diffusers fp32", "diffusers bf16"}
     assert "times as fast" in capsys.readouterr().out
 

@@ -75,8 +75,10 @@ def test_shifts_of_the_time_are_those_of_the_network(system):
         assert (found - expected).abs().max() <= 1e-5 * expected.std()
 
 
-def test_text_and_time_are_projected_once_a_run(system):
-    calls = Counter()
+@pytest.mark.parametrize("speed, times", [("exact", 7), pytest.param("fast", 1, marks=pytest.mark.skipif(
+    not cpu_has_bf16(), reason="needs a processor that computes in bf16"))])
+def test_text_is_projected_once_a_run_and_with_fast_the_time_too(system, speed, times):
+    system, calls = system.at_speed(speed), Counter()
     layers = [*((layer.kv, "text") for layer in system.unet.cross_attentions()), (system.unet.time.linear1, "time")]
     hooks = [layer.register_forward_hook(lambda *_, name=name: calls.update([name])) for layer, name in layers]
     config = replace(system.config.sampling, steps=7)
@@ -86,13 +88,15 @@ def test_text_and_time_are_projected_once_a_run(system):
     finally:
         for hook in hooks:
             hook.remove()
-    assert calls == {"text": len(system.unet.cross_attentions()), "time": 1}
+    assert calls == {"text": len(system.unet.cross_attentions()), "time": times}
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith("flow")])
 @pytest.mark.parametrize("guidance", [{}, {"method": "apg"}, {"rescale": 0.7, "interval": (0.5, 5.0)},
                                       {"method": "cfg_zero_star", "threshold": 0.99}])
-def test_the_loop_never_waits_for_the_device(system, sampler, guidance):
+@pytest.mark.parametrize("speed", ["exact", "fast"])
+def test_the_loop_never_waits_for_the_device(system, sampler, guidance, speed):
+    system = system.at_speed(speed)
     config = SamplingConfig(sampler, 5, order=3, guidance=GuidanceConfig(scale=4.0, **guidance))
     context = context_of(system, 2)
     with torch.inference_mode(), Operators() as operators:
@@ -174,7 +178,7 @@ def test_frozen_convolutions_are_packed_and_equal(system):
 
 
 def test_schedules_with_real_times_have_a_table_too():
-    flow = system_of(TINY, 3, 8, "cpu")
+    flow = system_of(TINY, 3, 8, "cpu").at_speed("fast")
     flow.schedule = type(flow.schedule)(ScheduleConfig(kind="flow"))
     flow.config = replace(flow.config, prediction_type="flow")
     for sampler in ("flow_euler", "flow_heun"):
