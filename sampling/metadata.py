@@ -75,7 +75,7 @@ def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFile
     """The metadata that the images of a call share; defaults are omitted."""
     call = Call(weight_hashes(system), run=None if choice.pretrained else choice.path.name,
                 pretrained=choice.path.name if choice.pretrained else None, size=choice.size, tiled=choice.tiled,
-                speed=choice.speed,
+                speed=system.speed,
                 exact=Exact(torch.get_num_threads()) if exact else None,
                 weak=Guide(Path(choice.weak or "").name, weight_hashes(system.guide)) if system.guide else None,
                 init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
