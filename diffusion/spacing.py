@@ -56,6 +56,7 @@ def sigma_grid(n: int, spacing: str, smallest: float, largest: float, rho: float
         return [math.exp(a + ui * (b - a)) for ui in u]
     if spacing == "beta":
         from scipy.special import betaincinv  # late: only this grid waits for it
+
         # Lee et al. 2024 (Beta Sampling is All You Need): quantiles of Beta(0.6, 0.6) crowd both ends
         return [smallest + float(betaincinv(0.6, 0.6, 1.0 - ui)) * (largest - smallest) for ui in u]
     raise ValueError(f"spacing: value {spacing!r}; valid: karras, exponential, beta")
