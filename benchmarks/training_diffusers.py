@@ -18,8 +18,8 @@ from torch import nn
 from benchmarks.sampling import CONFIG, TINY, theirs_of
 from benchmarks.timing import add_flags, compared, require_equal, save
 from model.allocator import keep_freed_memory
-from model.unet import UNet, UNetConfig
 from model.device import placed
+from model.unet import UNet, UNetConfig
 from training.ema import PowerEma
 from training.optim import OptimConfig, build_optimizer
 from training.speed import forward_flops

@@ -3,7 +3,7 @@ import pytest
 from sample_calls import PROMPT, draw, parameters, pixels
 
 import sample
-from training.device import cpu_has_bf16
+from model.device import cpu_has_bf16
 
 NAME = "00000_a-small-red-star_seed0.png"
 
