@@ -101,9 +101,9 @@ def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list
 
 def calibrate(options: argparse.Namespace) -> int:
     """Write the concepts with thresholds for the CLIP of a run; returns the exit code."""
-    from pipeline.moderation import CONCEPTS, calibrated_concepts
+    from pipeline.moderation import CONCEPTS, calibrate_concepts
 
-    found = calibrated_concepts(options.concepts, options.run, options.rate, clip=options.clip)
+    found = calibrate_concepts(options.concepts, options.run, options.rate, clip=options.clip)
     out = options.out or options.run / CONCEPTS
     write_concepts(out, found)
     print(f"wrote {out}: {len(found)} concepts, at most {100 * options.rate:g} % of harmless images pass a threshold")
@@ -134,10 +134,10 @@ def gate_of(options: argparse.Namespace, **settings) -> PromptGate:
     if options.run is None:
         return PromptGate.load(options.weights or DEFAULT, **settings)
     from files.run_folder import RunFolder
-    from pipeline.moderation import encoder_of, weights_of
+    from pipeline.moderation import moderation_weights, read_encoder_head
 
     run = RunFolder.open(options.run).path
-    return PromptGate.load(options.weights or weights_of(run), encoder=encoder_of(run), **settings)
+    return PromptGate.load(options.weights or moderation_weights(run), encoder=read_encoder_head(run), **settings)
 
 
 def explain(options: argparse.Namespace) -> int:

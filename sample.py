@@ -41,8 +41,8 @@ def warn_of_long_prompts(system: TextToImage, requests: Sequence[Request]) -> No
     for text in texts_of(requests):
         chunks = chunks_of(requests[0].read(text), system.tokenizer)
         read = int(chunks.mask.sum()) - 2 * len(chunks.ids)
-        if chunks.lost:
-            print(f"warning: the prompt is cut after {read} tokens; not read: \"{chunks.lost}\"", file=sys.stderr)
+        if chunks.overflow:
+            print(f"warning: the prompt is cut after {read} tokens; not read: \"{chunks.overflow}\"", file=sys.stderr)
         elif len(chunks.ids) > 1:
             print(f"note: a prompt of {read} tokens is read in {len(chunks.ids)} chunks of up to {room}",
                   file=sys.stderr)

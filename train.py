@@ -20,7 +20,7 @@ from training.run_stages import run_stages
 
 
 def main(arguments: list[str]) -> None:
-    """Parse the command line and run what is not finished."""
+    """Parse the command line and run the stages that are not finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a file in configs/, or the config.yaml of a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value",

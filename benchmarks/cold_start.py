@@ -48,14 +48,14 @@ def image_of(run: str, steps: int, speed: str, out: Path, marks: list[tuple[str,
     moderation = Moderation.of_run(Path(run), "block")
     mark("moderation: load")
     for number in range(2):  # the second is the warm one
-        moderation.of_prompt([parse_prompt(PROMPT, literal=True)], [], system.tokenizer)
+        moderation.check_prompt([parse_prompt(PROMPT, literal=True)], [], system.tokenizer)
         mark("moderation: prompt")
         with torch.inference_mode():
             latents = system.latents([PROMPT], [number], config)
             mark("text and denoiser")
             images = decode_images(system, latents, Sources())
         mark("decoder")
-        moderation.of_images(images, [PROMPT])
+        moderation.check_images(images, [PROMPT])
         mark("moderation: image")
         save_bytes(png_bytes(images[0], {"prompt": PROMPT}), out / f"{number}.png")
         mark("write")

@@ -81,7 +81,7 @@ def step_seconds(machine: Machine, gpus: int, batch: float, forward: float, para
 
 
 def fitted_machines() -> dict[tuple[str, int], Machine]:
-    """By source and size of the pictures, from the rows that say so.
+    """By source and size of the images, from the rows that say so.
 
     H100 and H200: rate and fixed time of a step from two rows; the network is the one on the data sheet, eight links of
     50 GB/s a node. A100: the rate of each size from its row of 8, the network from one row of 128: what the exchange

@@ -17,7 +17,7 @@ import torch
 
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.decode import decode_sliced, decode_tiled
-from model.device import frozen, placed
+from model.device import freeze, place_on
 
 WAYS = {"plain": lambda autoencoder, latents: autoencoder.decode(latents), "sliced": decode_sliced,
         "tiled": decode_tiled}
@@ -36,9 +36,9 @@ def forget_peak() -> None:
 
 
 def measured(way: str, size: int, batch: int) -> dict[str, float]:
-    """GiB, and seconds of the processor, of decoding `batch` pictures of size x size pixels in this process."""
+    """GiB, and seconds of the processor, of decoding `batch` images of size x size pixels in this process."""
     torch.manual_seed(0)
-    autoencoder = frozen(placed(Autoencoder(AutoencoderConfig.sd()), "cpu"))
+    autoencoder = freeze(place_on(Autoencoder(AutoencoderConfig.sd()), "cpu"))
     f = autoencoder.factor
     latents = torch.randn(batch, autoencoder.latent_channels, size // f, size // f)
     with torch.inference_mode():
@@ -55,7 +55,7 @@ def main() -> None:
     """Print one row a way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=1024, help="pixels along a side (%(default)s)")
-    parser.add_argument("--batch", type=int, default=1, help="pictures (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="images (%(default)s)")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--here", action="store_true", help="in this process: one way, its numbers as JSON")
     options = parser.parse_args()

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from benchmarks.sampling import TINY, TOKENS, diffusers_loop, system_of, theirs_of
-from benchmarks.timing import Row, compared, described, machine, rms, synchronize, table
+from benchmarks.timing import Row, Work, compare, described, machine, rms, synchronize, table
 from diffusion.loss import diffusion_loss
 from diffusion.schedule import Schedule, ScheduleConfig
 from model.autoencoder import Autoencoder, AutoencoderConfig
-from model.device import frozen, placed
+from model.device import freeze, place_on
 from model.unet import UNet, UNetConfig
 from pipeline.system import TextToImage
 from training.optim import OptimConfig, build_optimizer
@@ -39,7 +39,7 @@ class Table:
     """Rows, and what went wrong, written to NAME.json and NAME.md whenever there is something new."""
 
     def __init__(self, name: str, out: Path, device: str):
-        self.name, self.out, self.machine = name, out, machine(device)
+        self.name, self.out, self.device, self.machine = name, out, device, machine(device)
         self.rows: list[Row] = []
         self.notes: list[str] = []
         out.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def sampling_cases(dry: bool, device: str, sampled: Table) -> Iterator[Case]:
     shape = AutoencoderConfig.sd()
     if dry:
         shape = AutoencoderConfig(latent_channels=4, channels=(16, 16), blocks=1, norm_groups=4)
-    autoencoder = frozen(placed(Autoencoder(shape), device))
+    autoencoder = freeze(place_on(Autoencoder(shape), device))
     for batch in (1, 2) if dry else (1, 8):
         yield f"loop, batch {batch}", partial(loop_rows, config, side, steps, batch, rounds, device, sampled)
 
@@ -94,9 +94,9 @@ def sampling_cases(dry: bool, device: str, sampled: Table) -> Iterator[Case]:
                     for latent in latents.split(1):
                         autoencoder.decode(latent)
 
-            return compared(f"decoder, batch {batch}", {"bf16": lambda: decode(torch.bfloat16),
-                                                        "fp32": lambda: decode(torch.float32)},
-                            "fp32", rounds, batch, device=device)
+            return compare(f"decoder, batch {batch}", {"bf16": lambda: decode(torch.bfloat16),
+                                                       "fp32": lambda: decode(torch.float32)},
+                           "fp32", rounds, Work(batch), device)
 
         yield f"decoder, batch {batch}", decoding
 
@@ -111,7 +111,7 @@ def loop_rows(config: UNetConfig, side: int, steps: int, batch: int, rounds: int
     settings = system.config.sampling
 
     def ours(one: TextToImage) -> Callable[[], torch.Tensor]:
-        return torch.inference_mode()(lambda: one.sampled(context, None, batch, lambda: x_T, settings))
+        return torch.inference_mode()(lambda: one.latents_from_context(context, None, batch, lambda: x_T, settings))
 
     def other(network: torch.nn.Module) -> Callable[[], torch.Tensor]:
         return lambda: diffusers_loop(network, context, x_T, steps, settings.guidance.scale)
@@ -151,8 +151,8 @@ def loop_rows(config: UNetConfig, side: int, steps: int, batch: int, rounds: int
     flops = forward_flops(system.unet, lambda: system.unet(one, one[:, 0, 0, 0], context[:1]))
     dtypes = {name: torch.float32 if name == "ours, exact" else torch.bfloat16 for name in calls}
     against = "diffusers bf16" if "diffusers bf16" in calls else against
-    rows = compared(f"loop, batch {batch}, {steps} steps, {8 * side} px", calls, against, rounds, batch,
-                    2 * batch * steps * flops, dtypes, device)
+    rows = compare(f"loop, batch {batch}, {steps} steps, {8 * side} px", calls, against, rounds,
+                   Work(batch, 2 * batch * steps * flops, dtypes), device)
     sampled.notes.append(f"batch {batch}: all of the loop's ways together {peak_of(device)}")
     return rows
 
@@ -167,14 +167,15 @@ def training_cases(dry: bool, device: str, made: Table) -> Iterator[Case]:
             for compile_too in (False, True) if device == "cuda" else (False,):
                 name = f"training, {8 * side} px, batch {batch}{', compiled' if compile_too else ''}"
                 yield name, partial(training_rows, name, TINY if dry else UNetConfig.sd1(), side, batch, compile_too,
-                                    2 if dry else 6, device, made)
+                                    2 if dry else 6, made)
 
 
-def training_rows(name: str, config: UNetConfig, side: int, batch: int, compile_too: bool, rounds: int, device: str,
+def training_rows(name: str, config: UNetConfig, side: int, batch: int, compile_too: bool, rounds: int,
                   made: Table) -> list[Row]:
     """The step of the denoiser from latents and a context that are there already."""
+    device = made.device
     torch.manual_seed(0)
-    unet = placed(UNet(config), device).train()
+    unet = place_on(UNet(config), device).train()
     average = [p.detach().clone() for p in unet.parameters()]
     weights = list(unet.parameters())
     optimizer = build_optimizer(unet, OptimConfig())
@@ -194,7 +195,8 @@ def training_rows(name: str, config: UNetConfig, side: int, batch: int, compile_
 
     one = torch.zeros(1, 4, side, side, device=device)
     flops = forward_flops(unet, lambda: unet(one, one[:, 0, 0, 0], context[:1]))
-    rows = compared(name, {"ours": step}, "ours", rounds, batch, 3 * batch * flops, {"ours": torch.bfloat16}, device)
+    work = Work(batch, 3 * batch * flops, {"ours": torch.bfloat16})
+    rows = compare(name, {"ours": step}, "ours", rounds, work, device)
     made.notes.append(f"{name}: {peak_of(device)}")
     return rows
 

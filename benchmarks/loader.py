@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader [--run runs/emoji] [--size 256] [--pictures 1000] [--samples 10000]
 
-Writes its own pictures to a temporary folder: JPEG of 640 x 480, with the detail of photographs. One thread in every
+Writes its own images to a temporary folder: JPEG of 640 x 480, with the detail of photographs. One thread in every
 process. Where one process does the work it also gives the processor's time an image, which other programs on the
 machine change less. Takes some minutes.
 """
@@ -38,7 +38,7 @@ from training.experiment import load_experiment
 BATCH = 32
 
 
-def write_pictures(root: Path, count: int) -> None:
+def write_images(root: Path, count: int) -> None:
     """JPEG files of 640 x 480 with a spectrum that falls as 1 / frequency, each with a .txt."""
     frequency = np.hypot(np.fft.fftfreq(480)[:, None], np.fft.rfftfreq(640)[None]) + 1 / 640  # (480, 321)
 
@@ -104,7 +104,7 @@ def timed(name: str, batches: Iterator[int], what: str) -> None:
 
 @torch.no_grad()
 def show_latents(run: Path, folder: Path, count: int) -> None:
-    """Print images/s of latents: pictures read and encoded, against the cache of the same pictures; and of a training
+    """Print images/s of latents: images read and encoded, against the cache of the same images; and of a training
     step of the run's denoiser, which is what they feed."""
     experiment = load_experiment(run / "config.yaml", [])
     source = build_source(experiment.data, "train")
@@ -161,7 +161,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         (root / "pictures").mkdir()
-        write_pictures(root / "pictures", options.pictures)
+        write_images(root / "pictures", options.pictures)
         shares = {"size": options.size, "validation": 0.0, "test": 0.0}
         write_shards(splits_of(str(root / "pictures")), root / "shards", 250)
         sources = {"folder": DataConfig(source="folder", folder=FolderConfig(str(root / "pictures"), **shares)),

@@ -29,7 +29,7 @@ def level(samples: int) -> list[tuple[int, float]]:
     context = torch.randn(2, TOKENS, TINY.context_width)
     with torch.inference_mode():
         for k in range(samples + 1):
-            system.sampled(context, None, 1, lambda: torch.randn(1, 4, 8, 8), system.config.sampling)
+            system.latents_from_context(context, None, 1, lambda: torch.randn(1, 4, 8, 8), system.config.sampling)
             if k % max(1, samples // 10) == 0:
                 gc.collect()
                 found.append((k, resident("VmRSS") / 2**20))
@@ -56,7 +56,7 @@ def peak(way: str, batch: int, quick: bool) -> dict[str, float]:
 
         @torch.inference_mode()
         def run() -> None:
-            one.sampled(context, None, batch, lambda: x_T, one.config.sampling)
+            one.latents_from_context(context, None, batch, lambda: x_T, one.config.sampling)
     gc.collect()
     small = resident("VmRSS")
     forget_peak()

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Row, add_flags, compared, require_equal, rms, save
+from benchmarks.timing import Row, Work, add_flags, compare, require_equal, rms, save
 from diffusion.guidance import GuidanceConfig
 from diffusion.sampling import SamplingConfig
 from diffusion.schedule import ScheduleConfig
 from model.allocator import keep_freed_memory
 from model.autoencoder import Autoencoder, AutoencoderConfig
-from model.device import frozen, placed
+from model.device import freeze, place_on
 from model.pretrained.config import unet_json
 from model.pretrained.names import unet_to_diffusers
 from model.text_encoder import TextEncoder, TextEncoderConfig
@@ -54,7 +54,7 @@ def system_of(config: UNetConfig, steps: int, side: int, device: str) -> TextToI
     text = TextEncoder(words)
     sampling = SamplingConfig(steps=steps, guidance=GuidanceConfig(scale=GUIDANCE))
     for module in (unet, text, autoencoder):
-        frozen(placed(module, device))
+        freeze(place_on(module, device))
     about = SystemConfig(config, words, autoencoder.config, ScheduleConfig(), "epsilon", sampling, (4, side, side))
     return TextToImage(about, None, text, unet, autoencoder)  # type: ignore[arg-type]
 
@@ -94,7 +94,7 @@ def calls_of(system: TextToImage, context: Tensor, x_T: Tensor, compile_too: boo
     fast = system.at_speed("fast")
 
     def ours(one: TextToImage) -> Callable[[], Tensor]:
-        return torch.inference_mode()(lambda: one.sampled(context, None, count, lambda: x_T, config))
+        return torch.inference_mode()(lambda: one.latents_from_context(context, None, count, lambda: x_T, config))
 
     def other(unet: nn.Module) -> Callable[[], Tensor]:
         return lambda: diffusers_loop(unet, context, x_T, config.steps, config.guidance.scale)
@@ -133,8 +133,8 @@ def measured(name: str, config: UNetConfig, batch: int, steps: int, side: int, o
         flops = forward_flops(system.unet, lambda: system.unet(one, one[:, 0, 0, 0], context[:1]))
     dtypes = {call: torch.bfloat16 for call in calls if call not in ("ours", "diffusers fp32")}
     case = f"{name}, batch {batch}, {steps} steps"
-    rows = compared(case, calls, "diffusers fp32", options.rounds, batch, 2 * batch * steps * flops, dtypes,
-                    options.device)
+    rows = compare(case, calls, "diffusers fp32", options.rounds,
+                   Work(batch, 2 * batch * steps * flops, dtypes), options.device)
     return rows, apart
 
 

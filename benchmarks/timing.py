@@ -1,6 +1,6 @@
 """Timing that every benchmark shares: calls taken in turns, an A/A row, equality before speed, the machine described.
 
-    rows = compared("batch 1", {"ours": ours, "diffusers": theirs}, against="diffusers", rounds=9)
+    rows = compare("batch 1", {"ours": ours, "diffusers": theirs}, against="diffusers", rounds=9)
     save("sampling", rows, "build/benchmarks", command="python -m benchmarks.sampling")
 
 One call of each in turn, in an order that is turned round from one round to the next, so that a machine that gets
@@ -15,7 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -93,14 +93,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compared(case: str, calls: dict[str, Callable[[], Any]], against: str, rounds: int = 7, images: float = 0.0,
-             flops: float = 0.0, dtypes: dict[str, torch.dtype] | None = None, device: torch.device | str = "cpu",
-             least: float = 0.0) -> list[Row]:
-    """A row for each call, and for the first of them again; ratios are against the call of that name.
+@dataclass(frozen=True)
+class Work:
+    """What one call makes and takes: images and operations (0: not known), and the types of its matrix products by the
+    name of the call (fp32 where a call is not named), for images a second and the share of the peak."""
 
-    images, flops: that one call makes and takes, for images a second and the share of the peak of ``dtypes`` (fp32
-    where a call is not named).
-    """
+    images: float = 0.0
+    flops: float = 0.0
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+
+def compare(case: str, calls: dict[str, Callable[[], Any]], against: str, rounds: int = 7, work: Work = Work(),
+            device: torch.device | str = "cpu", least: float = 0.0) -> list[Row]:
+    """A row for each call, and for the first of them again; ratios are against the call named ``against``."""
     first = next(iter(calls))
     seconds, firsts = interleaved({**calls, first + AGAIN: calls[first]}, rounds, least=least, device=device)
     rows = []
@@ -108,10 +113,12 @@ def compared(case: str, calls: dict[str, Callable[[], Any]], against: str, round
         other = first if name == first + AGAIN else against
         ratio = (None, None, None) if name == other else ratio_of(seconds[other], values)
         median = statistics.median(values)
-        dtype = (dtypes or {}).get(name.removesuffix(AGAIN), torch.float32)
+        dtype = work.dtypes.get(name.removesuffix(AGAIN), torch.float32)
+        peak = peak_flops(torch.device(device), dtype) if work.flops else 1.0
         low, high = quartiles(values)
-        rows.append(Row(case, name, median, low, high, rounds, *ratio, images=images / median if images else None,
-                        share=flops / median / peak_flops(torch.device(device), dtype) if flops else None,
+        rows.append(Row(case, name, median, low, high, rounds, *ratio,
+                        images=work.images / median if work.images else None,
+                        share=work.flops / median / peak if work.flops else None,
                         first=None if name.endswith(AGAIN) else firsts[name]))
     return rows
 

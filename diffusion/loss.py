@@ -25,12 +25,12 @@ def diffusion_loss(
     schedule: Schedule,
     prediction_type: str,
     weighting: str = "none",
-    gamma: float = 5.0,
 ) -> Tensor:
     """Weighted squared error of each image, (B,) fp32, averaged over its elements.
 
     x_0, eps: (B, C, H, W). t: (B,), integers for a discrete schedule, floats in (0, 1] for flow.
-    weighting: "none" is the plain error of the target (Ho et al. 2020, eq. 14, for epsilon); others: `loss_weight`.
+    weighting: "none" is the plain error of the target (Ho et al. 2020, eq. 14, for epsilon); others: `loss_weight`
+        with its gamma of 5.
     Raises ValueError for shapes that do not fit and for combinations that cannot be trained.
     """
     check_prediction_type(schedule, prediction_type)
@@ -46,7 +46,7 @@ def diffusion_loss(
     error = (prediction.float() - wanted.float()).square().flatten(1).mean(1)  # (B,)
     if weighting == "none":
         return error
-    return loss_weight(alpha, sigma, prediction_type, weighting, gamma) * error
+    return loss_weight(alpha, sigma, prediction_type, weighting) * error
 
 
 def loss_weight(alpha: Tensor, sigma: Tensor, prediction_type: str, weighting: str, gamma: float = 5.0) -> Tensor:

@@ -1,4 +1,4 @@
-"""The memory allocator of the process, told what the work is like."""
+"""Settings of the memory allocator of the process for tensors that are freed and allocated again in every step."""
 import ctypes
 import platform
 
@@ -8,11 +8,12 @@ KEEP = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks of up to 64 MiB, for the next step asks for the same ones; True where it does.
+    """Make glibc keep freed blocks of up to 64 MiB for reuse, because the next step asks for blocks of the same sizes;
+    returns whether it does.
 
-    By itself it hands the memory of large tensors back and gets it again, cleared page by page, at every operator: for
-    a UNet at batch 32 on a CPU that is 40,000 page faults a forward pass and 5 to 8 % of its time. For commands to
-    call: it changes the whole process. No result changes.
+    By default glibc returns the memory of large tensors to the system, and every operator gets it again, cleared
+    page by page: for a UNet at batch 32 on a CPU that is 40,000 page faults a forward pass and 5 to 8 % of its time.
+    Commands call this function, because it changes the whole process. It changes no result.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -20,30 +20,30 @@ from torch import Tensor, nn
 #   bfloat16, forward     1.4     1.4     1.5     1.2       1.0      1.4       0.8
 #   bfloat16, + backward  4.3     3.4     2.8     2.0       1.4      2.0       0.9
 #
-# So it is the number of keys that decides. Below about a thousand scores at a small batch (16x24: 0.6 forward in
-# float32) it is the number of calls, so sampling takes the fused kernel there; training batches do not (16x40, batch
-# 64, bfloat16 with backward: 3.8). The batch must not decide: the bits of an image would depend on its neighbours.
-WRITTEN_OUT_KEYS = {  # (dtype, gradients): up to how many keys the written-out form is taken
+# So the number of keys decides. Below about a thousand scores at a small batch the number of calls matters more (16x24:
+# 0.6 forward in float32), so sampling uses the fused kernel there; training batches do not (16x40, batch 64, bfloat16
+# with backward: 3.8). The batch must not decide, or the bits of an image would depend on its neighbours.
+WRITTEN_OUT_KEYS = {  # (dtype, gradients): the largest number of keys for the written-out form
     (torch.float32, False): 77,
     (torch.float32, True): 77,
     (torch.bfloat16, False): 128,
     (torch.bfloat16, True): 256,
 }
-WRITTEN_OUT_SCORES = 1024  # from how many scores, queries times keys, when no gradient is asked for
+WRITTEN_OUT_SCORES = 1024  # the smallest number of scores, queries times keys, for it without gradients
 
 
 def uses_fused_kernel(device: torch.device, dtype: torch.dtype, queries: int, keys: int, gradients: bool) -> bool:
-    """The one place that chooses the form of attention: True for `scaled_dot_product_attention`."""
+    """Whether attention uses `scaled_dot_product_attention`. This is the only place that chooses its form."""
     if device.type != "cpu" or (not gradients and queries * keys < WRITTEN_OUT_SCORES):
         return True
     return keys > WRITTEN_OUT_KEYS.get((dtype, gradients), 0)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1) in whichever form is faster here.
+    """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, equation 1) in the form that is faster for these sizes.
 
     q (B, h, N, d); k, v (B, h, M, d); mask bool, broadcastable to (B, h, N, M), True = may be attended to; every
-    query needs at least one True. None is faster than a mask that is True everywhere. Returns (B, h, N, d).
+    query needs at least one True. No mask is faster than one that is True everywhere. Returns (B, h, N, d).
     """
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if uses_fused_kernel(q.device, q.dtype, q.shape[-2], k.shape[-2], gradients):
@@ -57,20 +57,20 @@ def written_out_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None =
 
 
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)), (B, h, N, M): how much each query takes of each key; arguments as for `attention`."""
+    """softmax(q k^T / sqrt(d)), (B, h, N, M): the weight of each key for each query; arguments as for `attention`."""
     scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)  # (B, h, N, M)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    # a row of 16 is one vector in fp32 and half of one in bf16, which takes four times as long
+    # a row of 16 fills one vector in fp32 but half of one in bf16, which takes four times as long
     narrow = scores.device.type == "cpu" and scores.dtype == torch.bfloat16 and scores.shape[-1] == 16
     return scores.softmax(dim=-1, dtype=torch.float32 if narrow else None)
 
 
 def key_mask(mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """A padding mask (B, L), True = real token, as the (B, 1, 1, L) mask that `attention` takes.
+    """A padding mask (B, L), True = real token, reshaped to the (B, 1, 1, L) that `attention` takes.
 
-    Raises ValueError on another shape or type, and, where looking costs no synchronisation (on a CPU), on a row
-    without a real token, whose attention would be undefined.
+    Raises ValueError for another shape or type. On a CPU, where looking at the values costs no synchronisation, it
+    also raises ValueError for a row without a real token, whose attention would be undefined.
     """
     if mask is None:
         return None
@@ -91,9 +91,10 @@ def check_heads(width: int, heads: int, name: str = "width") -> None:
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMSNorm over the width of a head, in the type of its input also where the weights have another (autocast).
+    """RMSNorm over the width of a head. It returns the type of its input even if the weights have another one
+    (autocast).
 
-    On queries and keys it keeps the scores bounded whatever the size of the weights (Dehghani et al. 2023, section 2).
+    On queries and keys it bounds the scores whatever the size of the weights (Dehghani et al. 2023, section 2).
     """
 
     def __init__(self, width: int):
@@ -105,7 +106,11 @@ class HeadNorm(nn.RMSNorm):
 
 
 class _Heads(nn.Module):
-    """What self- and cross-attention share: splitting into heads, QK-norm, the output projection."""
+    """The parts that self- and cross-attention share: splitting into heads, QK-norm and the output projection.
+
+    `split` and `merge` run in every layer of every sampling step, so they use views and not einops, which takes
+    longer to parse its pattern than a view takes.
+    """
 
     def __init__(self, width: int, heads: int, qk_norm: bool):
         super().__init__()
@@ -120,12 +125,12 @@ class _Heads(nn.Module):
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def merge(self, x: Tensor) -> Tensor:
-        """(B, h, N, d) -> (B, N, C), through the output projection."""
+        """(B, h, N, d) -> (B, N, C), after the output projection."""
         return self.out(x.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(_Heads):
-    """Every token attends to every token of its sequence; queries, keys and values come from one matrix product."""
+    """Every token attends to every token of its sequence; one matrix product computes queries, keys and values."""
 
     def __init__(self, width: int, heads: int, bias: bool = False, qk_norm: bool = False):
         super().__init__(width, heads, qk_norm)
@@ -140,13 +145,14 @@ class SelfAttention(_Heads):
 
 
 class CrossAttention(_Heads):
-    """Image tokens attend to a context. The context's keys and values are an argument, so that they can be kept."""
+    """Image tokens attend to a context. Keys and values of the context are arguments, so that the caller can cache
+    them."""
 
     def __init__(self, width: int, heads: int, context_width: int, qk_norm: bool = False):
         super().__init__(width, heads, qk_norm)
         self.q = nn.Linear(width, width, bias=False)
         self.kv = nn.Linear(context_width, 2 * width, bias=False)
-        self.watch: Callable[[Tensor], None] | None = None  # is shown the weights (B, h, N, L): see attention_maps.py
+        self.watch: Callable[[Tensor], None] | None = None  # receives the weights (B, h, N, L), see attention_maps.py
 
     def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, L, D) -> keys and values, each (B, h, L, d)."""
@@ -164,11 +170,12 @@ class CrossAttention(_Heads):
 
 
 class ContextPool(nn.Module):
-    """The mean of a context's real tokens, through a matrix that starts at zero, for the time embedding.
+    """The mean of the real tokens of a context, through a matrix that starts at zero, for the time embedding.
 
-    What the whole prompt says reaches every residual block this way, without being looked for by attention (Ramesh et
-    al. 2022, section 2.1; Podell et al. 2023). The mean, not the end token: it is a bag of words from the first step
-    on, before any layer has learned to gather them, and it is defined for prompts of several chunks.
+    In this way the content of the whole prompt reaches every residual block without passing through attention
+    (Ramesh et al. 2022, section 2.1; Podell et al. 2023). The mean is used instead of the end token because it is a bag
+    of words from the first step on, before any layer has learned to gather them, and because it is defined for prompts
+    of several chunks.
     """
 
     def __init__(self, context_width: int, width: int):
@@ -193,10 +200,10 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 class ContextCache:
     """Keys and values of one context for every cross-attention layer, in the order in which the layers run.
 
-    A prompt does not change between the steps of a sampler, so neither do these. The caller owns the object and hands
-    it to every step in place of the context. `check` refuses it where it may no longer be what the layers would
-    compute. What it cannot see is the owner's to know: writing weights through `.data`, or stepping a fused optimizer
-    without ever entering training mode, leaves no trace, and needs a new cache.
+    A prompt does not change between the steps of a sampler, so its keys and values do not either. The caller owns
+    the object and passes it to every step in place of the context. `check` refuses a cache that may differ from what
+    the layers would compute. It cannot detect weights that were written through `.data`, or a fused optimizer that
+    steps without the network ever entering training mode; after either the caller must make a new cache.
     """
 
     layers: tuple[tuple[Tensor, Tensor], ...]  # (B, h, L, d) each
@@ -210,7 +217,8 @@ class ContextCache:
     @classmethod
     def of(cls, layers: list[CrossAttention], context: Tensor, mask: Tensor | None, trainings: int,
            pool: ContextPool | None = None) -> "ContextCache":
-        """The keys and values of `context` (B, L, D), mask (B, L) or None, in every layer, and what `pool` makes of it.
+        """The keys and values of `context` (B, L, D), mask (B, L) or None, in every layer, and the output of `pool` for
+        it.
 
         trainings counts how often the network that owns the layers has entered training mode.
         """
@@ -235,7 +243,8 @@ class ContextCache:
         """Raises ValueError unless the cache fits the batch x (B, ...) and the weights are those it was made from.
 
         Loading, averaging, merging and most optimizers advance autograd's version of a tensor, and a replaced tensor
-        has another identity or address. Fused optimizers advance nothing, hence the count of trainings.
+        has another identity or address. Fused optimizers do not advance the version, so the number of trainings is
+        compared too.
         """
         if x.shape[0] != self.batch:
             raise ValueError(f"cache: made for a batch of {self.batch}, used with {x.shape[0]}; valid: equal batches")
@@ -243,7 +252,7 @@ class ContextCache:
             raise ValueError(
                 f"cache: made under autocast {self.autocast}, used under {_autocast_dtype(x.device)}; valid: the same"
             )
-        if torch.compiler.is_compiling():  # addresses and versions cannot be looked at in a compiled graph
+        if torch.compiler.is_compiling():  # a compiled graph cannot read addresses and versions
             return
         now = _context_weights(layers, pool)
         same = len(now) == len(self.weights) and all(

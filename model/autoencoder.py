@@ -1,4 +1,4 @@
-"""The KL autoencoder: images to latents and back. It alone knows the scale of a latent.
+"""The KL autoencoder between images and latents. The scale of a latent is known in this file only.
 
 Rombach et al. 2022, section 3.1. Axis letters: B batch, C latent channels, H height, W width, h = H / f, w = W / f.
 """
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, called, check_groups
+from model.blocks import Downsample, ImageAttention, ResBlock, Upsample, call_with_checkpointing, check_groups
 from model.norm import GroupNorm
 
 EPS = 1e-6  # of every GroupNorm
@@ -19,16 +19,16 @@ EPS = 1e-6  # of every GroupNorm
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Shape of an autoencoder; one entry of `channels` a resolution, the finest first."""
+    """Shape of an autoencoder; `channels` has one entry for each resolution, the finest first."""
 
     image_channels: int = 3
     latent_channels: int = 4
     channels: tuple[int, ...] = (128, 256, 512, 512)
-    blocks: int = 2  # residual blocks a level in the encoder; one more in the decoder
+    blocks: int = 2  # residual blocks of a level in the encoder; one more in the decoder
     mid_attention: bool = True
-    stem: int = 1  # fold stem x stem pixels into channels first: full-resolution convolutions are the dear ones
+    stem: int = 1  # fold stem x stem pixels into channels, because full-resolution convolutions are expensive
     norm_groups: int = 32
-    gradient_checkpointing: bool = False  # residual blocks are computed again in the backward pass: less memory
+    gradient_checkpointing: bool = False  # recompute residual blocks in the backward pass: less memory
 
     def __post_init__(self) -> None:
         for name in ("image_channels", "latent_channels", "blocks"):
@@ -42,7 +42,7 @@ class AutoencoderConfig:
 
     @property
     def factor(self) -> int:
-        """Image pixels to a latent pixel, along one side."""
+        """The number of image pixels to one latent pixel, along one side."""
         return self.stem * 2 ** (len(self.channels) - 1)
 
     @classmethod
@@ -68,13 +68,13 @@ class Posterior:
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal in nats, summed over an image: (B,)."""
+        """Divergence from the standard normal in nats, summed over each image: (B,)."""
         # KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - 1 - log s^2) / 2 (Kingma and Welling 2014, appendix B).
         return 0.5 * (self.mean.square() + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(dim=1)
 
 
 class Middle(nn.Module):
-    """Residual block, attention over the pixels, residual block, at the coarsest resolution."""
+    """A residual block, attention over the pixels and a second residual block, at the coarsest resolution."""
 
     def __init__(self, channels: int, groups: int, attention: bool):
         super().__init__()
@@ -91,18 +91,18 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then a change of resolution or none."""
+    """Residual blocks at one resolution, followed by a change of resolution or none."""
 
-    def __init__(self, widths: list[tuple[int, int]], groups: int, resample: nn.Module | None, forget: bool):
+    def __init__(self, widths: list[tuple[int, int]], groups: int, resample: nn.Module | None, recompute: bool):
         super().__init__()
-        self.forget = forget
+        self.recompute = recompute
         self.resblocks = nn.ModuleList(ResBlock(c_in, c_out, groups, EPS) for c_in, c_out in widths)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, c_in, H, W) -> (B, c_out, H', W')."""
         for block in self.resblocks:
-            x = called(block, x, forget=self.forget)
+            x = call_with_checkpointing(block, x, recompute=self.recompute)
         return x if self.resample is None else self.resample(x)
 
 
@@ -162,10 +162,10 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, decoder, and the per-channel mean and scale of the latents between them.
+    """Encoder, decoder, and the mean and scale of each channel of the latents between them.
 
-    `moments` speaks of raw latents, as the training loss does. `encode` and `decode` speak of unit-scale latents, as
-    everything outside this file does.
+    `moments` and `decode_raw` use raw latents, as the training loss does. `encode` and `decode` use latents of unit
+    scale, as everything outside this file does.
     """
 
     latent_mean: Tensor  # (C,)
@@ -188,7 +188,7 @@ class Autoencoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """Image pixels to a latent pixel, along one side."""
+        """The number of image pixels to one latent pixel, along one side."""
         return self.config.factor
 
     @property
@@ -232,10 +232,10 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Tensor]) -> None:
-        """Sets latent_mean and latent_std to those of latents sampled for `batches` of images (B, 3, H, W).
+        """Set latent_mean and latent_std to the moments of latents sampled for `batches` of images (B, 3, H, W).
 
-        The noise of the posterior enters through its variance, not by drawing. Raises ValueError without images, or
-        when a channel is constant.
+        The noise of the posterior enters through its variance and is not drawn. Raises ValueError if there are no
+        images, or if a channel is constant.
         """
         count = 0
         total = torch.zeros(self.latent_channels, dtype=torch.float64, device=self.latent_mean.device)

@@ -1,9 +1,10 @@
-"""The pieces of which the UNet and the autoencoder are made.
+"""The building blocks of the UNet and the autoencoder.
 
 Axis letters: B batch, C channels, H height, W width, N = H W image tokens, L context tokens, d width of a head.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,31 +19,33 @@ from model.packed import Conv2d
 
 
 def zero_init(module: nn.Module) -> nn.Module:
-    """Zeroes the parameters, so that the residual branch the module ends starts as no branch at all."""
+    """Set the parameters to zero and return the module, so that the residual branch which it ends initially adds
+    nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
-def called(module: nn.Module, *args: Any, forget: bool) -> Tensor:
-    """module(*args); with `forget` it keeps none of its activations, and the backward pass computes them again.
+def call_with_checkpointing(module: nn.Module, *args: Any, recompute: bool) -> Tensor:
+    """module(*args). With `recompute` its activations are not kept; the backward pass computes them again.
 
-    Gradient checkpointing (Chen et al. 2016): only the arguments are kept.
+    This is gradient checkpointing (Chen et al. 2016): only the arguments are kept.
     """
-    if forget and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled():
         return checkpoint(module, *args, use_reentrant=False)
     return module(*args)
 
 
 def check_groups(channels: tuple[int, ...], groups: int) -> None:
-    """Raises ValueError unless every count of channels divides into `groups` groups."""
+    """Raises ValueError unless `groups` divides every number of channels."""
     for count in channels:
         if groups < 1 or count < 1 or count % groups:
             raise ValueError(f"norm_groups: {groups} does not divide {count} of channels {channels}; valid: a divisor")
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoids of t (B,) -> float32 (B, width), cosines first (Ho et al. 2020 after Vaswani et al. 2017, 3.5)."""
+    """Sinusoids of t (B,) as float32 (B, width), cosines first (Ho et al. 2020 after Vaswani et al. 2017, section
+    3.5)."""
     half = width // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies  # (B, half)
@@ -50,7 +53,8 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10_000.0) -> T
 
 
 class TimeMLP(nn.Module):
-    """Timestep -> the vector that every residual block adds, SiLU included so that it is computed once."""
+    """Maps a timestep to the vector that every residual block adds. It includes their SiLU, which is thus computed
+    once."""
 
     def __init__(self, channels: int, width: int):
         super().__init__()
@@ -68,8 +72,8 @@ class TimeMLP(nn.Module):
 class Positions(nn.Module):
     """Learned vectors of the rows and of the columns, added to a feature map (Dosovitskiy et al. 2021, appendix D.4).
 
-    Attention among pixels, and from pixels to words, sees no places without them but what convolutions leak in from
-    the border: "above" has to be learned as a place. Embeddings, so that Muon does not take the tables for matrices.
+    Without them attention knows positions only as far as convolutions leak them in from the border, but "above" has
+    to be learned as a position. The vectors are embeddings, so that Muon does not treat the tables as matrices.
     """
 
     def __init__(self, side: int, channels: int, std: float = 0.3):
@@ -99,8 +103,8 @@ class ResBlock(nn.Module):
         self.shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor, time: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """x (B, c_in, H, W); time (B, time_width), after SiLU, or `shift` (B or 1, c_out), what it adds here.
-        Returns (B, c_out, H, W)."""
+        """x (B, c_in, H, W); time (B, time_width), after SiLU, or `shift` (B or 1, c_out), its projection in this
+        block. Returns (B, c_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
         if self.time is not None:
             h = h + (self.time(time) if shift is None else shift)[:, :, None, None]
@@ -111,7 +115,7 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     """Strided convolution, (B, C, H, W) -> (B, C, H/2, W/2).
 
-    The autoencoder of latent diffusion pads on the right and below only, the UNet on every side.
+    The autoencoder of latent diffusion pads only on the right and below, the UNet on every side.
     """
 
     def __init__(self, channels: int, symmetric: bool = True):
@@ -124,7 +128,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour, then a convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    """Nearest-neighbour interpolation followed by a convolution, (B, C, H, W) -> (B, C, 2H, 2W)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -135,7 +139,8 @@ class Upsample(nn.Module):
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution of tokens, (B, N, c_in) -> (B, N, c_out): the weights of SD-1.x, the work of a Linear."""
+    """A 1x1 convolution of tokens, (B, N, c_in) -> (B, N, c_out), with weights as in SD-1.x and the cost of a
+    Linear."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 1)
@@ -155,11 +160,11 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return self.out(self.dropout(gated(self.proj(x))))  # (B, N, 8C) -> (B, N, 4C) -> (B, N, C)
+        return self.out(self.dropout(apply_gate(self.proj(x))))  # (B, N, 8C) -> (B, N, 4C) -> (B, N, C)
 
 
-def gated(x: Tensor) -> Tensor:
-    """value gelu(gate) of x (..., 2 C), the value in the first half of its columns: (..., C)."""
+def apply_gate(x: Tensor) -> Tensor:
+    """value gelu(gate) of x (..., 2 C), where value is the first half of its columns and gate the second: (..., C)."""
     if torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         return Gate.apply(x)
     value, gate = x.chunk(2, dim=-1)
@@ -167,8 +172,9 @@ def gated(x: Tensor) -> Tensor:
 
 
 class Gate(torch.autograd.Function):
-    """`gated` with the same bits, and a gradient that is written where it belongs: autograd would make the gradients of
-    both halves apart and then copy them into one tensor, the largest of a transformer block."""
+    """`apply_gate` with the same bits and a cheaper gradient. Autograd would compute the gradients of both halves
+    separately and copy them into one tensor, the largest of a transformer block; here they are written into it
+    directly."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ class Gate(torch.autograd.Function):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward, each after a LayerNorm and added to its input."""
+    """Self-attention, cross-attention and a feed-forward layer, each after a LayerNorm and added to its input."""
 
     def __init__(self, width: int, heads: int, context_width: int, qk_norm: bool = False, dropout: float = 0.0):
         super().__init__()
@@ -210,22 +216,36 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.norm3(x))
 
 
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a `SpatialTransformer` beside its number of channels, which its heads and norm groups must divide."""
+
+    heads: int
+    depth: int  # transformer blocks
+    context_width: int
+    groups: int  # of the GroupNorm in front
+    linear_projection: bool  # weights of the projections around the blocks: Linear, or 1x1 convolution as in SD-1.x
+    qk_norm: bool = False
+    dropout: float = 0.0
+
+
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the pixels of a feature map (Rombach et al. 2022, appendix E.2.1)."""
 
-    def __init__(self, width: int, heads: int, depth: int, context_width: int, groups: int,
-                 linear_projection: bool, qk_norm: bool = False, dropout: float = 0.0):
+    def __init__(self, width: int, config: TransformerConfig):
         super().__init__()
-        projection = nn.Linear if linear_projection else PointwiseConv
-        self.norm = GroupNorm(groups, width, eps=1e-6)
+        projection = nn.Linear if config.linear_projection else PointwiseConv
+        self.norm = GroupNorm(config.groups, width, eps=1e-6)
         self.proj_in = projection(width, width)
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, heads, context_width, qk_norm, dropout) for _ in range(depth)
+            TransformerBlock(width, config.heads, config.context_width, config.qk_norm, config.dropout)
+            for _ in range(config.depth)
         )
         self.proj_out = zero_init(projection(width, width))
 
     def forward(self, x: Tensor, keys_values: tuple[tuple[Tensor, Tensor], ...], mask: Tensor | None) -> Tensor:
-        """x (B, C, H, W); keys_values one pair (B, heads, L, d) a block; mask (B, 1, 1, L). Returns (B, C, H, W)."""
+        """x (B, C, H, W); keys_values has one pair (B, heads, L, d) for each block; mask (B, 1, 1, L). Returns (B, C,
+        H, W)."""
         height, width = x.shape[2:]
         h = to_tokens(self.norm(x))  # (B, N, C)
         h = self.proj_in(h)
@@ -235,7 +255,7 @@ class SpatialTransformer(nn.Module):
 
 
 class ImageAttention(nn.Module):
-    """Self-attention over the pixels of a feature map, one head, added to its input (the autoencoder's)."""
+    """Self-attention with one head over the pixels of a feature map, added to its input; used in the autoencoder."""
 
     def __init__(self, channels: int, groups: int, eps: float):
         super().__init__()

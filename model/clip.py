@@ -1,6 +1,6 @@
-"""CLIP: an image transformer and a text transformer whose vectors agree when a picture and a text belong together.
+"""CLIP: an image transformer and a text transformer whose vectors agree if an image and a text belong together.
 
-Radford et al. 2021. Axis letters: B pictures, T texts, N patches, L tokens, D width of a transformer, E width of the
+Radford et al. 2021. Axis letters: B images, T texts, N patches, L tokens, D width of a transformer, E width of the
 shared space.
 """
 
@@ -10,13 +10,14 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from model.attention import check_heads
-from model.blocks import called
-from model.text_encoder import Layer, TextEncoder, TextEncoderConfig, pooled
+from model.blocks import call_with_checkpointing
+from model.text_encoder import Layer, TextEncoder, TextEncoderConfig, end_token_state
 
-# Of the published weights: mean and standard deviation of pixels in [0, 1] over their training pictures.
+# Of the published weights: mean and standard deviation of pixels in [0, 1] over their training images.
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_SCALE = 100.0  # of the logits (section 2.5)
@@ -24,9 +25,9 @@ LARGEST_SCALE = 100.0  # of the logits (section 2.5)
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
-    """Shape of an image transformer, and the pixel values it expects.
+    """Shape of an image transformer, and the pixel values that it expects.
 
-    mean, std: of pixels in [0, 1], a channel each; 0.5 leaves pictures in [-1, 1] as they are.
+    mean, std: of pixels in [0, 1], one for each channel; 0.5 leaves images in [-1, 1] unchanged.
     """
 
     size: int = 224  # pixels along a side
@@ -58,13 +59,13 @@ class ImageEncoderConfig:
 
     @property
     def patches(self) -> int:
-        """Patches of a picture."""
+        """The number of patches of an image."""
         return (self.size // self.patch) ** 2
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Shape of both encoders, the width E of the space they share, and the temperature that training starts from."""
+    """Shape of both encoders, the width E of the space they share, and the initial temperature."""
 
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -93,7 +94,7 @@ class ClipConfig:
 
 
 class ImageEncoder(nn.Module):
-    """A transformer over the patches of a picture and one class token, whose last state stands for the picture.
+    """A transformer over the patches of an image and one class token, whose last state represents the image.
 
     Dosovitskiy et al. 2021, with CLIP's LayerNorm before the first layer.
     """
@@ -115,16 +116,16 @@ class ImageEncoder(nn.Module):
         c = self.config
         if images.shape[1:] != (c.channels, c.size, c.size):
             raise ValueError(f"images: {tuple(images.shape)}; valid: (B, {c.channels}, {c.size}, {c.size})")
-        patches = self.patch_embedding(self.normalised(images)).flatten(2).transpose(1, 2)  # (B, N, D)
+        patches = rearrange(self.patch_embedding(self.normalise_pixels(images)), "b d h w -> b (h w) d")  # (B, N, D)
         first = self.class_embedding.to(patches.dtype).expand(len(images), 1, -1)  # (B, 1, D)
         x = torch.cat([first, patches], dim=1) + self.position_embedding.weight  # (B, 1 + N, D)
         x = self.norm_in(x)
         for layer in self.layers:
-            x = called(layer, x, forget=self.config.gradient_checkpointing)
+            x = call_with_checkpointing(layer, x, recompute=self.config.gradient_checkpointing)
         return self.norm_out(x[:, 0])  # (B, D)
 
-    def normalised(self, images: Tensor) -> Tensor:
-        """Pictures in [-1, 1] as the pixel values the weights expect: (pixel in [0, 1] - mean) / std."""
+    def normalise_pixels(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as the pixel values that the weights expect: (pixel in [0, 1] - mean) / std."""
         mean, std = (torch.tensor(x, dtype=images.dtype, device=images.device)[:, None, None]
                      for x in (self.config.mean, self.config.std))  # (channels, 1, 1)
         return (0.5 * images + 0.5 - mean) / std
@@ -145,20 +146,24 @@ class Clip(nn.Module):
         nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits (B, T): cosine over temperature of every picture with every text. Arguments as for the two below."""
+        """Logits (B, T): cosine over temperature of every image with every text. Arguments as for the two methods
+        below."""
         # Radford et al. 2021, figure 3
         return self.logit_scale.exp() * self.image_vectors(images) @ self.text_vectors(ids, mask).T
 
     def image_vectors(self, images: Tensor) -> Tensor:
-        """images (B, channels, size, size) in [-1, 1] -> unit vectors (B, E). `resized` brings others to this size."""
+        """Unit vectors (B, E) of images (B, channels, size, size) in [-1, 1]; `resize_images` gives other images this
+        size."""
         return F.normalize(self.image_projection(self.image(images)), dim=-1)
 
     def text_vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids int (T, L), mask bool (T, L), True up to the end token, whose state stands for the text -> (T, E)."""
-        return F.normalize(self.text_projection(pooled(self.text(ids, mask), mask)), dim=-1)
+        """Unit vectors (T, E) of ids int (T, L) with mask bool (T, L), True up to the end token, whose state represents
+        the text."""
+        return F.normalize(self.text_projection(end_token_state(self.text(ids, mask), mask)), dim=-1)
 
-    def resized(self, images: Tensor) -> Tensor:
-        """Pictures (B, channels, H, W) at the size of the image encoder: shorter side by cubic filter, then cropped."""
+    def resize_images(self, images: Tensor) -> Tensor:
+        """Images (B, channels, H, W) at the size of the image encoder: the shorter side is resized by a cubic filter,
+        and the centre is cropped."""
         size, (height, width) = self.config.image.size, images.shape[2:]
         if (height, width) == (size, size):
             return images
@@ -170,19 +175,20 @@ class Clip(nn.Module):
 
     @torch.no_grad()
     def limit_scale(self) -> None:
-        """Call after each training step: logits are scaled by at most 100, else training diverges (section 2.5)."""
+        """Limit the factor of the logits to 100, without which training diverges (section 2.5); call it after each
+        step."""
         self.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
 
 
 def contrastive_loss(logits: Tensor, equal: Tensor | None = None) -> Tensor:
-    """Logits (B, T) -> the mean cross entropy of finding a picture's text, and a text's picture: a scalar. The first B
-    texts are those of the pictures, further ones are wrong answers of all.
+    """The mean cross entropy of finding the text of an image and the image of a text, from logits (B, T): a scalar. The
+    first B texts belong to the images, and the others are wrong answers for all images.
 
-    ``equal`` bool (B, T): texts that are that of the picture; such a one is no wrong answer and is left out.
-    Raises ValueError for fewer texts than pictures.
+    ``equal`` bool (B, T) marks texts that also describe the image. They are no wrong answers and are left out.
+    Raises ValueError for fewer texts than images.
     """
     if logits.ndim != 2 or logits.shape[0] > logits.shape[1]:
-        raise ValueError(f"logits: {tuple(logits.shape)}; valid: (B, T), one text a picture at least")
+        raise ValueError(f"logits: {tuple(logits.shape)}; valid: (B, T), one text an image at least")
     pairs = torch.arange(len(logits), device=logits.device)
     if equal is not None:
         others = equal.to(logits.device) & (pairs[:, None] != torch.arange(logits.shape[1], device=logits.device))

@@ -1,4 +1,4 @@
-"""Where networks live, and the arithmetic they use there."""
+"""The device of a network, and the arithmetic that it uses there."""
 import functools
 import platform
 from typing import TypeVar
@@ -10,12 +10,13 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def default_device() -> torch.device:
-    """CUDA when there is one, else the CPU."""
+    """CUDA if it is available, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def placed(module: M, device: torch.device | str) -> M:
-    """``module`` on ``device`` with its filters in channels-last order, which convolutions run faster in."""
+def place_on(module: M, device: torch.device | str) -> M:
+    """Move ``module`` to ``device``, store its filters in channels-last order, in which convolutions are faster, and
+    return it."""
     module.to(device)
     for parameter in module.parameters():
         if parameter.ndim == 4:
@@ -23,14 +24,15 @@ def placed(module: M, device: torch.device | str) -> M:
     return module
 
 
-def frozen(module: M) -> M:
-    """``module`` for use without training: evaluation mode, no gradients."""
+def freeze(module: M) -> M:
+    """Set ``module`` to evaluation mode, switch off its gradients, and return it."""
     module.eval().requires_grad_(False)
     return module
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type of matrix products under autocast, or None for fp32. ``auto`` is bf16 where the machine has it."""
+    """The type of matrix products under autocast, or None for fp32. ``auto`` is bf16 if the machine has bf16
+    arithmetic."""
     if precision == "auto":
         has_bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
             device.type == "cpu" and cpu_has_bf16())
@@ -40,8 +42,8 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 @functools.lru_cache(maxsize=None)
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies in bf16 by itself. oneDNN says yes for every AVX512, and where it has to emulate bf16
-    that takes five times as long as fp32."""
+    """Whether the CPU has bf16 instructions. oneDNN claims so for every CPU with AVX512, but emulated bf16 takes five
+    times as long as fp32."""
     if platform.machine().lower() in ("x86_64", "amd64"):
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,6 +1,7 @@
-"""The patch discriminator: which patches of a picture are real, which were decoded (Isola et al. 2017, section 3.2).
+"""The patch discriminator, which judges for each patch of an image whether it is real or decoded (Isola et al. 2017,
+section 3.2).
 
-Axis letters: B batch, H W size of the picture, h w places of the verdict.
+Axis letters: B batch, H W size of the image, h w size of the map of logits.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ LARGEST = 8  # channels of the widest convolution, in units of the first
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """`layers` convolutions of stride 2; 3 of them judge patches of 70 x 70 pixels, 2 of 34 x 34, 1 of 16 x 16."""
+    """`layers` is the number of convolutions of stride 2: 3 of them judge patches of 70 x 70 pixels, 2 patches of 34 x
+    34, and 1 patches of 16 x 16."""
 
     channels: int = 64  # of the first convolution
     layers: int = 3
@@ -25,13 +27,14 @@ class DiscriminatorConfig:
 
     @property
     def smallest(self) -> int:
-        """Pixels along a side of the smallest picture that leaves a verdict: two convolutions of stride 1 each take
-        one place off."""
+        """Side in pixels of the smallest image that still gives a logit; the two convolutions of stride 1 each reduce
+        the size of the map by one."""
         return 3 * 2**self.layers
 
 
 class PatchDiscriminator(nn.Module):
-    """Convolutions with 4 x 4 filters, batch normalisation between the first and the last, no pooling over places."""
+    """Convolutions with 4 x 4 filters, and batch normalisation between the first and the last; the map is not
+    pooled."""
 
     def __init__(self, config: DiscriminatorConfig):
         super().__init__()
@@ -51,7 +54,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> logits of being real (B, 1, h, w). Raises ValueError on another shape."""
+        """Logits (B, 1, h, w) of being real for images (B, 3, H, W) in [-1, 1]. Raises ValueError for another shape."""
         smallest = self.config.smallest
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < smallest:
             raise ValueError(f"images: {tuple(images.shape)}; valid: (B, 3, H, W), H and W at least {smallest}")

@@ -1,6 +1,6 @@
-"""LPIPS: how different two pictures look to VGG16, calibrated on the judgements of people (Zhang et al. 2018).
+"""LPIPS: the difference of two images to VGG16, calibrated on judgements of people (Zhang et al. 2018).
 
-Axis letters: B batch, C channels of a stage, H W size of the pictures, h w size of a stage.
+Axis letters: B batch, C channels of a stage, H W size of the images, h w size of a stage.
 """
 
 import re
@@ -14,7 +14,7 @@ from model.pretrained.tensors import read_tensors
 # Channels and convolutions of the five stages of VGG16 (Simonyan and Zisserman 2015, configuration D); a stage halves
 # the size of the one before it. Compared is what comes out of each stage.
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
-# Mean and standard deviation of ImageNet's pixels, for pictures in [-1, 1], in the digits of the published code.
+# Mean and standard deviation of ImageNet's pixels, for images in [-1, 1], in the digits of the published code.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 EPS = 1e-10  # beside the length of a vector of features
 SMALLEST = 2 ** (len(STAGES) - 1)  # pixels along a side
@@ -26,7 +26,7 @@ UNUSED = re.compile(r"classifier\.|scaling_layer\.|lins\.")
 
 
 class Lpips(nn.Module):
-    """Distance of two pictures: squared differences of unit feature vectors, weighed by channel, averaged over places.
+    """Distance of two images: squared differences of unit feature vectors, weighted by channel, averaged over places.
 
     `features` has torchvision's names. Both parts are random until `load_lpips` fills them.
     """
@@ -47,10 +47,11 @@ class Lpips(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for channels, _ in STAGES)
 
     def forward(self, decoded: Tensor, images: Tensor) -> Tensor:
-        """Both (B, 3, H, W) in [-1, 1] -> (B,), 0 for equal pictures. Raises ValueError for other shapes."""
+        """Distances (B,) of two batches (B, 3, H, W) in [-1, 1], 0 for equal images. Raises ValueError for other
+        shapes."""
         fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) >= SMALLEST
         if not fits or decoded.shape != images.shape:
-            raise ValueError(f"pictures: {tuple(decoded.shape)} and {tuple(images.shape)}; valid: two of one shape "
+            raise ValueError(f"images: {tuple(decoded.shape)} and {tuple(images.shape)}; valid: two of one shape "
                              f"(B, 3, H, W), H and W at least {SMALLEST}")
         distance = torch.zeros(len(images), device=images.device)
         for ours, theirs, head in zip(self.stages(decoded), self.stages(images), self.heads):
@@ -61,7 +62,8 @@ class Lpips(nn.Module):
         return distance
 
     def stages(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> what comes out of each stage (B, C, h, w), every place scaled to unit length, in fp32."""
+        """The output of each stage (B, C, h, w) for images (B, 3, H, W), scaled to unit length at every place, in
+        fp32."""
         shift, scale = (torch.tensor(x, device=images.device)[:, None, None] for x in (SHIFT, SCALE))  # (3, 1, 1)
         x, out = (images - shift) / scale, []
         for number, layer in enumerate(self.features):
@@ -76,9 +78,9 @@ class Lpips(nn.Module):
 def load_lpips(paths: tuple[str, ...]) -> Lpips:
     """LPIPS from one file, or from two that hold VGG16 and the heads in either order; for use without training.
 
-    VGG16 has the names of torchvision (`features.0.weight`) or of the `lpips` package (`net.slice1.0.weight`), the
-    heads those of that package (`lin0.model.1.weight`). No pickle is executed. Raises ValueError naming a file that
-    cannot be read, and every tensor that is missing, unexpected or misshapen.
+    VGG16 has the names of torchvision (`features.0.weight`) or of the `lpips` package (`net.slice1.0.weight`), and
+    the heads have those of that package (`lin0.model.1.weight`). No pickle is executed. Raises ValueError naming a file
+    that cannot be read, and every tensor that is missing, unexpected or of another shape.
     """
     for path in paths:
         if not Path(path).is_file():

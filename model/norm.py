@@ -1,4 +1,4 @@
-"""Group normalisation (Wu & He 2018) in the form that is fast where it runs.
+"""Group normalisation (Wu and He 2018) in the form that is fastest for its input.
 
 Axis letters: B batch, C channels, G groups, H height, W width, N = H W pixels.
 """
@@ -17,33 +17,34 @@ from torch import Tensor, nn
 #
 # The kernel adds up a group of two channels in fp32, or of any width in bf16, one value at a time. As in attention the
 # batch must not decide: the bits of an image would depend on its neighbours.
-WRITTEN_OUT = 12_000, 4_000_000  # from and up to how many values of an image; above, it takes three times the memory
+WRITTEN_OUT = 12_000, 4_000_000  # smallest and largest number of values of an image; it takes three times the memory
 
 
 class GroupNorm(nn.GroupNorm):
-    """The module of that name in PyTorch, with its weights and results to rounding, but not its slow path."""
+    """PyTorch's module of that name, with the same weights and, up to rounding, the same results, but without its slow
+    path."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W), in fp32 in a training step under autocast."""
-        if not slow_kernel(x):
-            return super().forward(widened(x))
+        if not kernel_is_slow(x):
+            return super().forward(fp32_in_training(x))
         if WRITTEN_OUT[0] <= x.shape[1] * x.shape[2] * x.shape[3] <= WRITTEN_OUT[1]:
             return written_out_group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         return super().forward(x if x.dtype == torch.float32 else x.contiguous())
 
 
-def slow_kernel(x: Tensor) -> bool:
-    """Whether the kernel is slow for x: in channels-last order, on a CPU. With gradients, under autocast and inside a
-    compiled graph it is taken all the same."""
+def kernel_is_slow(x: Tensor) -> bool:
+    """Whether PyTorch's kernel is slow for x, which is the case in channels-last order on a CPU. With gradients, under
+    autocast and inside a compiled graph the kernel is used all the same."""
     return (x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
             and not torch.is_autocast_enabled("cpu")
             and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last))
 
 
-def widened(x: Tensor) -> Tensor:
-    """x (B, C, H, W) in fp32 in a training step under autocast on a CPU, where the kernel is slow for bf16: with SiLU,
-    forward and backward of (32, 128, 8, 8) in channels-last order take 3.1 ms on one core, in fp32 1.5 ms; written out
-    with a gradient by hand 2.1 ms. The layer after the norm rounds to bf16 by itself."""
+def fp32_in_training(x: Tensor) -> Tensor:
+    """x (B, C, H, W) converted to fp32 in a training step under autocast on a CPU, where the kernel is slow for bf16:
+    with SiLU, forward and backward of (32, 128, 8, 8) in channels-last order take 3.1 ms on one core, in fp32 1.5 ms;
+    written out with a hand-written gradient they take 2.1 ms. The layer after the norm rounds to bf16 again."""
     training = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
     return x.float() if training and x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
 
@@ -51,8 +52,8 @@ def widened(x: Tensor) -> Tensor:
 def written_out_group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(variance + eps) weight + bias with moments over each group of channels, in fp32.
 
-    x (B, C, H, W) in channels-last order, the order of the result too. The variance is that of the centred values,
-    which does not cancel where the mean is large.
+    x (B, C, H, W) and the result are in channels-last order. The variance is that of the centred values, which does
+    not suffer from cancellation if the mean is large.
     """
     batch, channels, height, width = x.shape
     count = height * width * channels // groups

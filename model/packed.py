@@ -1,8 +1,8 @@
-"""Convolutions that keep their weights in the order that the CPU's kernels read them in.
+"""Convolutions that keep a copy of their weights in the order in which the kernels of the CPU read them.
 
-oneDNN reads weights in blocks of its own choice, and PyTorch reorders them at every call. For a large feature map that
-is nothing; for a map of 2x2 pixels the reordering takes longer than the convolution. Weights that no longer change are
-reordered once. What is computed is the same, up to the order of sums.
+oneDNN reads weights in blocks of its own choice, and PyTorch reorders the weights at every call. For a large feature
+map this costs nothing, but for a map of 2x2 pixels the reordering takes longer than the convolution. Here weights that
+no longer change are reordered once. The result is the same, up to the order of sums.
 
 Axis letters: B batch, C channels, H height, W width.
 """
@@ -21,7 +21,7 @@ reorder: Any = getattr(torch._C._nn, "mkldnn_reorder_conv2d_weight", None)  # Py
 
 
 class Conv2d(nn.Conv2d):
-    """The module of that name in PyTorch, faster on small maps once its weights are frozen."""
+    """PyTorch's module of that name, but faster on small maps once its weights are frozen."""
 
     packed: tuple[tuple, Tensor] | None = None  # what the weights were reordered for, and the reordered weights
 
@@ -38,7 +38,8 @@ class Conv2d(nn.Conv2d):
                                                        self.dilation, self.groups, "none", [], "")
 
     def packs(self, x: Tensor) -> bool:
-        """Whether reordered weights are used: only for weights that are frozen, and whose changes would be seen."""
+        """Whether reordered weights are used: only if the weights are frozen and any change of them would be
+        noticed."""
         weight = self.weight
         return (x.device.type == "cpu" and x.shape[2] * x.shape[3] <= PIXELS and not weight.requires_grad
                 and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
@@ -47,5 +48,5 @@ class Conv2d(nn.Conv2d):
                 and torch.backends.mkldnn.is_available() and reorder is not None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the reordered weights, which can be neither copied nor written."""
+        """The state without the reordered weights, which can be neither copied nor written."""
         return {name: value for name, value in self.__dict__.items() if name != "packed"}

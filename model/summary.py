@@ -1,12 +1,12 @@
-"""What a network costs, stage by stage, without running it: parameters, operations, activations kept for training.
+"""The cost of a network, stage by stage, without running it: parameters, operations, activations kept for training.
 
     python -m model.summary configs/shapes.yaml        the networks of an experiment
     python -m model.summary sd1 --size 512             those of a published model: sd1, sd2
 
-Nothing is allocated: tensors have shapes and no content. An operation is one multiplication or one addition; counted
-are convolutions, matrix products and attention, which are all but a few per cent. Activations are the tensors that
-automatic differentiation keeps for the backward pass, in fp32; sampling keeps none of them. Axis letters: B batch, N
-queries, M keys, C channels.
+Nothing is allocated: tensors have shapes but no content. An operation is one multiplication or one addition.
+Convolutions, matrix products and attention are counted, which are all but a few per cent. Activations are the tensors
+that automatic differentiation keeps for the backward pass, in fp32; sampling keeps none of them. Axis letters: B batch,
+N queries, M keys, C channels.
 """
 
 import argparse
@@ -38,7 +38,8 @@ Networks = tuple[AutoencoderConfig, TextEncoderConfig, UNetConfig, int]  # and p
 
 @dataclass(frozen=True)
 class Stage:
-    """The cost of one part of a network, for one image: operations of a forward pass, bytes kept for the backward."""
+    """The cost of one part of a network for one image: operations of a forward pass, and bytes kept for the backward
+    pass."""
 
     name: str
     parameters: int
@@ -47,7 +48,8 @@ class Stage:
 
 
 def stages_of(network: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
-    """The parts of a network in order, by name: its children, and those of lists and of halves of an autoencoder."""
+    """The parts of a network in order, by name: its children, and the children of lists and of both halves of an
+    autoencoder."""
     found: dict[str, nn.Module] = {}
     for name, child in network.named_children():
         if isinstance(child, (nn.ModuleList, Encoder, Decoder)):
@@ -58,10 +60,10 @@ def stages_of(network: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
 
 
 def summarize(network: nn.Module, run: Callable[[], Any]) -> list[Stage]:
-    """The cost of every stage of `network` under `run`, which calls it once on a batch of one, plus "rest".
+    """The cost of every stage of `network` under `run`, which calls it once on a batch of one, and of "rest".
 
-    "rest" holds the activations that belong to no stage, such as the skips joined between them. Works on real and on
-    fake tensors alike.
+    "rest" holds the activations that belong to no stage, such as the skips that are concatenated between stages.
+    Works on real and on fake tensors.
     """
     stages = stages_of(network)
     flops = dict.fromkeys(stages, 0)
@@ -88,7 +90,7 @@ def summarize(network: nn.Module, run: Callable[[], Any]) -> list[Stage]:
                 flops[owner[id(part)]] += operations(part, args, out)
             hooks.append(part.register_forward_hook(count))
         if recomputed and isinstance(part, (ResBlock, SpatialTransformer, Layer)):
-            hooks.append(part.register_forward_pre_hook(lambda _, args: kept_arguments(args, keep)))
+            hooks.append(part.register_forward_pre_hook(lambda _, args: keep_arguments(args, keep)))
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             run()
@@ -100,11 +102,11 @@ def summarize(network: nn.Module, run: Callable[[], Any]) -> list[Stage]:
     return [*rows, Stage("rest", 0, 0, kept["rest"])]
 
 
-def kept_arguments(args: tuple, keep: Callable[[Tensor], Tensor]) -> None:
-    """Count the arguments of a part whose activations are computed again: it is from them."""
+def keep_arguments(args: tuple, keep: Callable[[Tensor], Tensor]) -> None:
+    """Count the arguments of a part whose activations are recomputed, because the recomputation needs them."""
     for arg in args:
         if isinstance(arg, tuple):
-            kept_arguments(arg, keep)
+            keep_arguments(arg, keep)
         elif isinstance(arg, Tensor) and arg.is_floating_point():
             keep(arg)
 
@@ -119,14 +121,15 @@ def operations(part: nn.Module, args: tuple, out: Tensor) -> int:
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Inside, tensors and networks have shapes and no content; attention takes the form it would take on a CPU."""
+    """Inside this block tensors and networks have shapes but no content; attention takes the form that it takes on a
+    CPU."""
     with FakeTensorMode():
         yield
 
 
 def summaries(autoencoder: AutoencoderConfig, text_encoder: TextEncoderConfig, unet: UNetConfig,
               size: int) -> dict[str, list[Stage]]:
-    """The cost of the networks of a text-to-image system for one picture of size x size pixels.
+    """The cost of the networks of a text-to-image system for one image of size x size pixels.
 
     The denoiser is called once, with one prompt; a sampler calls it once a step, twice with guidance. Raises
     ValueError for a size that the networks cannot have.
@@ -148,8 +151,8 @@ def summaries(autoencoder: AutoencoderConfig, text_encoder: TextEncoderConfig, u
         }
 
 
-def table(rows: list[Stage]) -> str:
-    """The stages as lines of text, with their sum."""
+def format_table(rows: list[Stage]) -> str:
+    """The stages and their sum as lines of text."""
     total = Stage("total", *(sum(getattr(row, key) for row in rows) for key in ("parameters", "flops", "activations")))
     lines = [f"  {'':<22}{'parameters':>14}{'GFLOPs':>12}{'activations':>14}"]
     for row in [*(row for row in rows if row.parameters or row.activations), total]:
@@ -161,7 +164,7 @@ def table(rows: list[Stage]) -> str:
 # ---- configurations of experiments; only the networks are read, `train.py` checks the rest
 
 def networks_of(path: str, size: int | None) -> Networks:
-    """The networks of an experiment or of a preset, and the side of their pictures."""
+    """The networks of an experiment or of a preset, and the side of their images in pixels."""
     if path in PRESETS:
         autoencoder, text_encoder, unet, trained = PRESETS[path]
         return autoencoder, text_encoder, unet, size or trained
@@ -177,24 +180,24 @@ def networks_of(path: str, size: int | None) -> Networks:
 
     size = size or at("data", str(at("data", "source")), "size") or None
     if not isinstance(size, int):
-        raise ValueError(f"{path} names no size of the pictures; valid: --size N")
+        raise ValueError(f"{path} names no size of the images; valid: --size N")
     return (from_dict(AutoencoderConfig, at("autoencoder", "model"), "autoencoder.model"),
             from_dict(TextEncoderConfig, at("denoiser", "text_encoder"), "denoiser.text_encoder"),
             from_dict(UNetConfig, at("denoiser", "unet"), "denoiser.unet"), size)
 
 
 def main(arguments: list[str]) -> None:
-    """Print one table a network."""
+    """Print one table for each network."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help=f"a file in configs/, or {', '.join(PRESETS)}")
-    parser.add_argument("--size", type=int, help="pixels along a side of the pictures (those of the config)")
+    parser.add_argument("--size", type=int, help="pixels along a side of the images (those of the config)")
     options = parser.parse_args(arguments)
     if options.size is not None and options.size < 1:
         raise ValueError(f"--size {options.size}; valid: 1 or more")
     autoencoder, text_encoder, unet, size = networks_of(options.config, options.size)
-    print(f"one picture of {size} x {size} pixels, fp32; activations are those kept for training\n")
+    print(f"one image of {size} x {size} pixels, fp32; activations are those kept for training\n")
     for name, rows in summaries(autoencoder, text_encoder, unet, size).items():
-        print(f"{name}\n{table(rows)}\n")
+        print(f"{name}\n{format_table(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The text encoder: a pre-norm transformer over tokens, shaped like CLIP's by configuration.
+"""The text encoder: a pre-norm transformer over tokens that a configuration can shape like CLIP's.
 
 Radford et al. 2021, section 2.4. Axis letters: B batch, L tokens, D width.
 """
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import SelfAttention, check_heads, key_mask
-from model.blocks import called
+from model.blocks import call_with_checkpointing
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TextEncoderConfig:
 
 
 class LayerConfig(Protocol):
-    """What a layer reads of a configuration: the text encoder's, or that of CLIP's image encoder."""
+    """The part of a configuration that a layer reads, which the text encoder and CLIP's image encoder share."""
 
     @property
     def width(self) -> int: ...
@@ -96,7 +96,8 @@ class Layer(nn.Module):
         self.init_weights(config)
 
     def init_weights(self, config: LayerConfig) -> None:
-        """The scales of CLIP's own code: the residual stream keeps its size however deep the encoder."""
+        """Initialise with the scales of CLIP's own code, which keep the size of the residual stream for any number of
+        layers."""
         inner, branch = config.width**-0.5, (2 * config.layers) ** -0.5
         for linear, std in (
             (self.attention.qkv, inner),
@@ -117,13 +118,13 @@ class Layer(nn.Module):
 
 
 class TokenConv(nn.Module):
-    """Adds to every token its neighbours, each channel of each distance times a number of its own: a depthwise
-    convolution beside the identity (Canon layers, Allen-Zhu 2025; So et al. 2021, "Primer", after each projection).
+    """Adds to every token its neighbours, with a learned factor for each channel and distance: a depthwise convolution
+    beside the identity (Canon layers, Allen-Zhu 2025; So et al. 2021, "Primer", after each projection).
 
-    The numbers are drawn at random and fall with the root of the distance, so "square" already says "red, one before
-    me" when training begins, in directions that differ from those of "red" itself (as in holographic reduced
-    representations, Plate 1995). Attention alone has to find who belongs to whom, and a denoiser's gradient says little
-    of that.
+    The factors start at random and fall with the root of the distance. So the state of "square" carries "red, one
+    token before" when training begins, in directions that differ from those of "red" itself (as in holographic reduced
+    representations, Plate 1995). Attention alone would have to learn which words belong together, and the gradient of a
+    denoiser carries little information about that.
     """
 
     def __init__(self, width: int, reach: int, causal: bool, std: float = 0.5):
@@ -135,7 +136,8 @@ class TokenConv(nn.Module):
         self.gains = nn.Parameter((torch.randn(len(distances), width) * spread[:, None]).flatten())
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, D); mask bool (B, L), True = real token. Returns (B, L, D); padding is no neighbour."""
+        """x (B, L, D); mask bool (B, L), True = real token. Returns (B, L, D); padding does not count as a
+        neighbour."""
         real = x if mask is None else x.masked_fill(~mask[..., None], 0.0)
         gains = self.gains.view(-1, x.shape[2])  # (taps, D)
         windows = F.pad(real, (0, 0, self.before, self.after)).unfold(1, len(gains), 1)  # (B, L, D, taps)
@@ -143,7 +145,7 @@ class TokenConv(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids -> one vector a token, which the UNet attends to."""
+    """Maps token ids to one vector for each token, to which the UNet attends."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
@@ -166,18 +168,18 @@ class TextEncoder(nn.Module):
         return self.encode_embeddings(self.token_embedding(ids), mask)
 
     def encode_embeddings(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """As `forward`, from token embeddings (B, L, D): for embeddings that belong to no token of the vocabulary."""
+        """As `forward`, but from token embeddings (B, L, D), which need not belong to a token of the vocabulary."""
         batch, length = tokens.shape[:2]
         if self.token_conv is not None:
             tokens = self.token_conv(tokens, mask)
         x = tokens + self.position_embedding.weight[:length]  # (B, L, D)
         allowed = self.attention_mask(key_mask(mask, batch, length), length, x.device)
         for layer in self.layers[: self.config.layers - self.config.skip_last]:
-            x = called(layer, x, allowed, forget=self.config.gradient_checkpointing)
+            x = call_with_checkpointing(layer, x, allowed, recompute=self.config.gradient_checkpointing)
         return self.norm_out(x)
 
     def attention_mask(self, padding: Tensor | None, length: int, device: torch.device) -> Tensor | None:
-        """Padding (B, 1, 1, L) and causality together: bool, broadcastable to (B, heads, L, L), or None."""
+        """Padding (B, 1, 1, L) combined with causality: bool, broadcastable to (B, heads, L, L), or None."""
         if not self.config.causal:
             return padding
         causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -188,8 +190,8 @@ class TextEncoder(nn.Module):
         return allowed | (torch.eye(length, dtype=torch.bool, device=device) & ~allowed.any(dim=-1, keepdim=True))
 
 
-def pooled(context: Tensor, mask: Tensor) -> Tensor:
-    """The state (B, D) at the last real token, the end token: context (B, L, D), mask bool (B, L)."""
+def end_token_state(context: Tensor, mask: Tensor) -> Tensor:
+    """The state (B, D) of the last real token, which is the end token: context (B, L, D), mask bool (B, L)."""
     if mask.shape != context.shape[:2]:
         raise ValueError(f"mask: {tuple(mask.shape)}; valid: {tuple(context.shape[:2])}")
     positions = torch.arange(mask.shape[1], device=mask.device)
@@ -197,10 +199,10 @@ def pooled(context: Tensor, mask: Tensor) -> Tensor:
     return context[torch.arange(len(context), device=context.device), last]  # (B, D)
 
 
-def trimmed(ids: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """Tokens and mask (B, L) without the columns of padding that all of them end in: the same states for less work.
+def trim_padding(ids: Tensor, mask: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+    """Tokens and mask (B, L) without the final columns in which all rows are padding: the same states for less work.
 
-    The length that is left is a multiple of ``multiple``, or L: a softmax over 15 keys takes five times as long on a
+    The remaining length is a multiple of ``multiple``, or L: a softmax over 15 keys takes five times as long on a
     CPU as one over 16, which fill whole vectors.
     """
     longest = int(mask.sum(dim=1).max())

@@ -1,4 +1,4 @@
-"""The denoiser: a UNet whose feature maps attend to the prompt, shaped like SD-1.x or SD-2.x by configuration.
+"""The denoiser: a UNet whose feature maps attend to the prompt; a configuration can shape it like SD-1.x or SD-2.x.
 
 Rombach et al. 2022, section 3.3. Axis letters: B batch, C channels, H height, W width, L tokens, D context width.
 """
@@ -18,8 +18,9 @@ from model.blocks import (
     ResBlock,
     SpatialTransformer,
     TimeMLP,
+    TransformerConfig,
     Upsample,
-    called,
+    call_with_checkpointing,
     check_groups,
     zero_init,
 )
@@ -32,17 +33,17 @@ Time = Tensor | Iterator[Tensor]  # (B, 4 channels[0]), or what it adds in every
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a UNet; one entry of `channels` and of `attention` a level, the finest first."""
+    """Shape of a UNet; `channels` and `attention` have one entry for each level, the finest first."""
 
     in_channels: int = 4
     out_channels: int = 4
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    blocks: int = 2  # residual blocks a level on the way down; one more on the way up
-    attention: tuple[bool, ...] = (True, True, True, False)  # which levels look at the context
+    blocks: int = 2  # residual blocks of a level in the downward path; one more in the upward path
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend to the context
     mid_attention: bool = True
-    depth: int = 1  # transformer blocks a transformer
+    depth: int = 1  # transformer blocks of a transformer
     head_width: int = 64
-    heads: int | None = None  # when given, this many heads at every level, whatever their width
+    heads: int | None = None  # if given, the number of heads at every level, whatever their width
     context_width: int = 768
     linear_projection: bool = True  # shape of the weights around a transformer: Linear, or 1x1 convolution as in SD-1.x
     norm_groups: int = 32
@@ -70,11 +71,12 @@ class UNetConfig:
                 self.heads_at(level)
 
     def attends(self, level: int) -> bool:
-        """Whether a transformer works on the channels of this level (the last one is also the middle's)."""
+        """Whether there is a transformer on the channels of this level (those of the last level are also the
+        middle's)."""
         return self.attention[level] or (level == len(self.channels) - 1 and self.mid_attention)
 
     def heads_at(self, level: int) -> int:
-        """Heads of the transformers of a level. Raises ValueError if its channels do not divide into them."""
+        """The number of heads of the transformers of a level. Raises ValueError if it does not divide the channels."""
         width = self.channels[level]
         if self.heads is not None:
             if self.heads < 1 or width % self.heads:
@@ -96,7 +98,7 @@ class UNetConfig:
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by a transformer where the level attends."""
+    """Residual blocks at one resolution, each followed by a transformer if the level attends."""
 
     def __init__(self, config: UNetConfig, level: int, widths: list[tuple[int, int]], transformers: int,
                  resample: nn.Module | None = None):
@@ -108,8 +110,8 @@ class Level(nn.Module):
             ResBlock(c_in, c_out, c.norm_groups, EPS, 4 * c.channels[0], c.dropout) for c_in, c_out in widths
         )
         self.transformers = nn.ModuleList(
-            SpatialTransformer(c.channels[level], c.heads_at(level), c.depth, c.context_width, c.norm_groups,
-                               c.linear_projection, c.qk_norm, c.dropout)
+            SpatialTransformer(c.channels[level], TransformerConfig(
+                c.heads_at(level), c.depth, c.context_width, c.norm_groups, c.linear_projection, c.qk_norm, c.dropout))
             for _ in range(transformers)
         )
         self.resample = resample
@@ -117,18 +119,20 @@ class Level(nn.Module):
     def block(self, index: int, x: Tensor, time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """Residual block `index` and the transformer after it, (B, c_in, H, W) -> (B, c_out, H, W)."""
         at = (time, None) if isinstance(time, Tensor) else (None, next(time))
-        x = called(self.resblocks[index], x, *at, forget=self.gradient_checkpointing)
+        x = call_with_checkpointing(self.resblocks[index], x, *at, recompute=self.gradient_checkpointing)
         if index < len(self.transformers):
             keys_values = tuple(islice(pairs, self.depth))
-            x = called(self.transformers[index], x, keys_values, mask, forget=self.gradient_checkpointing)
+            x = call_with_checkpointing(self.transformers[index], x, keys_values, mask,
+                                        recompute=self.gradient_checkpointing)
         return x
 
 
 class DownLevel(Level):
-    """On the way down every result is also kept for the way up."""
+    """A level of the downward path, which also keeps every result for the upward path."""
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
-        """x (B, c_in, H, W); appends to `skips`. Returns (B, c_out, H/2, W/2), at the last level (B, c_out, H, W)."""
+        """x (B, c_in, H, W); appends to `skips`. Returns (B, c_out, H/2, W/2), or (B, c_out, H, W) at the last
+        level."""
         for index in range(len(self.resblocks)):
             x = self.block(index, x, time, pairs, mask)
             skips.append(x)
@@ -139,7 +143,7 @@ class DownLevel(Level):
 
 
 class MidLevel(Level):
-    """Residual block, transformer, residual block at the coarsest resolution."""
+    """A residual block, a transformer and a second residual block at the coarsest resolution."""
 
     def forward(self, x: Tensor, time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -149,10 +153,10 @@ class MidLevel(Level):
 
 
 class UpLevel(Level):
-    """On the way up every block first takes back one result of the way down."""
+    """A level of the upward path, in which every block first concatenates one result of the downward path."""
 
     def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
-        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), at the finest level (B, c_out, H, W)."""
+        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), or (B, c_out, H, W) at the finest level."""
         for index in range(len(self.resblocks)):
             x = torch.cat([x, skips.pop()], dim=1)  # (B, c_in + c_skip, H, W)
             x = self.block(index, x, time, pairs, mask)
@@ -160,7 +164,7 @@ class UpLevel(Level):
 
 
 class UNet(nn.Module):
-    """Predicts the noise (or x_0, or v) in a latent, given the timestep and the prompt."""
+    """Predicts the noise (or x_0, or v) in a latent from the latent, the timestep and the prompt."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -173,7 +177,7 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.positions = Positions(config.positions, channels[0]) if config.positions else None
         self.down = nn.ModuleList()
-        skips = [channels[0]]  # widths of what the way up will take back
+        skips = [channels[0]]  # widths of the maps that the upward path concatenates
         for level, c in enumerate(channels):
             widths = [(skips[-1], c)] + [(c, c)] * (blocks - 1)
             skips += [c] * (blocks + (level < last))
@@ -195,21 +199,21 @@ class UNet(nn.Module):
         self.conv_out = zero_init(nn.Conv2d(c, config.out_channels, 3, padding=1))
 
     def cross_attentions(self) -> list[CrossAttention]:
-        """The layers that look at the context, in the order in which they run."""
+        """The layers that attend to the context, in the order in which they run."""
         levels = [*self.down, self.mid, *self.up]
         transformers = [transformer for level in levels for transformer in level.transformers]
         return [block.cross_attention for transformer in transformers for block in transformer.blocks]
 
     def train(self, mode: bool = True) -> "UNet":
-        """As in every module; entering training mode makes the caches of contexts stale."""
+        """As in every module, but entering training mode makes earlier caches of contexts stale."""
         self.trainings += mode
         return super().train(mode)
 
     def context_cache(self, context: Tensor, mask: Tensor | None = None) -> ContextCache:
-        """Everything the UNet computes from the prompt alone, to be passed as `cache` at every sampling step.
+        """Everything that the UNet computes from the prompt alone, to be passed as `cache` at every sampling step.
 
-        context (B, L, context_width); mask bool (B, L), True = real token, or None. Raises ValueError on other shapes
-        and in training mode.
+        context (B, L, context_width); mask bool (B, L), True = real token, or None. Raises ValueError for other
+        shapes and in training mode.
         """
         if self.training:
             raise ValueError("cache: the network is in training mode; valid: after eval()")
@@ -217,10 +221,11 @@ class UNet(nn.Module):
         return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
     def time_shifts(self, t: Tensor) -> list[Tensor]:
-        """What each time t (S,) adds in every residual block, (S, c_out) each; `forward` takes a row as `shifts`.
+        """The vectors that each time t (S,) adds in the residual blocks, (S, c_out) for each block; `forward` takes one
+        row of each as `shifts`.
 
         They depend on nothing else, so a sampler computes those of all its steps at once. Raises ValueError for a
-        network whose time embedding reads the prompt, too.
+        network whose time embedding also reads the prompt.
         """
         if self.pool is not None:
             raise ValueError("time_shifts: the time embedding of this network reads the prompt; valid: a UNet with "
@@ -234,9 +239,9 @@ class UNet(nn.Module):
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
-        `context_cache`. Both ways give the same bits. shifts: those of t from `time_shifts`, (B or 1, c_out) each, so
-        that t is not looked at. Returns (B, out_channels, H, W). Raises ValueError on other shapes, on a cache beside a
-        context, in training mode, and on one that the weights may have outlived.
+        `context_cache`. Both give the same bits. shifts: those of t from `time_shifts`, (B or 1, c_out) each, which are
+        used in place of t. Returns (B, out_channels, H, W). Raises ValueError for other shapes, for a cache together
+        with a context or in training mode, and for a cache that is older than the weights may be.
         """
         self.check_input(x, t)
         pairs, mask, pooled = self.context_parts(x, context, mask, cache)
@@ -270,7 +275,7 @@ class UNet(nn.Module):
             raise ValueError(f"t: {tuple(t.shape)}; valid: {tuple(x.shape[:1])}, one timestep an image")
 
     def check_context(self, context: Tensor | None, batch: int | None = None) -> None:
-        """Raises ValueError unless the context is (batch, L, context_width); any batch when None."""
+        """Raises ValueError unless the context is (batch, L, context_width); any batch if `batch` is None."""
         width = self.config.context_width
         if context is None:
             raise ValueError(f"context: None; valid: (B, L, {width}) or a cache, this network attends to a prompt")
@@ -279,8 +284,8 @@ class UNet(nn.Module):
 
     def context_parts(self, x: Tensor, context: Tensor | None, mask: Tensor | None,
                       cache: ContextCache | None) -> tuple[Pairs, Tensor | None, Tensor | None]:
-        """Keys and values for every cross-attention in turn, their mask (B, 1, 1, L) or None, and what the time
-        embedding is given of the prompt, (B, 4 channels[0]) or None."""
+        """Keys and values for every cross-attention in turn, their mask (B, 1, 1, L) or None, and the vector of the
+        prompt for the time embedding, (B, 4 channels[0]) or None."""
         layers = self.cross_attentions()
         if cache is not None:
             if context is not None or mask is not None:

@@ -1,4 +1,5 @@
-"""What a system is made of: all that drawing needs to know, read from a run folder or from a published checkpoint."""
+"""The configuration of a text-to-image system: all that sampling needs, read from a run folder or a published
+checkpoint."""
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from model.unet import UNetConfig
 
 @dataclass(frozen=True)
 class SystemConfig:
-    """The networks, the diffusion process and the usual way to sample; nothing of how they were trained.
+    """The networks, the diffusion process and the default sampling settings; nothing about training.
 
-    ``latent_shape`` is (C, H, W) of the latent of one image of the size that is drawn by default.
+    ``latent_shape`` is (C, H, W) of the latent of one image of the default size.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -36,9 +37,9 @@ def latent_shape_of(autoencoder: AutoencoderConfig, size: int) -> tuple[int, int
 
 
 def read_system_config(path: str | Path) -> SystemConfig:
-    """The system that the config.yaml of a run describes; its other keys belong to training and are not read.
+    """The system described by the config.yaml of a run; keys that concern only training are not read.
 
-    Raises ConfigError naming the key for a value that is not valid.
+    Raises ConfigError naming the key of an invalid value.
     """
     data = read_yaml(path)
     stage = _section(data, "denoiser")
@@ -56,12 +57,12 @@ def read_system_config(path: str | Path) -> SystemConfig:
 
 
 def read_data_config(path: str | Path) -> DataConfig:
-    """The data that the config.yaml of a run names. Raises ConfigError naming the key for a value that is not valid."""
+    """The data section of the config.yaml of a run. Raises ConfigError naming the key of an invalid value."""
     return from_dict(DataConfig, _section(read_yaml(path), "data"), "data")
 
 
 def _section(data: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The mapping below these keys, empty where the file does not have it."""
+    """The mapping below these keys; empty if the file does not have it."""
     for name in names:
         data = data.get(name) or {}
     return data

@@ -1,4 +1,4 @@
-"""Systems from where they lie: run folders, published checkpoints, and earlier or smaller networks as guides."""
+"""Loads systems from run folders and published checkpoints, and weaker networks that serve as guides."""
 import pickle
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from files.run_folder import RunFolder
 from files.weights import load_weights
 from files.whole import sha256_of
 from model.autoencoder import Autoencoder
-from model.device import frozen, placed
+from model.device import freeze, place_on
 from model.pretrained.folder import read_diffusers_folder
 from model.pretrained.single_file import read_single_file
 from model.pretrained.tensors import kind_of
@@ -27,9 +27,12 @@ FILES = ("tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors"
 
 def load_run(path: str | Path, device: torch.device | str = "cpu",
              moderation: Mode | None = "block") -> TextToImage:
-    """The system of a run folder, which refuses harmful prompts, and pictures that its concepts forbid, unless
-    ``moderation`` says otherwise (None: the caller asks, or draws captions of a data set). Raises ConfigError
-    naming a stage that is not finished, and CheckpointError or ArtefactError naming a file that is damaged."""
+    """The system of a run folder. Under the mode ``moderation`` it refuses harmful prompts, and images of the concepts
+    that the run folder forbids. None is for callers that ask the gate themselves or sample from captions of a data set.
+
+    Raises ConfigError naming a stage that is not finished, and CheckpointError or ArtefactError naming a damaged
+    file.
+    """
     run = RunFolder.open(path)
     run.require(*FILES)
     config = read_system_config(run.path / "config.yaml")
@@ -39,7 +42,7 @@ def load_run(path: str | Path, device: torch.device | str = "cpu",
     autoencoder = Autoencoder(config.autoencoder)
     for name, module in (("text_encoder", text_encoder), ("denoiser", unet), ("autoencoder", autoencoder)):
         load_weights(module, run.weights(name))
-        frozen(placed(module, device))
+        freeze(place_on(module, device))
     system = TextToImage(config, tokenizer, text_encoder, unet, autoencoder)
     system.files = {"tokenizer": run.path / "tokenizer.json",
                     **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
@@ -49,15 +52,15 @@ def load_run(path: str | Path, device: torch.device | str = "cpu",
 
 def load_pretrained(path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None,
                     prediction_type: str | None = None, moderation: Mode | None = "block") -> TextToImage:
-    """A published Stable Diffusion 1.x or 2.x: a folder of diffusers, or a single file.
+    """A published Stable Diffusion 1.x or 2.x, from a folder of diffusers or from a single file.
 
-    ``tokenizer`` names the folder of vocab.json and merges.txt; by default the one inside the folder, or named
-    "tokenizer" beside the file. ``prediction_type`` must be given for a single file of 2.x, which does not say it.
-    Raises FileNotFoundError or ValueError naming what is missing, damaged or not supported.
+    ``tokenizer`` names the folder of vocab.json and merges.txt; the default is the one inside the folder, or a
+    folder "tokenizer" beside the file. ``prediction_type`` must be given for a single file of 2.x, which does not
+    record it. Raises FileNotFoundError or ValueError naming what is missing, damaged or not supported.
     """
     kind = kind_of(path)
     if kind == "clip":
-        raise ValueError(f"{path} is a CLIP model, it draws no pictures; valid: a Stable Diffusion checkpoint")
+        raise ValueError(f"{path} is a CLIP model, it draws no images; valid: a Stable Diffusion checkpoint")
     if kind == "diffusers":
         parts = read_diffusers_folder(path)
     else:
@@ -72,7 +75,7 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu", tokeni
     config = SystemConfig(parts.unet.config, parts.text_encoder.config, parts.autoencoder.config, schedule, prediction,
                           sampling, (parts.autoencoder.latent_channels, *parts.latent_size))
     for module in (parts.text_encoder, parts.unet, parts.autoencoder):
-        frozen(placed(module, device))
+        freeze(place_on(module, device))
     system = TextToImage(config, words, parts.text_encoder, parts.unet, parts.autoencoder, masked=False)
     system.files = {name if len(paths) == 1 else f"{name}/{path.name}": path
                     for name, paths in parts.files.items() for path in paths}
@@ -81,9 +84,9 @@ def load_pretrained(path: str | Path, device: torch.device | str = "cpu", tokeni
 
 
 def load_weaker(system: TextToImage, path: str | Path) -> TextToImage:
-    """A weaker version of a system, to be its ``guide``: a run folder with the same autoencoder, noise schedule and
-    prediction type, whose network is smaller or was trained for less time; or an earlier state of the system's own run,
-    ``state/denoiser/step_00000500.pt`` (its averaged weights).
+    """A weaker version of a system that can serve as its ``guide``. ``path`` is either a run folder with the same
+    autoencoder, noise schedule and prediction type whose network is smaller or was trained for fewer steps, or an
+    earlier state of the same run, ``state/denoiser/step_00000500.pt``, whose averaged weights are read.
 
     Raises FileNotFoundError or ValueError naming what is missing, damaged or different.
     """
@@ -107,7 +110,7 @@ def load_weaker(system: TextToImage, path: str | Path) -> TextToImage:
     except (RuntimeError, KeyError, TypeError, AttributeError, EOFError, OSError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged or no state of this run's denoiser: {reason}") from None
-    frozen(placed(networks, system.device))
+    freeze(place_on(networks, system.device))
     guide = TextToImage(system.config, system.tokenizer, networks.text_encoder, networks.unet, system.autoencoder,
                         system.masked)
     guide.latent_shape, guide.files = system.latent_shape, {"checkpoint": Path(path)}

@@ -1,11 +1,12 @@
-"""What a prompt says beyond its words: weights, alternatives, and more tokens than one context holds.
+"""The prompt notation: weights, alternatives, and prompts that are longer than one context.
 
-    (red star)  [red star]  (red star:1.3)     weight 1.1, 1 / 1.1, 1.3; inside one another they multiply
+    (red star)  [red star]  (red star:1.3)     weight 1.1, 1 / 1.1, 1.3; nested weights multiply
     {red|blue} star                            every alternative: "red star" and "blue star"
-    \\( \\) \\[ \\] \\{ \\} \\| \\: \\\\           the sign itself
+    \\( \\) \\[ \\] \\{ \\} \\| \\: \\\\           the character itself
 
-The notation is that of AUTOMATIC1111's web interface. Pure functions; of a tokenizer they read `length`, the special
-ids and `bpe`, so they work with every one in `data/`. Axis letters: B prompts, K chunks, L tokens, D context width.
+The notation is that of AUTOMATIC1111's web interface. These are pure functions. Of a tokenizer they use `length`,
+the special ids and `bpe`, so they work with every tokenizer in `data/`. Axis letters: B prompts, K chunks, L tokens, D
+context width.
 """
 import math
 import re
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 SIGNS = re.compile(r"\\.|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[\\:]|[^\\:()\[\]]+", re.DOTALL)
@@ -24,7 +26,8 @@ STEP, HEAVIEST = 1.1, 10.0
 
 @dataclass(frozen=True)
 class Prompt:
-    """Words without signs, one weight a letter, and how many contexts they may fill before they are cut."""
+    """A text without notation, one weight for each character, and the largest number of chunks that it may fill before
+    it is cut."""
 
     text: str
     weights: tuple[float, ...]
@@ -32,18 +35,19 @@ class Prompt:
 
     @property
     def weighted(self) -> bool:
+        """Whether any weight differs from 1."""
         return any(weight != 1.0 for weight in self.weights)
 
 
 def parse_prompt(text: str, chunks: int = 1, literal: bool = False) -> Prompt:
-    """The words of ``text`` and their weights; ``literal`` takes every sign as a letter.
+    """The text of a prompt and its weights; with ``literal`` every character stands for itself.
 
-    Raises ValueError for a bracket without its partner and a weight out of range.
+    Raises ValueError for an unmatched bracket and for a weight out of range.
     """
     if literal:
         return Prompt(text, (1.0,) * len(text), chunks)
     letters, weights = "", list[float]()
-    opened: list[tuple[str, int]] = []  # the bracket, and the letter it stands before
+    opened: list[tuple[str, int]] = []  # the bracket, and the character that it stands before
     for match in SIGNS.finditer(text):
         piece = match[0]
         if piece in ("(", "["):
@@ -68,11 +72,11 @@ def parse_prompt(text: str, chunks: int = 1, literal: bool = False) -> Prompt:
 
 
 def alternatives(text: str, most: int = 100_000) -> list[str]:
-    """All prompts that ``{a|b}`` stands for, the first brace changing slowest; other signs are left as they are.
+    """All prompts that ``{a|b}`` stands for; the first brace varies slowest. Other notation is left unchanged.
 
-    Raises ValueError for a brace without its partner and for more than ``most`` prompts.
+    Raises ValueError for an unmatched brace and for more than ``most`` prompts.
     """
-    found: list[str] = [""]  # what the text so far may read
+    found: list[str] = [""]  # all readings of the text so far
     opened: list[tuple[list[str], list[str]]] = []  # what was found before the brace, the alternatives so far
     for match in BRACES.finditer(text):
         piece = match[0]
@@ -100,28 +104,28 @@ def alternatives(text: str, most: int = 100_000) -> list[str]:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A prompt as rows of ids, each with start and end token and as long as one context.
+    """A prompt as rows of token ids, each with start and end token and as long as one context.
 
-    ids (K, L) int64; mask (K, L) bool, True at start, tokens and end; weights (K, L), 1 at special tokens. ``lost`` is
-    the end of the text that did not fit, ``texts`` are the letters of each row. ``words`` says which letters a token
-    stands for, by its place in the K L.
+    ids (K, L) int64; mask (K, L) bool, True at start, tokens and end; weights (K, L), 1 at special tokens.
+    ``overflow`` is the end of the text that did not fit. ``texts`` holds the part of the text in each row. ``words``
+    maps the position of a token among the K L to the characters that it stands for.
     """
 
     ids: Tensor
     mask: Tensor
     weights: Tensor
-    lost: str
+    overflow: str
     words: dict[int, str]
     texts: tuple[str, ...] = ()
 
 
 def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
-    """The rows of ids of a prompt, one when it fits into one context: then those of ``tokenizer.encode``.
+    """The chunks of a prompt; a prompt that fits into one context gives the ids of ``tokenizer.encode``.
 
-    The text is tokenized as a whole, so weights do not change its ids; a token has the weight of its last letter.
+    The text is tokenized as a whole, so weights do not change its ids; a token has the weight of its last character.
     """
     encoding = tokenizer.bpe.encode(prompt.text, add_special_tokens=False)
-    parts = split(encoding.word_ids, tokenizer.length - 2, prompt.chunks)
+    parts = split_tokens(encoding.word_ids, tokenizer.length - 2, prompt.chunks)
     ids = torch.full((len(parts), tokenizer.length), tokenizer.pad_id, dtype=torch.int64)  # (K, L)
     mask = torch.zeros(ids.shape, dtype=torch.bool)  # (K, L)
     weights, words = torch.ones(ids.shape), {}
@@ -139,30 +143,30 @@ def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
     return Chunks(ids, mask, weights, lost, words, texts)
 
 
-def split(words: Sequence[int | None], room: int, most: int) -> list[tuple[int, int]]:
-    """(start, end) of up to ``most`` runs of up to ``room`` tokens, given which word each token belongs to.
+def split_tokens(words: Sequence[int | None], room: int, most: int) -> list[tuple[int, int]]:
+    """(start, end) of up to ``most`` runs of up to ``room`` tokens, given the word that each token belongs to.
 
-    A run ends between two words where it can; the last one permitted is filled to the end, as a prompt that is cut.
+    A run ends between two words where possible. The last permitted run is filled to the end, like a prompt that is
+    cut.
     """
     parts: list[tuple[int, int]] = []
     start = 0
     while start < len(words) and len(parts) < most:
         end = min(start + room, len(words))
         if end < len(words) and len(parts) + 1 < most:
-            between = next((i for i in range(end, start, -1) if words[i] != words[i - 1]), end)
-            end = between
+            end = next((i for i in range(end, start, -1) if words[i] != words[i - 1]), end)
         parts.append((start, end))
         start = end
     return parts or [(0, 0)]
 
 
 def weighted_context(context: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Context (B, L, D) with every vector multiplied by its weight (B, L), brought back to the size it had.
+    """Context (B, L, D) with every vector multiplied by its weight (B, L), then scaled back to its former size.
 
-    AUTOMATIC1111 restores the mean of the context. The states of a text encoder end in a LayerNorm, and where that
-    leaves a mean near zero the quotient of two means is any number: with the encoder of an emoji model a weight of 1.3
-    on one word multiplied the whole context by -0.8. So what is restored here is the root mean square, over the real
-    tokens where ``mask`` (B, L) marks them. A row of weights 1 comes back bit for bit.
+    AUTOMATIC1111 restores the mean of the context. The states of a text encoder end in a LayerNorm, and if that
+    leaves a mean near zero, the quotient of two means is arbitrary: with the encoder of an emoji model a weight of 1.3
+    on one word multiplied the whole context by -0.8. Here the root mean square is restored instead, over the real
+    tokens where ``mask`` (B, L) marks them. A row of weights 1 is returned bit for bit.
     """
     real = torch.ones_like(weights) if mask is None else mask.to(weights.dtype)  # (B, L)
     result = context * weights[..., None]  # (B, L, D)
@@ -173,18 +177,19 @@ def weighted_context(context: Tensor, weights: Tensor, mask: Tensor | None = Non
     return result * (size(context) / size(result))[:, None, None]
 
 
-def joined(context: Tensor, mask: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """The contexts (sum of K, L, D) of all chunks as one a prompt, (B, most K times L, D), with its mask.
+def join_chunks(context: Tensor, mask: Tensor | None, counts: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """The contexts (sum of K, L, D) of all chunks, joined to one context for each prompt, (B, largest K times L, D),
+    and its mask.
 
-    counts: K of each prompt. A prompt with fewer chunks than another is filled up with what the mask hides, so it reads
-    the same whatever stands beside it. The mask stays None where nothing has to be hidden.
+    ``counts`` holds K of each prompt. A prompt with fewer chunks than another is padded, and the mask hides the
+    padding, so it reads the same whatever stands beside it. The mask stays None if nothing has to be hidden.
     """
     if max(counts) == 1:
         return context, mask
     if mask is None:
         mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)  # (sum of K, L)
         if min(counts) == max(counts):
-            return context.reshape(len(counts), -1, context.shape[2]), None
+            return rearrange(context, "(b k) l d -> b (k l) d", b=len(counts)), None
     length = max(counts) * context.shape[1]
     rows = context.new_zeros(len(counts), length, context.shape[2])  # (B, K L, D)
     seen = torch.zeros(len(counts), length, dtype=torch.bool, device=context.device)  # (B, K L)
@@ -194,12 +199,13 @@ def joined(context: Tensor, mask: Tensor | None, counts: Sequence[int]) -> tuple
     return rows, seen
 
 
-def between(a: Tensor, b: Tensor, weight: float, longest: int = 1024) -> Tensor:
-    """The straight mix (n, D) of two contexts (m, D) and (k, D) of real tokens.
+def mix_contexts(a: Tensor, b: Tensor, weight: float, longest: int = 1024) -> Tensor:
+    """The linear interpolation (n, D) of two contexts (m, D) and (k, D) of real tokens.
 
-    Contexts of different lengths are repeated to their least common multiple first. Attention to a context whose every
-    state is there twice is attention to the context, so both ends of the way are the prompts themselves, and words
-    that stand at the same share of their prompts are mixed. Above ``longest`` the repeats are as even as they can be.
+    Contexts of different lengths are first repeated to their least common multiple. Attention to a context in which
+    every state occurs twice equals attention to the context itself, so both ends of the interpolation are the prompts
+    themselves, and words at the same relative position of their prompts are mixed. Above ``longest`` the repeats are as
+    even as they can be.
     """
     length = min(math.lcm(len(a), len(b)), max(longest, len(a), len(b)))
     places = torch.arange(length, device=a.device)
@@ -207,8 +213,8 @@ def between(a: Tensor, b: Tensor, weight: float, longest: int = 1024) -> Tensor:
     return torch.lerp(a, b, weight)
 
 
-def padded(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Contexts (n, D) of any lengths as one batch (B, L, D), and the mask (B, L) that hides the filling, or None."""
+def pad_contexts(contexts: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Contexts (n, D) of any lengths as one batch (B, L, D), and the mask (B, L) that hides the padding, or None."""
     lengths = [len(context) for context in contexts]
     batch = torch.nn.utils.rnn.pad_sequence(list(contexts), batch_first=True)  # (B, L, D)
     if min(lengths) == max(lengths):

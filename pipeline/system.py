@@ -1,4 +1,5 @@
-"""Prompts to images: tokenizer, text encoder, denoiser and autoencoder of a run folder or of a published checkpoint.
+"""From prompts to images with the tokenizer, text encoder, denoiser and autoencoder of a run folder or published
+checkpoint.
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
@@ -23,24 +24,24 @@ from files.images import to_uint8, to_unit
 from model.attention import ContextCache
 from model.autoencoder import Autoencoder
 from model.decode import decode_sliced, decode_tiled
-from model.device import autocast_dtype, frozen, placed
+from model.device import autocast_dtype, freeze, place_on
 from model.graphed import Runs
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from pipeline.config import SystemConfig
-from pipeline.moderation import Moderation, Refused, shown
-from pipeline.prompts import Prompt, chunks_of, joined, parse_prompt, weighted_context
+from pipeline.moderation import Moderation, Refused, blur_or_refuse
+from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
 from safety.policy import Decision, most_severe
 
 Progress = Callable[[list], Iterable]
 Speed = Literal["exact", "fast"]  # fast rounds: see docs/performance.md
-WHOLE = 256 * 256  # pixels of an image up to which a batch is decoded at once; above, one at a time costs no speed
+WHOLE = 256 * 256  # pixels of an image up to which a batch is decoded at once; one at a time is as fast above
 
 
 class Networks(nn.Module):
-    """The networks that are trained together, and saved together in the state of an unfinished stage. ``words`` reads
-    words off features while training lasts (training/stages/grounding.py); nothing of it is used in sampling."""
+    """The networks that are trained together and saved together in the state of an unfinished stage. ``words`` predicts
+    words from features during training (training/stages/grounding.py) and is not used in sampling."""
 
     def __init__(self, unet: UNet, text_encoder: TextEncoder, words: nn.Linear | None = None):
         super().__init__()
@@ -48,13 +49,15 @@ class Networks(nn.Module):
 
 
 class TextToImage:
-    """A trained system. ``images(prompts, seeds)`` is all that sampling needs.
+    """A trained system. ``images(prompts, seeds)`` is all that sampling needs; `load_run` and `load_pretrained` in
+    pipeline/loading.py build one.
 
-    ``masked`` says whether the denoiser was trained to see no padding; published ones see it. ``files`` are those that
-    it came from, by what they hold; ``tiled`` may be set to decode with less memory, approximately. ``guide`` may be
-    set to a weaker system of the same latents (``weaker``): guidance then pushes away from what that predicts for the
-    prompt, instead of from the negative prompt (autoguidance). ``images`` asks ``moderation`` where there is one, which
-    ``load`` and ``from_pretrained`` set; ``latents`` and ``decode`` are the parts and do not ask.
+    ``masked`` says whether the denoiser was trained with padding masked; published denoisers see the padding.
+    ``files`` maps names to the files that the system was read from. ``tiled`` may be set to decode with less memory,
+    approximately. ``guide`` may be set to a weaker system of the same latents (`load_weaker`): guidance then pushes
+    away from its prediction for the prompt instead of from the negative prompt (autoguidance). ``images`` asks
+    ``moderation`` if there is one, and both loaders set it; ``latents`` and ``decode`` are the steps below and do not
+    ask.
     """
 
     def __init__(self, config: SystemConfig, tokenizer: Tokenizer | ClipTokenizer,
@@ -73,8 +76,8 @@ class TextToImage:
         self.moderation: Moderation | None = None
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write a folder that diffusers reads. Raises FileExistsError when there is one, ValueError for a system that
-        diffusers has no counterpart of: one trained here, with its own tokenizer and a mask."""
+        """Write a folder that diffusers reads. Raises FileExistsError if the path exists, and ValueError for a system
+        that diffusers cannot represent, such as one trained here with its own tokenizer and a mask."""
         tokenizer = self.tokenizer
         if self.masked or not isinstance(tokenizer, ClipTokenizer):
             raise ValueError("the system has its own tokenizer and masks padding; valid for diffusers: one with CLIP's "
@@ -90,21 +93,21 @@ class TextToImage:
                                self.config.latent_shape[1:])
 
     def at_speed(self, speed: Speed) -> "TextToImage":
-        """This system, or with "fast" a copy of it whose denoiser has its weights in bf16 and computes in it, if the
-        machine does; on a GPU the decoder does too, and from the second run of a kind on runs are replayed as CUDA
-        graphs. Solver, guidance and noise stay in fp32."""
+        """This system, or for "fast" a copy whose denoiser computes in bf16 if the machine has bf16 arithmetic. On a
+        GPU the decoder computes in bf16 as well, and from its second run on a sampling run of the same kind is replayed
+        as a CUDA graph. Solver, guidance and noise stay in fp32."""
         dtype = autocast_dtype("auto", self.device)
         if speed == "exact" or dtype is None:
             return self
         fast = copy(self)
         fast.speed = speed
-        fast.unet = frozen(placed(deepcopy(self.unet).to(dtype), self.device))
+        fast.unet = freeze(place_on(deepcopy(self.unet).to(dtype), self.device))
         fast.runs = Runs() if self.device.type == "cuda" else None
         fast.guide = self.guide.at_speed(speed) if self.guide else None
         return fast
 
     def set_size(self, height: int, width: int) -> None:
-        """Draw images of this size in pixels from now on; raises ValueError unless the networks can."""
+        """Set the size of samples in pixels; raises ValueError for a size that the networks cannot produce."""
         f = self.autoencoder.factor
         multiple = f * 2 ** (len(self.unet.config.channels) - 1)
         if min(height, width) < 1 or height % multiple or width % multiple:
@@ -117,8 +120,9 @@ class TextToImage:
                 trace: list | None = None) -> torch.Tensor:
         """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
 
-        A plain string is read as it stands and cut where the context ends; weights and chunks come with a ``Prompt``.
-        ``negative`` takes the place of the empty prompt in guidance. Raises ValueError for counts that differ.
+        A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``.
+        ``negative`` replaces the empty prompt in guidance. Raises ValueError if the numbers of prompts and seeds
+        differ.
         """
         if not prompts or len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
@@ -130,13 +134,15 @@ class TextToImage:
         weak = None
         if guided and self.guide is not None:
             weak, _ = self.guide.denoisers(*self.guide.encode(prompts), len(prompts))
-        return self.sampled(context, mask, len(prompts), noise, config, RunSettings(progress, edit, trace, weak))
+        return self.latents_from_context(context, mask, len(prompts), noise, config,
+                                         RunSettings(progress, edit, trace, weak))
 
-    def sampled(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, noise: Callable[[], torch.Tensor],
-                config: SamplingConfig, run: RunSettings = RunSettings()) -> torch.Tensor:
-        """As ``latents``, from the context (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without
-        guidance or with a weaker network in place of them, and from any source of noise (B, C, H, W); B is
-        ``count``."""
+    def latents_from_context(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
+                             noise: Callable[[], torch.Tensor], config: SamplingConfig,
+                             run: RunSettings = RunSettings()) -> torch.Tensor:
+        """As ``latents``, but from a context and any source of noise (B, C, H, W), where B is ``count``. The context is
+        (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without guidance or if a weaker network takes the
+        place of the negative prompts."""
         times = visited_times(self.schedule, config, run.edit.strength if run.edit else 1.0)
 
         def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor, mask: torch.Tensor | None = None,
@@ -155,40 +161,40 @@ class TextToImage:
 
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                   times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
-        """The network bound to the prompts alone, and to all of the context, whose keys and values are computed here.
-        With "fast" so is what depends on the time alone, of all ``times`` together or of a time when it is first asked
-        for: a product with fewer rows, and so with other last bits."""
+        """The network bound to the prompts alone, and bound to the whole context, whose keys and values are computed here.
+        With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
+        is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype
         both = self.unet.context_cache(context.to(dtype), mask)
         alone = both.last(count)
         shifts: dict[float, list[torch.Tensor]] = {}
 
-        def learn(numbers: Sequence[float], t: torch.Tensor) -> None:
+        def add_shifts(numbers: Sequence[float], t: torch.Tensor) -> None:
             tables = self.unet.time_shifts(self.schedule.network_time(t))  # (S, c_out) for each block
             shifts.update((number, [table[k:k + 1] for table in tables]) for k, number in enumerate(numbers))
 
-        def bound(cache: ContextCache) -> Denoise:
+        def bind(cache: ContextCache) -> Denoise:
             def exact(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
                 return self.unet(x_t, self.schedule.network_time(t), cache=cache)
 
             def fast(x_t: torch.Tensor, t: torch.Tensor, number: float) -> torch.Tensor:
-                if cache.pooled is not None:  # the time embedding reads the prompt: no table of times alone
+                if cache.pooled is not None:  # the time embedding reads the prompt, so no table of times exists
                     return self.unet(x_t.to(dtype), self.schedule.network_time(t), cache=cache)
                 if number not in shifts:
-                    learn([number], t[:1])
+                    add_shifts([number], t[:1])
                 return self.unet(x_t.to(dtype), t, cache=cache, shifts=shifts[number])
 
             return Numbered(fast) if self.speed == "fast" else exact
 
         if self.speed == "fast" and times and both.pooled is None:
             # filled on the device: a copy from the host cannot be recorded in a CUDA graph
-            learn(times, torch.cat([torch.full((1,), float(time), device=self.device) for time in times]))
-        return bound(alone), bound(both)
+            add_shifts(times, torch.cat([torch.full((1,), float(time), device=self.device) for time in times]))
+        return bind(alone), bind(both)
 
     def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Context (B, L, D) of prompts, and their padding mask (B, L), None where padding is read like text.
+        """Context (B, L, D) of prompts and their padding mask (B, L), which is None if the denoiser sees padding.
 
-        L is the length of the text encoder, times the most chunks that a ``Prompt`` among them takes.
+        L is the length of the text encoder times the largest number of chunks of any ``Prompt`` among them.
         """
         plain = [prompt for prompt in prompts if isinstance(prompt, str)]
         if len(plain) == len(prompts):
@@ -201,12 +207,12 @@ class TextToImage:
                               for name in ("ids", "mask", "weights"))  # (sum of K, L) each
         seen = mask if self.masked else None
         context = weighted_context(self.text_encoder(ids, seen), weights, seen)  # (sum of K, L, D)
-        return joined(context, seen, [len(row.ids) for row in rows])
+        return join_chunks(context, seen, [len(row.ids) for row in rows])
 
     @torch.inference_mode()
-    def encoded_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Unit-scale latents (B, C, H, W) of images (B, 3, H, W) uint8, without noise; raises ValueError for another
-        size than is drawn."""
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit-scale latents (B, C, H, W) of images (B, 3, H, W) uint8, without noise; raises ValueError for a size
+        other than that of the samples."""
         size = tuple(side * self.autoencoder.factor for side in self.latent_shape[1:])
         if images.shape[2:] != size:
             raise ValueError(f"{images.shape[2]}x{images.shape[3]} pixels (HxW); valid: {size[0]}x{size[1]}, the size "
@@ -214,7 +220,8 @@ class TextToImage:
         return self.autoencoder.encode(to_unit(images).to(self.device)).mean
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of unit-scale latents: in tiles if ``tiled``, large ones one at a time."""
+        """Images (B, 3, H, W) of unit-scale latents, decoded in tiles if ``tiled``, and one at a time if they are
+        large."""
         pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2
         decode = self.autoencoder.decode if pixels <= WHOLE else partial(decode_sliced, self.autoencoder)
         with torch.autocast(self.device.type, torch.bfloat16, self.speed == "fast" and self.device.type == "cuda"):
@@ -223,26 +230,27 @@ class TextToImage:
     @torch.inference_mode()
     def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                negative: str = "", progress: Progress = iter) -> torch.Tensor:
-        """Pictures (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
+        """Samples (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
 
-        Raises Refused, with a decision for each, before anything is drawn when a prompt is refused, and before anything
-        is returned when a image is.
+        Raises Refused with a decision for each sample: before sampling if a prompt is refused, and before anything
+        is returned if an image is.
         """
-        asked = [Decision("allow")] * len(prompts)
+        decisions = [Decision("allow")] * len(prompts)
         if self.moderation is not None:
             opposite = [parse_prompt(negative, literal=True)] if negative else []
-            asked = [self.moderation.of_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
-                     for prompt in prompts]
-            if any(decision.action == "block" for decision in asked):
-                raise Refused(asked)
+            decisions = [self.moderation.check_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
+                         for prompt in prompts]
+            if any(decision.action == "block" for decision in decisions):
+                raise Refused(decisions)
         images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
         if self.moderation is None:
             return images
-        return shown(images, [most_severe(pair) for pair in zip(asked, self.moderation.of_images(images, prompts))])
+        judged = self.moderation.check_images(images, prompts)
+        return blur_or_refuse(images, [most_severe(pair) for pair in zip(decisions, judged)])
 
     def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
                           negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:
-        """As ``images``, ``batch`` at a time; ``progress`` wraps the list of batches."""
+        """As ``images``, ``batch`` at a time; ``progress`` wraps the list of batch starts."""
         starts = list(range(0, len(prompts), batch))
         return torch.cat([self.images(prompts[i:i + batch], seeds[i:i + batch], config, negative)
                           for i in progress(starts)])
@@ -250,7 +258,8 @@ class TextToImage:
 
 def with_options(config: SamplingConfig, sampler: str | None = None, steps: int | None = None,
                  scale: float | None = None) -> SamplingConfig:
-    """``config`` with the settings that are given in place of its own; raises ValueError for ones that cannot be."""
+    """``config`` with the given settings in place of its own; raises ValueError for settings that do not fit
+    together."""
     guidance = config.guidance if scale is None else replace(config.guidance, scale=scale)
     config = with_sampler(config, sampler or config.sampler)
     return replace(config, steps=config.steps if steps is None else steps, guidance=guidance)

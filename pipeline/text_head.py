@@ -1,6 +1,6 @@
-"""A second head of the prompt gate: the mean state of a run's own text encoder -> a small network.
+"""A second head of the prompt gate: a small network on the mean state of a run's own text encoder.
 
-It sees word order and context that n-grams do not, and nothing that the captions of the run did not teach its encoder.
+Unlike n-grams it sees word order and context, but it knows only what the captions of the run taught its encoder.
 training/moderation/encoder_head.py trains it. Axis letters: B batch, L tokens, D width, K categories.
 """
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from data.tokenizer import Tokenizer
 from files.run_folder import RunFolder
 from files.weights import CheckpointError, load_weights
 from files.whole import sha256_of
-from model.text_encoder import TextEncoder, trimmed
+from model.text_encoder import TextEncoder, trim_padding
 from pipeline.config import read_system_config
 from safety.policy import HEADS
 
@@ -24,7 +24,7 @@ HIDDEN = 64  # units of the small network
 
 
 class EncoderHead(nn.Module):
-    """Call with a text for the probability of each category; ``states`` are what it is trained on."""
+    """Maps a text to the probability of each category; it is trained on ``states``."""
 
     def __init__(self, encoder: TextEncoder, tokenizer: Tokenizer):
         super().__init__()
@@ -36,14 +36,15 @@ class EncoderHead(nn.Module):
 
     @torch.no_grad()
     def states(self, texts: Sequence[str], batch: int = 128) -> Tensor:
-        """Mean over the states of all tokens of each text (B, D), read in chunks: nothing is cut off. The denoiser
-        reads every token, so all of them were taught, and the state of the end token no more than others."""
+        """Mean over the states of all tokens of each text (B, D). Long texts are read in chunks, so nothing is cut
+        off. The denoiser attends to every token, so all states were trained, and that of the end token no more than
+        others."""
         found, size = [], max(1, self.tokenizer.length // 3)
         for start in tqdm(range(0, len(texts), batch), desc="states", disable=len(texts) <= batch, mininterval=5):
             words = [text.split() for text in texts[start:start + batch]]
             places = [range(0, max(1, len(each)), size) for each in words]
             parts = [" ".join(each[at:at + size]) for each, some in zip(words, places) for at in some]
-            ids, mask = trimmed(*self.tokenizer.encode(parts))
+            ids, mask = trim_padding(*self.tokenizer.encode(parts))
             kept = mask[..., None]  # (all parts, L, 1)
             sums = (self.encoder(ids, mask) * kept).sum(dim=1)  # (all parts, D)
             counts = kept.sum(dim=1)
@@ -53,13 +54,13 @@ class EncoderHead(nn.Module):
 
     @torch.no_grad()
     def forward(self, text: str) -> dict[str, float]:
-        """plain text -> probability by category."""
+        """Probability by category of a plain text."""
         logits = self.net(self.states([text]))[0] * self.slope + self.shift
         return dict(zip(HEADS, torch.sigmoid(logits).tolist()))
 
 
 class TrainedPart(nn.Module):
-    """What of a head is kept in its file: all but the text encoder."""
+    """The part of a head that is kept in its file: everything but the text encoder."""
 
     def __init__(self, head: EncoderHead):
         super().__init__()
@@ -67,7 +68,8 @@ class TrainedPart(nn.Module):
 
 
 def read_head(folder: str | Path) -> EncoderHead:
-    """The head of a run folder; raises CheckpointError when it is missing, damaged, or of another text encoder."""
+    """The head of a run folder; raises CheckpointError if it is missing, damaged, or belongs to another text
+    encoder."""
     run = RunFolder.open(folder)
     head, path = untrained_head(folder), run.path / FILE
     if not path.is_file():

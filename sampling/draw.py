@@ -15,8 +15,8 @@ from diffusion.noise import PerImageNoise
 from diffusion.samplers import get_sampler
 from diffusion.sampling import Edit, RunSettings, check_sampling, visited_times
 from files.images import to_uint8
-from model.attention_maps import AttentionMaps, watched
-from pipeline.prompts import between, padded
+from model.attention_maps import AttentionMaps, record_attention
+from pipeline.prompts import mix_contexts, pad_contexts
 from pipeline.system import TextToImage
 from sampling.request import Request
 
@@ -46,7 +46,7 @@ def check_requests(system: TextToImage, requests: Sequence[Request], sources: So
     for text in texts_of(requests):
         requests[0].read(text)
     if sources.image is not None:
-        system.encoded_images(sources.image[None])
+        system.encode_images(sources.image[None])
     if sources.paint is not None and sources.image is not None and sources.paint.shape != sources.image.shape[1:]:
         height, width = sources.paint.shape
         raise ValueError(f"the mask has {height}x{width} pixels (HxW); valid: {sources.image.shape[1]}x"
@@ -72,7 +72,7 @@ def latents_of_requests(system: TextToImage, requests: Sequence[Request], source
     """Unit-scale latents (B, C, H, W) of requests of one kind. ``trace`` receives x_0 of every step, ``maps`` the
     cross-attention to each token."""
     first = requests[0]
-    with watched(system.unet, maps):
+    with record_attention(system.unet, maps):
         if sources.refinements is not None:
             return torch.cat([reconstruct(system, request, sources, progress, trace) for request in requests])
         if first.toward is not None:
@@ -86,7 +86,7 @@ def edit_of(system: TextToImage, strength: float | None, sources: Sources, count
     """What ``count`` images start from; a latent pixel is kept where every pixel under it is."""
     if sources.image is None or strength is None:
         return None
-    x_0 = system.encoded_images(sources.image[None]).expand(count, -1, -1, -1)  # (B, C, H, W)
+    x_0 = system.encode_images(sources.image[None]).expand(count, -1, -1, -1)  # (B, C, H, W)
     if sources.paint is None:
         return Edit(x_0, strength)
     painted = F.max_pool2d(sources.paint[None, None].float(), system.autoencoder.factor)  # (1, 1, H, W)
@@ -107,15 +107,16 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     noise."""
     ends = [request.toward for request in requests if request.toward is not None]
     config = requests[0].config
-    contexts = [between(states_of(system, request, request.prompt), states_of(system, request, end.prompt), end.weight)
+    contexts = [mix_contexts(states_of(system, request, request.prompt), states_of(system, request, end.prompt),
+                             end.weight)
                 for request, end in zip(requests, ends, strict=True)]  # (n, D) each
     if config.guidance.scale != 1.0:
         contexts = [states_of(system, requests[0], requests[0].negative)] * len(requests) + contexts
-    context, mask = padded(contexts)
+    context, mask = pad_contexts(contexts)
     noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
               ([request.seed for request in requests], [end.seed for end in ends])]
     noise = MixedNoise(noises[0], noises[1], [end.weight for end in ends])
-    return system.sampled(context, mask, len(requests), noise, config, RunSettings(progress, trace=trace))
+    return system.latents_from_context(context, mask, len(requests), noise, config, RunSettings(progress, trace=trace))
 
 
 def states_of(system: TextToImage, request: Request, text: str) -> torch.Tensor:
@@ -137,7 +138,7 @@ def reconstruct(system: TextToImage, request: Request, sources: Sources, progres
         raise ValueError("image: value None; valid: an image to invert")
     denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)
     times = times_of(system, request, sources)
-    x_T = ddim_inversion(denoise, system.encoded_images(sources.image[None]), times, system.schedule, kind,
+    x_T = ddim_inversion(denoise, system.encode_images(sources.image[None]), times, system.schedule, kind,
                          sources.refinements or 0)
     return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, None, trace=trace,
                                **config.options)
@@ -146,7 +147,7 @@ def reconstruct(system: TextToImage, request: Request, sources: Sources, progres
 def reconstruction_error(system: TextToImage, latents: torch.Tensor, image: torch.Tensor) -> str:
     """One line: how far an inverted and sampled latent (1, C, H, W) is from its image, and the autoencoder's share
     of it."""
-    x_0 = system.encoded_images(image[None])
+    x_0 = system.encode_images(image[None])
     direct, back = (to_uint8(system.decode(x)).cpu().float() for x in (x_0, latents))
     original = image.float()
 

@@ -105,7 +105,7 @@ def draw_samples(job: Job, gate: Gate, settings: DrawSettings = DrawSettings(),
     for numbers in batches_of(job, gate, settings):
         with arithmetic_of(settings):
             drawing = draw_batch(job, [job.requests[number] for number in numbers], settings, after_step)
-            decisions = gate.of_images(drawing.images, drawing.latents, job.requests, numbers)
+            decisions = gate.check_images(drawing.images, drawing.latents, job.requests, numbers)
         for place, (number, decision) in enumerate(zip(numbers, decisions)):
             with arithmetic_of(settings):
                 sample = sample_of(job, gate, drawing, place, settings, Sample(number, job.requests[number], *decision))
@@ -144,7 +144,7 @@ def sample_of(job: Job, gate: Gate, drawing: Drawing, place: int, settings: Draw
     if refused.decision.action != "blur":
         if drawing.trace:
             images, labels = frames_of(job, drawing.trace, place, settings.frames)
-            frames = Frames(images, labels, gate.of_frames(images, refused.request))
+            frames = Frames(images, labels, gate.check_frames(images, refused.request))
         if drawing.maps:
             attention = drawing.maps.maps(*job.system.latent_shape[1:])[place].cpu()
     return replace(refused, image=image, frames=frames, attention=attention, error=error)

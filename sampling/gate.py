@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.moderation import Moderation, hidden
+from pipeline.moderation import Moderation, blur_image
 from pipeline.system import TextToImage
 from safety.policy import Decision, most_severe, refusal
 from sampling.draw import Sources
@@ -20,7 +20,7 @@ class Gate:
         self.moderation = moderation
         self.of_source = Decision("allow")
         if sources.image is not None:
-            self.of_source = moderation.of_images(sources.image[None])[0]
+            self.of_source = moderation.check_images(sources.image[None])[0]
         silent = sources.refinements is not None  # an inversion may do without a prompt
         self.of_prompts = [most_severe([decision_on_prompts(moderation, request, system, silent), self.of_source])
                            for request in requests]
@@ -34,12 +34,12 @@ class Gate:
         """The stage at which a request was refused before it was drawn."""
         return "image given" if self.of_prompts[number] is self.of_source else "prompt"
 
-    def of_images(self, images: torch.Tensor, latents: torch.Tensor, requests: Sequence[Request],
-                  numbers: Sequence[int]) -> list[tuple[Decision, str]]:
+    def check_images(self, images: torch.Tensor, latents: torch.Tensor, requests: Sequence[Request],
+                     numbers: Sequence[int]) -> list[tuple[Decision, str]]:
         """(decision, the stage it was taken at) of each sample uint8 (B, 3, H, W) of the ``requests`` with these
         numbers. A latent (B, C, H, W) that is not finite has failed: it is not unsafe, and not an image."""
         found = []
-        judged = self.moderation.of_images(images, [requests[number].prompt for number in numbers])
+        judged = self.moderation.check_images(images, [requests[number].prompt for number in numbers])
         for number, decision, latent in zip(numbers, judged, latents, strict=True):
             if not torch.isfinite(latent).all():
                 decision = refusal("the image failed: it is not finite")
@@ -47,9 +47,9 @@ class Gate:
             found.append((most, "prompt" if most is self.of_prompts[number] else "image"))
         return found
 
-    def of_frames(self, frames: torch.Tensor, request: Request) -> Decision:
+    def check_frames(self, frames: torch.Tensor, request: Request) -> Decision:
         """The worst decision on images on the way to one, uint8 (B, 3, H, W)."""
-        return most_severe(self.moderation.of_images(frames, [request.prompt] * len(frames)))
+        return most_severe(self.moderation.check_images(frames, [request.prompt] * len(frames)))
 
 
 def decision_on_prompts(moderation: Moderation, request: Request, system: TextToImage,
@@ -60,9 +60,9 @@ def decision_on_prompts(moderation: Moderation, request: Request, system: TextTo
     negatives = [request.read(request.negative)] if request.negative else []
     if silent and not request.prompt and not negatives:
         return Decision("allow", reason="no prompt")
-    return moderation.of_prompt([request.read(text) for text in dict.fromkeys(prompts)], negatives, system.tokenizer)
+    return moderation.check_prompt([request.read(text) for text in dict.fromkeys(prompts)], negatives, system.tokenizer)
 
 
 def blur_where_decided(image: torch.Tensor, decision: Decision) -> torch.Tensor:
     """An image uint8 (3, H, W), blurred if that was decided."""
-    return hidden(image) if decision.action == "blur" else image
+    return blur_image(image) if decision.action == "blur" else image

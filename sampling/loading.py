@@ -7,7 +7,7 @@ from pathlib import Path
 from files.images import read_image, read_mask
 from model.device import default_device
 from pipeline.loading import load_pretrained, load_run, load_weaker
-from pipeline.moderation import Moderation, weights_of
+from pipeline.moderation import Moderation, moderation_weights
 from pipeline.system import Speed, TextToImage
 from safety.audit import AuditLog, read_key
 from safety.policy import Mode
@@ -89,6 +89,6 @@ def load_moderation(choice: ModerationChoice, system: SystemChoice) -> Moderatio
     audit = AuditLog(choice.audit[0], read_key(choice.audit[1])) if choice.audit else None
     if system.pretrained:  # what comes with weights of others does not decide what may be drawn with them
         return Moderation.load(choice.mode, DEFAULT, choice.concepts, choice.clip, audit, default_device())
-    if weights_of(system.path) != DEFAULT:
-        print(f"moderation: by {weights_of(system.path)}, not by the weights that are shipped", file=sys.stderr)
+    if moderation_weights(system.path) != DEFAULT:
+        print(f"moderation: by {moderation_weights(system.path)}, not by the weights that are shipped", file=sys.stderr)
     return Moderation.of_run(system.path, choice.mode, choice.concepts, choice.clip, audit, default_device())

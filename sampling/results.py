@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from files.images import png_bytes, save_bytes
-from pipeline.moderation import reason_of, row_of
+from pipeline.moderation import decision_row, reason_text
 from pipeline.prompts import chunks_of
 from sampling.engine import Job, Sample
 from sampling.request import Request, settings_of
@@ -38,7 +38,7 @@ class Results:
         """Append what became of a request; ``file`` None when nothing was written."""
         row: dict[str, Any] = {"number": sample.number, "seed": sample.request.seed,
                                "file": file.name if file else None, "checked": self.checks,
-                               **row_of(sample.decision, sample.stage)}
+                               **decision_row(sample.decision, sample.stage)}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
 
@@ -66,7 +66,7 @@ class SampleFolder:
         if sample.error is not None:
             tqdm.write(sample.error, file=sys.stdout)
         if sample.image is None:
-            print(f"image {sample.number}: {sample.decision.message}{reason_of(sample.decision)}", file=sys.stderr)
+            print(f"image {sample.number}: {sample.decision.message}{reason_text(sample.decision)}", file=sys.stderr)
             self.refused.add(sample.number)
             self.results.add(sample, None)
             return
@@ -85,7 +85,7 @@ class SampleFolder:
         if sample.frames is not None:
             decision = sample.frames.decision
             if decision.action in ("blur", "block"):
-                print(f"frames of image {sample.number}: {decision.message}{reason_of(decision)}", file=sys.stderr)
+                print(f"frames of image {sample.number}: {decision.message}{reason_text(decision)}", file=sys.stderr)
             else:
                 save_frames(sample.frames.images, sample.frames.labels, path)
         if sample.attention is not None:

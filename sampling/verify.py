@@ -10,7 +10,7 @@ from PIL import Image
 from files.config import from_dict
 from files.images import parameters_of, png_bytes
 from files.whole import sha256_of
-from pipeline.moderation import hidden
+from pipeline.moderation import blur_image
 from sampling.draw import check_requests, decode_images, exact_arithmetic, latents_of_requests
 from sampling.loading import SourceFiles, SystemChoice, load_system, read_sources
 from sampling.metadata import Call, shared_settings, weight_hashes
@@ -40,7 +40,7 @@ def verify(path: str, given: SystemChoice, files: SourceFiles) -> tuple[bool, st
         image = decode_images(system, latents_of_requests(system, [request], sources), sources)[0]
         settings = older_settings_of(request) if is_older(stored) else settings_of(request)
         marked = {"moderation": call.moderation} if call.moderation else {}
-        again = png_bytes(hidden(image) if call.moderation == "blur" else image,
+        again = png_bytes(blur_image(image) if call.moderation == "blur" else image,
                           {**settings, **shared_settings(system, choice, files, call.exact is not None), **marked})
     return compare(path, again, call.exact is not None)
 

@@ -17,24 +17,24 @@ def draw(run: Path, out: Path, *arguments: str) -> dict[str, Path]:
 
 
 def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 def parameters(path: Path) -> dict:
-    with Image.open(path) as picture:
-        return json.loads(picture.text["parameters"])
+    with Image.open(path) as image:
+        return json.loads(image.text["parameters"])
 
 
-def given_pictures(folder: Path) -> dict[str, str]:
-    """Pictures to start from, good and bad, by name."""
+def given_images(folder: Path) -> dict[str, str]:
+    """Images to start from, good and bad, by name."""
     values = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(values).save(folder / "INIT.png")
     mask = np.zeros((32, 32), dtype=np.uint8)
     mask[5:20, 9:23] = 255  # on no boundary of the latent
     Image.fromarray(mask).save(folder / "MASK.png")
     Image.fromarray(mask[:16]).save(folder / "SMALL.png")
-    (folder / "TEXT.png").write_text("no picture")
+    (folder / "TEXT.png").write_text("no image")
     (folder / "CUT.png").write_bytes((folder / "INIT.png").read_bytes()[:900])
     Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(folder / "DEEP.png")
     return {path.stem: str(path) for path in folder.iterdir()}

@@ -21,7 +21,7 @@ from training.stages.adversarial_loss import AdversarialConfig, Adversary, adapt
 CPU = torch.device("cpu")
 
 
-def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -46,13 +46,13 @@ def test_equal_to_the_published_network(layers):
     """Names, shapes and numbers, those of batch normalisation in training too: 1e-6."""
     ours, theirs = PatchDiscriminator(DiscriminatorConfig(channels=8, layers=layers)), published(layers, 8)
     theirs.load_state_dict({name.removeprefix("layers."): tensor for name, tensor in ours.state_dict().items()})
-    images = pictures(2, 3, 96, 104)
+    images = random_images(2, 3, 96, 104)
     for mode in (True, False):
         torch.testing.assert_close(ours.train(mode)(images), theirs.train(mode)(images), rtol=0, atol=1e-6)
 
 
 def test_published_size_and_initialisation():
-    """Of the 70 x 70 discriminator for one picture: 2,768,705 of pix2pix less 3 x 64 x 16 for its second picture."""
+    """Of the 70 x 70 discriminator for one image: 2,768,705 of pix2pix less 3 x 64 x 16 for its second image."""
     discriminator = PatchDiscriminator(DiscriminatorConfig())
     assert sum(p.numel() for p in discriminator.parameters()) == 2_765_633
     for module in discriminator.layers:
@@ -66,7 +66,7 @@ def test_published_size_and_initialisation():
 def test_each_verdict_sees_a_patch(layers, patch):
     """The pixels that one verdict depends on."""
     discriminator = PatchDiscriminator(DiscriminatorConfig(channels=4, layers=layers)).eval()
-    images = pictures(1, 3, 128, 128).requires_grad_()
+    images = random_images(1, 3, 128, 128).requires_grad_()
     verdict = discriminator(images)
     middle = verdict.shape[2] // 2
     seen = torch.autograd.grad(verdict[0, 0, middle, middle], images)[0].abs().sum(dim=(0, 1)) > 0
@@ -74,13 +74,13 @@ def test_each_verdict_sees_a_patch(layers, patch):
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_smallest_picture(layers):
+def test_the_smallest_image(layers):
     config = DiscriminatorConfig(channels=4, layers=layers)
     discriminator = PatchDiscriminator(config).eval()
-    assert discriminator(pictures(1, 3, config.smallest, config.smallest)).shape == (1, 1, 1, 1)
+    assert discriminator(random_images(1, 3, config.smallest, config.smallest)).shape == (1, 1, 1, 1)
     for shape in ((1, 3, config.smallest - 1, 64), (1, 1, 64, 64), (3, 64, 64)):
         with pytest.raises(ValueError, match=rf"valid: \(B, 3, H, W\), H and W at least {config.smallest}"):
-            discriminator(pictures(*shape))
+            discriminator(random_images(*shape))
 
 
 # ---- the losses
@@ -96,9 +96,9 @@ def test_losses_by_hand():
 
 def test_adaptive_weight_is_the_ratio_of_the_gradients():
     """Of a decoder that is one convolution, whose gradients are known without autograd: 1e-4 relative."""
-    last, features = pictures(3, 5, 1, 1).requires_grad_(), pictures(2, 5, 8, 8, seed=1)
-    decoded, target = F.conv2d(features, last), pictures(2, 3, 8, 8, seed=2)
-    weights = pictures(2, 3, 8, 8, seed=3)
+    last, features = random_images(3, 5, 1, 1).requires_grad_(), random_images(2, 5, 8, 8, seed=1)
+    decoded, target = F.conv2d(features, last), random_images(2, 3, 8, 8, seed=2)
+    weights = random_images(2, 3, 8, 8, seed=3)
     found = adaptive_weight((decoded - target).square().mean(), 1e-3 * (weights * decoded).sum(), last)
     reconstruction = torch.einsum("bchw,bfhw->cf", 2 * (decoded - target) / decoded.numel(), features)
     generator = 1e-3 * torch.einsum("bchw,bfhw->cf", weights, features)
@@ -116,7 +116,7 @@ def a_step(weight: float, step: int = 7) -> tuple[Adversary, nn.Conv2d, dict, to
     decoder = nn.Conv2d(4, 3, 3, padding=1)
     config = AdversarialConfig(weight=weight, start=7, model=DiscriminatorConfig(channels=4, layers=1))
     adversary = Adversary(config, CPU)
-    images, decoded = pictures(4, 3, 16, 16), decoder(pictures(4, 4, 16, 16, seed=1))
+    images, decoded = random_images(4, 3, 16, 16), decoder(random_images(4, 4, 16, 16, seed=1))
     reconstruction = (decoded - images).square().mean()
     return adversary, decoder, adversary.terms(images, decoded, reconstruction, decoder.weight, step), reconstruction
 
@@ -148,7 +148,7 @@ def test_in_bf16_the_discriminator_judges_with_what_it_has_just_learnt():
     """Autocast keeps bf16 copies of weights as long as it lasts; those of before the step would be stale."""
     adversary, _, _, _ = a_step(weight=0.5)
     adversary.optimizer.param_groups[0]["lr"] = 0.1
-    images, decoded = pictures(4, 3, 16, 16), pictures(4, 3, 16, 16, seed=1)
+    images, decoded = random_images(4, 3, 16, 16), random_images(4, 3, 16, 16, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         adversary.learn(images, decoded)
         adversary.discriminator.requires_grad_(True)  # frozen weights would not be copied
@@ -162,9 +162,9 @@ def test_it_learns_to_tell_sharp_from_soft(kind):
     adversary = Adversary(AdversarialConfig(weight=1.0, loss=kind, learning_rate=2e-3,
                                             model=DiscriminatorConfig(channels=8, layers=1)), CPU)
     for step in range(60):
-        sharp = pictures(8, 3, 16, 16, seed=step)
+        sharp = random_images(8, 3, 16, 16, seed=step)
         adversary.learn(sharp, F.avg_pool2d(sharp, 3, 1, 1))
-    unseen = pictures(8, 3, 16, 16, seed=1000)
+    unseen = random_images(8, 3, 16, 16, seed=1000)
     verdicts = [-adversary.generator_loss(images).item() for images in (unseen, F.avg_pool2d(unseen, 3, 1, 1))]
     assert verdicts[0] > 0.5 and verdicts[1] < -0.5
 
@@ -265,6 +265,6 @@ def test_off_costs_nothing_and_a_late_start_changes_nothing(whole, tiny_config, 
     assert not {"discriminator", "adversarial"} & metrics(off)[0].keys()
 
 
-def test_pictures_too_small_to_be_judged_stop_the_run_before_it_begins(tiny_config, tmp_path):
-    with pytest.raises(ConfigError, match="autoencoder.adversarial.model.layers: 4; valid: fewer, the pictures of 32"):
+def test_images_too_small_to_be_judged_stop_the_run_before_it_begins(tiny_config, tmp_path):
+    with pytest.raises(ConfigError, match="autoencoder.adversarial.model.layers: 4; valid: fewer, the images of 32"):
         train.main([str(tiny_config), f"run={tmp_path}", *ON, "autoencoder.adversarial.model.layers=4"])

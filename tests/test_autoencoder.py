@@ -85,7 +85,7 @@ def test_encoder_and_decoder_equal_diffusers(pair):
 
 
 def test_gradients_equal_diffusers(pair):
-    """Of the pictures and of every parameter, under reconstruction and KL."""
+    """Of the images and of every parameter, under reconstruction and KL."""
     ours, theirs = pair
     gradients = []
     for network, encode, decode in ((ours, ours.moments, ours.decode_raw), (

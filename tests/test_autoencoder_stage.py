@@ -29,7 +29,7 @@ SETTINGS = ["stages=[autoencoder]", "autoencoder.train.steps=4", "autoencoder.tr
 
 @pytest.fixture(scope="module")
 def stage(tiny_config, tmp_path_factory) -> tuple[Path, torch.Tensor, torch.Tensor]:
-    """A run with every measurement on; its held-out pictures, and their reconstructions by the weights it left."""
+    """A run with every measurement on; its held-out images, and their reconstructions by the weights it left."""
     run = tmp_path_factory.mktemp("stage") / "run"
     settings = [*SETTINGS, "autoencoder.features=efficientnet_lite0"]
     train.main([str(tiny_config), f"run={run}", *settings])
@@ -59,7 +59,7 @@ def test_the_record_is_what_the_weights_give(stage):
     features = Features()
     expected = frechet_distance(*(Moments(1280).update(features(x)) for x in (images, decoded)))
     assert found["frechet"] == pytest.approx(expected, rel=1e-3) and expected > 1
-    assert found["features"] == features.stamp and found["pictures"] == 12
+    assert found["features"] == features.stamp and found["images"] == 12
     assert found["perceptual"] == "off" and found["adversarial"] == "off"
     last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
     assert last["validation_ssim"] == pytest.approx(found["ssim"], abs=0.02)  # that one may be in bf16
@@ -69,32 +69,32 @@ def test_without_features_the_distance_is_left_out_and_said_so(tiny_run):
     assert recorded(tiny_run)["frechet"] is None and recorded(tiny_run)["features"] == "none"
 
 
-def test_one_picture_has_no_distance(tiny_config, tmp_path):
-    with pytest.raises(ValueError, match="1 picture has no covariance; valid: from 2 up, or features: none"):
+def test_one_image_has_no_distance(tiny_config, tmp_path):
+    with pytest.raises(ValueError, match="1 image has no covariance; valid: from 2 up, or features: none"):
         train.main([str(tiny_config), f"run={tmp_path / 'run'}", *SETTINGS, "autoencoder.validation=1",
                     "autoencoder.features=efficientnet_lite0"])
 
 
-# ---- the picture
+# ---- the image
 
 @pytest.mark.parametrize("others, second", [("first", [0, 1, 2, 3, 4, 5, 6, 7]), ("middle", [9, 8, 7, 6, 5, 4, 3, 2])])
 def test_the_worst_come_first_with_their_psnr_below(monkeypatch, others, second):
-    """12 pictures, each further off than the one before it."""
+    """12 images, each further off than the one before it."""
     images = torch.zeros(12, 3, 16, 16) + 0.01 * torch.arange(12)[:, None, None, None]
     errors = 0.02 * torch.arange(1, 13)
     drawn = {}
-    monkeypatch.setattr(autoencoder, "save_grid", lambda pictures, path, labels, columns, title: drawn.update(
-        pictures=pictures, labels=labels, columns=columns, title=title))
+    monkeypatch.setattr(autoencoder, "save_grid", lambda images, path, labels, columns, title: drawn.update(
+        images=images, labels=labels, columns=columns, title=title))
     decoded = images + errors[:, None, None, None]
     save_comparison(images, decoded, Path("x.png"), others)
     worst = [11, 10, 9, 8, 7, 6, 5, 4]
-    assert torch.equal(drawn["pictures"], torch.cat([images[worst], decoded[worst], images[second], decoded[second]]))
+    assert torch.equal(drawn["images"], torch.cat([images[worst], decoded[worst], images[second], decoded[second]]))
     labels = [[f"{20 * np.log10(2 / float(errors[i])):.1f} dB" for i in picked] for picked in (worst, second)]
     assert drawn["labels"] == [""] * 8 + labels[0] + [""] * 8 + labels[1]
     assert drawn["columns"] == 8 and f"the worst of 12, then the {others}" in drawn["title"]
 
 
-def test_every_run_ends_with_the_picture(stage, tmp_path):
+def test_every_run_ends_with_the_image(stage, tmp_path):
     run, images, decoded = stage
     with Image.open(run / "samples" / "autoencoder_worst.png") as found:
         save_comparison(images, decoded, tmp_path / "expected.png", "middle")

@@ -57,7 +57,7 @@ def reference(config: ClipConfig) -> torch.nn.Module:
 
 
 def inputs(config: ClipConfig, pairs: int = 4):
-    """Pixel values as published, pictures as ours, ids and mask (B, L)."""
+    """Pixel values as published, images as ours, ids and mask (B, L)."""
     generator = torch.Generator().manual_seed(3)
     c, length = config.image, config.text.length
     pixels = torch.randn(pairs, c.channels, c.size, c.size, generator=generator)
@@ -98,7 +98,7 @@ def test_vectors_logits_and_loss_equal_transformers(pair):
 
 
 def test_gradients_equal_transformers(pair):
-    """Of every parameter and of the pictures, under the contrastive loss."""
+    """Of every parameter and of the images, under the contrastive loss."""
     ours, theirs = pair
     pixels, images, ids, mask = inputs(ours.config)
     pixels.requires_grad_(), images.requires_grad_()
@@ -139,7 +139,7 @@ def test_published_sizes(config, count):
 
 
 def test_loss_closed_forms():
-    """log B when nothing is told apart, 0 when everything is, and the same for pictures and texts swapped."""
+    """log B when nothing is told apart, 0 when everything is, and the same for images and texts swapped."""
     assert contrastive_loss(torch.zeros(8, 8)).item() == pytest.approx(math.log(8))
     assert contrastive_loss(50 * torch.eye(8)).item() == pytest.approx(0, abs=1e-6)
     logits = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
@@ -147,7 +147,7 @@ def test_loss_closed_forms():
     columns = [math.log(1 + math.exp(-1)), math.log(1 + math.exp(1))]
     assert contrastive_loss(logits).item() == pytest.approx((sum(rows) + sum(columns)) / 4)
     assert torch.equal(contrastive_loss(logits), contrastive_loss(logits.T))
-    more = torch.cat([logits, torch.tensor([[1.0], [-1.0]])], dim=1)  # a third text that is of neither picture
+    more = torch.cat([logits, torch.tensor([[1.0], [-1.0]])], dim=1)  # a third text that is of neither image
     rows = [math.log(2 + math.exp(2)), math.log(1 + math.exp(-2) + math.exp(-3))]
     assert contrastive_loss(more).item() == pytest.approx((sum(rows) + sum(columns)) / 4)
     with pytest.raises(ValueError, match=r"logits: \(3, 2\); valid: \(B, T\)"):
@@ -202,12 +202,12 @@ def test_vectors_have_unit_length_and_ignore_padding_and_neighbours():
 
 def test_other_sizes_are_resized_and_cropped():
     clip = Clip(CASES["base"])
-    torch.testing.assert_close(clip.resized(torch.full((1, 3, 40, 64), 0.3)), torch.full((1, 3, 16, 16), 0.3))
+    torch.testing.assert_close(clip.resize_images(torch.full((1, 3, 40, 64), 0.3)), torch.full((1, 3, 16, 16), 0.3))
     exact = torch.rand(1, 3, 16, 16)
-    assert clip.resized(exact) is exact
+    assert clip.resize_images(exact) is exact
     ramp = torch.linspace(-1, 1, 64)
     wide = ramp.expand(1, 3, 32, 64)  # every pair of columns becomes one, and the middle half is kept
-    torch.testing.assert_close(clip.resized(wide)[0, 0, 8], ramp.view(32, 2).mean(dim=1)[8:24], atol=1e-4, rtol=0)
+    torch.testing.assert_close(clip.resize_images(wide)[0, 0, 8], ramp.view(32, 2).mean(dim=1)[8:24], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"images: \(1, 3, 32, 64\); valid: \(B, 3, 16, 16\)"):
         clip.image_vectors(wide)
 

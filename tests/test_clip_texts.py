@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.text_encoder import trimmed
-from training.stages.clip_texts import SMALL, Substitutes, parts_of, said, shortened
+from model.text_encoder import trim_padding
+from training.stages.clip_texts import SMALL, Substitutes, caption_parts, cut_to_parts, texts_in_captions
 
 CAPTIONS = [f"a {size} {colour} {shape} above a {other} star on {background}"
             for size in ("small", "large") for colour in ("red", "blue", "green") for shape in ("circle", "square")
@@ -21,7 +21,7 @@ CAPTIONS = [f"a {size} {colour} {shape} above a {other} star on {background}"
     ("an onion within reach", ["an onion within reach"]),  # joints are whole words
 ])
 def test_parts(caption, parts):
-    assert parts_of(caption) == parts
+    assert caption_parts(caption) == parts
 
 
 def test_a_wrong_caption_differs_in_one_word_of_the_same_kind():
@@ -52,23 +52,23 @@ def test_captions_without_substitutes_stay():
 
 def test_a_share_of_captions_is_shortened():
     captions = ["a red star above a blue circle"] * 4000
-    found = shortened(captions, 0.3, np.random.default_rng(0))
+    found = cut_to_parts(captions, 0.3, np.random.default_rng(0))
     counts = {text: found.count(text) / len(found) for text in set(found)}
     assert set(counts) == {captions[0], "a red star", "a blue circle", "red star", "blue circle"}
     assert counts[captions[0]] == pytest.approx(0.7, abs=0.03)
     assert counts["a red star"] == pytest.approx(0.075, abs=0.02) == counts["red star"]
-    assert shortened(captions, 0.0, np.random.default_rng(0)) == captions
+    assert cut_to_parts(captions, 0.0, np.random.default_rng(0)) == captions
 
 
 def test_what_a_caption_says_is_no_wrong_answer():
     captions = ["a red star above a blue circle", "a red starfish, noto style", "a red star"]
     texts = ["a red star", "red star", "blue circle", "noto style", "a red star above a blue circle", "a blue star"]
-    assert said(captions, texts).tolist() == [[True, True, True, False, True, False],
-                                              [False, False, False, True, False, False],
-                                              [True, True, False, False, False, False]]
+    assert texts_in_captions(captions, texts).tolist() == [[True, True, True, False, True, False],
+                                                           [False, False, False, True, False, False],
+                                                           [True, True, False, False, False, False]]
 
 
 def test_only_common_padding_is_cut():
     ids, mask = torch.arange(12).view(2, 6), torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
-    short, kept = trimmed(ids, mask)
+    short, kept = trim_padding(ids, mask)
     assert torch.equal(short, ids[:, :4]) and torch.equal(kept, mask[:, :4])

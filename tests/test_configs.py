@@ -1,4 +1,4 @@
-"""Every shipped config loads, its networks fit together at full size, and its stages run once on a few pictures."""
+"""Every shipped config loads, its networks fit together at full size, and its stages run once on a few images."""
 import json
 import re
 import tarfile
@@ -20,11 +20,11 @@ from training.experiment import STAGES, load_experiment
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.yaml")
-                 if "\nautoencoder:" in path.read_text(encoding="utf-8"))  # those that draw pictures
+                 if "\nautoencoder:" in path.read_text(encoding="utf-8"))  # those that draw images
 LARGEST = 150e6  # parameters that are stepped as they are; a larger config needs an entry in SMALLER
 TEXT = ["denoiser.text_encoder.width=64", "denoiser.text_encoder.heads=2", "denoiser.text_encoder.layers=2",
         "denoiser.text_encoder.mlp_width=128", "denoiser.unet.context_width=64"]
-SMALLER: dict[str, list[str]] = {  # the same shape with fewer channels, on smaller pictures
+SMALLER: dict[str, list[str]] = {  # the same shape with fewer channels, on smaller images
     "coco_256": [*TEXT, "autoencoder.model.channels=[32, 32, 64]", "denoiser.unet.channels=[64, 64, 128]",
                  "data.folder.size=64"],
     "sd15_512": [*TEXT, "autoencoder.model.channels=[32, 32, 64, 64]", "denoiser.unet.channels=[32, 64, 64, 64]",
@@ -44,7 +44,7 @@ def path(request) -> Path:
 
 
 def photographs(root: Path, kind: str) -> list[str]:
-    """Two dozen captioned pictures as a folder or as a tar; the overrides that name it."""
+    """Two dozen captioned images as a folder or as a tar; the overrides that name it."""
     root.mkdir()
     draw = np.random.default_rng(0)
     for number in range(24):
@@ -108,7 +108,7 @@ def test_it_loads_and_its_networks_fit_together_at_full_size(path):
 
 
 def test_it_is_stepped_once_and_sampled(path, tmp_path):
-    """The real stages with the real networks, one step on two pictures each, then the real command for sampling."""
+    """The real stages with the real networks, one step on two images each, then the real command for sampling."""
     experiment = load_experiment(path)
     size = sum(p.numel() for network in networks(experiment).values() for p in network.parameters())
     assert size < LARGEST or path.stem in SMALLER, f"{size / 1e6:.0f} million parameters: shrink it in SMALLER"

@@ -19,7 +19,7 @@ from eval.features.inception import InceptionV3
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.clip import Clip, ClipConfig, ImageEncoderConfig
 from model.decode import decode_sliced, decode_tiled
-from model.device import frozen, placed
+from model.device import freeze, place_on
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet
 
@@ -61,7 +61,7 @@ def on_both(network: torch.nn.Module):
     """(on the CPU, on the GPU) with the same weights."""
     other = type(network)(network.config)
     other.load_state_dict(network.state_dict())
-    return frozen(placed(network, "cpu")), frozen(placed(other, "cuda"))
+    return freeze(place_on(network, "cpu")), freeze(place_on(other, "cuda"))
 
 
 # ---- networks
@@ -96,7 +96,7 @@ def test_decoding_in_slices_and_tiles():
 @torch.no_grad()
 def test_features_equal_those_of_the_cpu():
     torch.manual_seed(0)
-    network, x = frozen(InceptionV3()), noise(1, 3, 299, 299)
+    network, x = freeze(InceptionV3()), noise(1, 3, 299, 299)
     expected = network.pooled(x)
     assert_close(network.cuda().pooled(x.cuda()), expected, 1e-2)
 
@@ -110,17 +110,17 @@ def systems():
     return cpu, gpu
 
 
-def sampled(system, config, batch: int = 2, seed: int = 1, **more):
+def run_of(system, config, batch: int = 2, seed: int = 1, **more):
     context = noise(2 * batch, TOKENS, 32, seed=5).to(system.device)
     with torch.inference_mode():
-        return system.sampled(context, None, batch, draws(batch, seed, system.device), config, **more)
+        return system.latents_from_context(context, None, batch, draws(batch, seed, system.device), config, **more)
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if not name.startswith("flow")])
 @pytest.mark.parametrize("method", ["cfg", "apg", "cfg_zero_star"])
 def test_samplers_equal_those_of_the_cpu(systems, sampler, method):
     config = SamplingConfig(sampler, 5, guidance=GuidanceConfig(scale=3.0, method=method, rescale=0.5))
-    expected, found = (sampled(system, config) for system in systems)
+    expected, found = (run_of(system, config) for system in systems)
     assert_close(found, expected, 5e-3)
 
 
@@ -131,7 +131,7 @@ def test_flow_equals_that_of_the_cpu(sampler):
         system = system_of(TINY, 4, 8, device)
         system.schedule = Schedule(ScheduleConfig(kind="flow"))
         system.config = replace(system.config, prediction_type="flow")
-        results.append(sampled(system, SamplingConfig(sampler, 4, guidance=GuidanceConfig(scale=2.0))))
+        results.append(run_of(system, SamplingConfig(sampler, 4, guidance=GuidanceConfig(scale=2.0))))
     assert_close(results[1], results[0], 5e-3)
 
 
@@ -141,11 +141,11 @@ def test_the_loop_never_waits_for_the_device(systems):
     context = noise(2, TOKENS, 32).cuda()
     first = noise(1, 4, 8, 8).cuda()
     with torch.inference_mode():
-        gpu.sampled(context, None, 1, lambda: first, config)
+        gpu.latents_from_context(context, None, 1, lambda: first, config)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            gpu.sampled(context, None, 1, lambda: first, config)
+            gpu.latents_from_context(context, None, 1, lambda: first, config)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -159,23 +159,23 @@ def test_graphs_replay_what_was_run(systems, sampler):
     plain.runs = None
     config = SamplingConfig(sampler, 4, guidance=GuidanceConfig(scale=3.0, interval=(0.3, 20.0)))
     for seed in (1, 2, 3, 2):
-        assert torch.equal(sampled(fast, config, seed=seed), sampled(plain, config, seed=seed))
+        assert torch.equal(run_of(fast, config, seed=seed), run_of(plain, config, seed=seed))
     assert len(fast.runs.graphs) == 1
 
 
 def test_fast_is_close_to_exact(systems):
     config = SamplingConfig("ddim", 5, guidance=GuidanceConfig(scale=3.0))
-    exact, fast = sampled(systems[1], config).cpu(), sampled(systems[1].at_speed("fast"), config).cpu()
+    exact, fast = run_of(systems[1], config).cpu(), run_of(systems[1].at_speed("fast"), config).cpu()
     assert (fast - exact).square().mean().sqrt() <= 0.1 * exact.std()
 
 
 @pytest.mark.slow
 def test_compiled_step_equals_that_of_the_cpu(systems):
     compiled = systems[1].at_speed("exact")
-    expected = sampled(systems[0], systems[0].config.sampling)
+    expected = run_of(systems[0], systems[0].config.sampling)
     compiled.unet.compile(dynamic=False, fullgraph=True)
     try:
-        assert_close(sampled(compiled, compiled.config.sampling), expected, 5e-3)
+        assert_close(run_of(compiled, compiled.config.sampling), expected, 5e-3)
     finally:
         compiled.unet._compiled_call_impl = None
 

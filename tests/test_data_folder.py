@@ -203,7 +203,7 @@ def test_the_index_is_used_and_never_believed_over_the_file(folder):
 # ---- what cannot be read
 
 def test_unreadable_files_are_listed_once_and_skipped(folder, tmp_path, capsys):
-    (folder / "04.png").write_bytes(b"no picture at all")
+    (folder / "04.png").write_bytes(b"no image at all")
     (folder / "06.txt").write_bytes(b"\xff\xfe broken")
     (folder / "08.txt").unlink()
     whole = (folder / "10.png").read_bytes()
@@ -220,7 +220,7 @@ def test_unreadable_files_are_listed_once_and_skipped(folder, tmp_path, capsys):
     assert said.count("unreadable:") == 4
     again = source_of(folder, unreadable=listed)  # a resumed run
     place = found.index(11)
-    assert again.captions(place) == ("picture 11",)  # known from the list, before the picture is read
+    assert again.captions(place) == ("picture 11",)  # known from the list, before the image is read
     assert numbers(again) == found and capsys.readouterr().err == "" and len(listed.read_text().splitlines()) == 4
     first, second = item_in_epoch(again, place, 2, 3), item_in_epoch(again, place, 2, 3)
     assert first["caption"] == second["caption"] == caption_in_epoch(again, place, 2, 3) == "picture 11"

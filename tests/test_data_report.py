@@ -79,7 +79,7 @@ def folder(tmp_path):
         for number, seed in enumerate(seeds):
             smooth(seed, 64 + 8 * (number % 2)).save(root / split / f"{number}.png")
             (root / split / f"{number}.txt").write_text(f"a quiet picture number{seed} <b>")
-    (root / "train" / "bad & worse.png").write_bytes(b"no picture")
+    (root / "train" / "bad & worse.png").write_bytes(b"no image")
     (root / "train" / "bad & worse.txt").write_text("x")
     data = (root / "train" / "11.png").read_bytes()
     (root / "train" / "11.png").write_bytes(data[: len(data) // 2])

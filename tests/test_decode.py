@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.autoencoder import Autoencoder, AutoencoderConfig
-from model.decode import decode_sliced, decode_tiled, ramp, spans
+from model.decode import decode_sliced, decode_tiled, tile_spans, tile_weights
 
 CONFIG = AutoencoderConfig(channels=(16, 32), latent_channels=3, blocks=1, norm_groups=8)
 
@@ -61,16 +61,16 @@ def test_tiles_of_a_local_decoder_are_exact(tile, overlap):
     torch.testing.assert_close(images, local.decode(latents), atol=1e-6, rtol=0)
     local.largest = 0
     decode_tiled(local, latents, tile, overlap)
-    assert local.largest <= tile * tile  # never more than one tile of one picture
+    assert local.largest <= tile * tile  # never more than one tile of one image
 
 
 @pytest.mark.parametrize("length", [9, 16, 23, 40])
 @pytest.mark.parametrize("tile, overlap", [(8, 0), (8, 3), (8, 4), (1, 0)])
 def test_weights_of_tiles_add_up_to_one(length, tile, overlap):
     total, like = torch.zeros(3 * length, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for start, end in spans(length, tile, overlap):
+    for start, end in tile_spans(length, tile, overlap):
         assert 0 < end - start <= tile
-        total[3 * start:3 * end] += ramp(start, end, length, overlap, 3, like)
+        total[3 * start:3 * end] += tile_weights(start, end, length, overlap, 3, like)
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
@@ -82,7 +82,7 @@ def test_what_fits_into_a_tile_is_decoded_whole(autoencoder):
 
 @torch.no_grad()
 def test_seams_are_blended(autoencoder):
-    """The error jumps where hard tiles meet, and not where blended ones do; both stay near the whole picture."""
+    """The error jumps where hard tiles meet, and not where blended ones do; both stay near the whole image."""
     latents = draw(4, 3, 32, 32) + torch.linspace(-1, 1, 32)
     whole = decode_sliced(autoencoder, latents)
     hard, blended = (decode_tiled(autoencoder, latents, 16, overlap) - whole for overlap in (0, 8))

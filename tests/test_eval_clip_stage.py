@@ -16,7 +16,7 @@ from training.distributed import Processes
 from training.loop import TrainConfig
 from training.optim import OptimConfig
 from training.stages.clip import ClipStage, train_clip
-from training.stages.clip_texts import said
+from training.stages.clip_texts import texts_in_captions
 from training.stages.context import StageContext
 
 CPU = torch.device("cpu")
@@ -157,7 +157,7 @@ def test_published_weights_judge_as_in_transformers(tmp_path):
 def test_the_same_caption_is_no_wrong_answer():
     """Two images with one caption: neither is pushed away from the other's text."""
     logits = torch.tensor([[3.0, 3.0, 0.0], [3.0, 3.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)
-    equal = said(["a star", "a star", "a moon"], ["a star", "a star", "a moon"])
+    equal = texts_in_captions(["a star", "a star", "a moon"], ["a star", "a star", "a moon"])
     assert equal.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     loss = contrastive_loss(logits, equal)
     torch.testing.assert_close(loss, contrastive_loss(torch.tensor([[3.0, 0.0], [0.0, 3.0]])) * 2 / 3

@@ -12,14 +12,14 @@ from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.text_encoder import TextEncoderConfig
 from model.unet import UNetConfig
 from training.loop import TrainConfig
-from training.seed import whole
+from training.seed import whole_batch
 from training.stages.denoiser import DenoiserStage, Denoising, new_networks
 from training.stages.grounding import (
     GroundingConfig,
-    attention_kept,
     attention_loss,
+    keep_attention,
+    keep_output,
     named_tokens,
-    output_kept,
     words_loss,
 )
 from training.stages.pairs import CachedPairs
@@ -110,7 +110,7 @@ def test_words_that_features_say(tokenizer):
     words_loss(features, head, tokenizer, [caption], places).backward()
     assert (features.grad[0].abs().amax(dim=0) > 0).nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert words_loss(features, head, tokenizer, [""], [[]]) == 0.0
-    with output_kept(head) as kept:
+    with keep_output(head) as kept:
         out = head(torch.zeros(6))
     head(torch.zeros(6))
     assert len(kept) == 1 and kept[0] is out
@@ -151,8 +151,8 @@ def test_a_step_has_the_term_with_its_gradient_and_leaves_the_layers_alone(stage
     denoising = Denoising(stage, tokenizer, 0, torch.device("cpu"))
     read = pairs.at(0)
     assert read.places is not None and [len(places) for places in read.places]
-    found = denoising.loss_at(networks, read, 0, whole(4))
-    plain = denoising.loss_at(networks, read._replace(places=None), 0, whole(4))
+    found = denoising.loss_at(networks, read, 0, whole_batch(4))
+    plain = denoising.loss_at(networks, read._replace(places=None), 0, whole_batch(4))
     assert set(plain) == {"loss"} and set(found) == {"loss", "attention", "words"}
     torch.testing.assert_close(found["loss"], plain["loss"] + 0.5 * found["attention"] + 0.25 * found["words"])
     found["loss"].backward()
@@ -160,8 +160,8 @@ def test_a_step_has_the_term_with_its_gradient_and_leaves_the_layers_alone(stage
     assert all(layer.watch is None and layer.q.weight.grad.abs().max() > 0 for layer in layers)
     assert networks.words is not None and networks.words.weight.grad.abs().max() > 0
     assert not networks.unet.mid._forward_hooks
-    late = denoising.loss_at(networks, read, 6, whole(4))  # after 0.6 of the ten steps
-    plain = denoising.loss_at(networks, read._replace(places=None), 6, whole(4))
+    late = denoising.loss_at(networks, read, 6, whole_batch(4))  # after 0.6 of the ten steps
+    plain = denoising.loss_at(networks, read._replace(places=None), 6, whole_batch(4))
     torch.testing.assert_close(late["loss"], plain["loss"])
     networks.words.weight.grad = None
     late["loss"].backward()
@@ -179,6 +179,6 @@ def test_sources_and_settings_that_cannot_are_refused(stage, source):
 
 def test_attention_is_not_kept_after_an_error(stage):
     networks = new_networks(stage, 0, torch.device("cpu"))
-    with pytest.raises(RuntimeError), attention_kept(networks.unet.cross_attentions()):
+    with pytest.raises(RuntimeError), keep_attention(networks.unet.cross_attentions()):
         raise RuntimeError
     assert all(layer.watch is None for layer in networks.unet.cross_attentions())

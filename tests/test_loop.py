@@ -11,7 +11,7 @@ from small_runs import metrics, small_fit, terminate
 from torch import nn
 
 import train
-from training.logger import board_class, board_of, flattened, rounded
+from training.logger import board_class, flatten_numbers, open_board, round_number
 from training.loop import Interrupted
 from training.optim import OptimConfig
 from training.seed import generator, parts_of
@@ -152,13 +152,13 @@ def test_compiled_it_learns_the_same(tmp_path):
 
 def test_tensorboard_gets_the_same_numbers_or_is_said_to_be_missing(tmp_path, capsys):
     board_class.cache_clear()
-    board = board_of(tmp_path / "board", 0)
+    board = open_board(tmp_path / "board", 0)
     if board is None:
         assert "tensorboard is not installed (pip install tensorboard)" in capsys.readouterr().out
     else:
         board.add_scalar("a", 1.0, 1)
         board.close()
         assert list((tmp_path / "board").iterdir())
-    assert flattened({"step": 3, "loss": 0.5, "split": {"data": 0.1}, "event": "skip"}) == {
+    assert flatten_numbers({"step": 3, "loss": 0.5, "split": {"data": 0.1}, "event": "skip"}) == {
         "loss": 0.5, "split/data": 0.1}
-    assert [rounded(value) for value in (1 / 3, float("nan"), 3, "a")] == [0.333333333, None, 3, "a"]
+    assert [round_number(value) for value in (1 / 3, float("nan"), 3, "a")] == [0.333333333, None, 3, "a"]

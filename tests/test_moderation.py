@@ -1,4 +1,4 @@
-"""The gate on every path that writes a picture: a refusal leaves a row and no file, and nothing broken lets one by."""
+"""The gate on every path that writes an image: a refusal leaves a row and no file, and nothing broken lets one by."""
 import json
 import shutil
 from pathlib import Path
@@ -8,13 +8,13 @@ import pytest
 import torch
 from made_up_moderation import written
 from PIL import Image
-from sample_calls import given_pictures, parameters, pixels
+from sample_calls import given_images, parameters, pixels
 
 import sample
 import train
 from moderate import main as safety
 from pipeline.loading import load_run
-from pipeline.moderation import Moderation, Refused, conditioned_texts, shows
+from pipeline.moderation import Moderation, Refused, conditioned_texts, mentions
 from pipeline.prompts import parse_prompt
 from safety.audit import AuditLog
 from safety.gate import PromptGate
@@ -47,7 +47,7 @@ def call(run: Path, out: Path, *arguments: str) -> tuple[int, list[str], list[di
 
 
 def concepts(folder: Path, **settings) -> str:
-    """A file of one concept that every picture shows, or none."""
+    """A file of one concept that every image shows, or none."""
     path = folder / "concepts.yaml"
     write_concepts(path, [Concept("thing", "violence", ("a star",), **{"threshold": -2.0, **settings})])
     return str(path)
@@ -87,14 +87,14 @@ def test_signs_chunks_and_disguises_hide_nothing(run, tmp_path, prompt):
     [BAD, "--init", "INIT"], [BAD, "--init", "INIT", "--mask", "MASK"], [BAD, "--invert", "INIT", "--sampler", "ddim"],
     [BAD, "--frames", "1"], [BAD, "--attention"], [BAD, "--xy", "seed=1,2"], [BAD, "--exact"], [""], ["a" * 2001],
     ["!!!"]])
-def test_every_path_to_a_picture_asks(run, tmp_path, arguments):
-    given = given_pictures(tmp_path)
+def test_every_path_to_an_image_asks(run, tmp_path, arguments):
+    given = given_images(tmp_path)
     (tmp_path / "out").mkdir()
     code, files, rows = call(run, tmp_path / "out", *(given.get(word, word) for word in arguments))
     assert code == 5 and files == [] and {row["action"] for row in rows} == {"block"}
 
 
-def test_a_picture_of_a_grid_may_be_missing(run, tmp_path):
+def test_an_image_of_a_grid_may_be_missing(run, tmp_path):
     """A grey cell stands in its place."""
     code, files, rows = call(run, tmp_path, "--xy", f"prompt=a red star|{BAD}", "seed=1,2")
     assert code == 0 and sum(row["file"] is None for row in rows) == 2 and "xy.png" in files and len(files) == 3
@@ -102,17 +102,17 @@ def test_a_picture_of_a_grid_may_be_missing(run, tmp_path):
 
 def test_modes(run, tmp_path, capsys, caplog):
     """blur: drawn and blurred; flag: drawn and marked; off: said once, and not checked."""
-    pictures = {}
+    images = {}
     for mode in ("flag", "blur", "off"):
         code, files, rows = call(run, tmp_path / mode, BAD, "--moderation", mode)
         assert code == 0 and rows[0]["action"] == {"off": "allow"}.get(mode, mode) and rows[0]["file"] == files[0]
-        pictures[mode] = pixels(tmp_path / mode / files[0])
+        images[mode] = pixels(tmp_path / mode / files[0])
         stored = parameters(tmp_path / mode / files[0])
         assert stored.get("moderation") == {"off": None}.get(mode, mode)
     said = capsys.readouterr().err
-    assert said.count("moderation is off: neither prompts nor pictures are checked") == 1
-    assert (pictures["flag"] == pictures["off"]).all()
-    assert np.abs(np.diff(pictures["blur"], axis=0)).max() < np.abs(np.diff(pictures["off"], axis=0)).max() / 2
+    assert said.count("moderation is off: neither prompts nor images are checked") == 1
+    assert (images["flag"] == images["off"]).all()
+    assert np.abs(np.diff(images["blur"], axis=0)).max() < np.abs(np.diff(images["off"], axis=0)).max() / 2
     code, files, rows = call(run, tmp_path / "mild", MILD)
     assert code == 0 and rows[0]["action"] == "flag" and len(files) == 2
     for mode, name in (("blur", "00000_a-zorbic-star_seed0.png"), ("mild", "00000_a-mildo-star_seed0.png")):
@@ -121,9 +121,9 @@ def test_modes(run, tmp_path, capsys, caplog):
         sample.main(["a star", "--moderation", "maybe"])
 
 
-# ---- pictures
+# ---- images
 
-def test_a_picture_that_shows_a_concept_is_not_written(run, tmp_path, capsys):
+def test_an_image_that_shows_a_concept_is_not_written(run, tmp_path, capsys):
     file = concepts(tmp_path)
     code, files, rows = call(run, tmp_path / "out", "a moon", "--concepts", file, "--frames", "1", "--attention")
     assert code == 5 and files == [] and rows[0]["stage"] == "image" and rows[0]["category"] == "violence"
@@ -135,8 +135,8 @@ def test_a_picture_that_shows_a_concept_is_not_written(run, tmp_path, capsys):
     assert code == 0 and rows[0]["action"] == "allow" and len(files) == 2
 
 
-def test_a_picture_that_is_given_is_checked_too(run, tmp_path):
-    given = given_pictures(tmp_path)
+def test_an_image_that_is_given_is_checked_too(run, tmp_path):
+    given = given_images(tmp_path)
     (tmp_path / "out").mkdir()
     file = concepts(tmp_path)
     code, files, rows = call(run, tmp_path / "out", "a moon", "--init", given["INIT"], "--concepts", file)
@@ -153,35 +153,35 @@ def test_concepts_in_the_run_folder_are_used_and_need_thresholds(run, tmp_path):
     assert read_concepts(copy / "concepts.yaml")[0].threshold is not None
     code, _, rows = call(copy, tmp_path / "again", "a moon")
     assert "not calibrated" not in rows[0]["message"]
-    picture = tmp_path / "picture.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(picture)
-    assert safety(["check", "--image", str(picture), "--run", str(copy), "--json"]) in (0, 5)
-    assert safety(["check", "--image", str(picture), "--run", str(copy), "--concepts", concepts(tmp_path)]) == 5
+    image = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(image)
+    assert safety(["check", "--image", str(image), "--run", str(copy), "--json"]) in (0, 5)
+    assert safety(["check", "--image", str(image), "--run", str(copy), "--concepts", concepts(tmp_path)]) == 5
     key, log = tmp_path / "key", tmp_path / "log"
     assert safety(["key", str(key)]) == 0
     with pytest.raises(ValueError, match="never replaced"):
         safety(["key", str(key)])
-    assert safety(["check", "--image", str(picture), "--run", str(copy), "--concepts", concepts(tmp_path),
+    assert safety(["check", "--image", str(image), "--run", str(copy), "--concepts", concepts(tmp_path),
                    "--log", str(log), "--key", str(key)]) == 5
     assert json.loads(log.read_text())["stage"] == "image" and "picture" not in log.read_text()
     with pytest.raises(ValueError, match="valid: with texts"):
-        safety(["check", "--image", str(picture), "--run", str(copy), "--negative"])
-    (tmp_path / "text.png").write_text("no picture")
+        safety(["check", "--image", str(image), "--run", str(copy), "--negative"])
+    (tmp_path / "text.png").write_text("no image")
     for wrong in ("text.png", "nowhere.png"):
         with pytest.raises((ValueError, OSError), match=wrong):
             safety(["check", "--image", str(tmp_path / wrong), "--run", str(copy)])
 
 
-def test_frames_on_the_way_are_judged_as_the_pictures_are_and_the_given_one_is_blurred(run, tmp_path, monkeypatch,
-                                                                                       capsys):
+def test_frames_on_the_way_are_judged_as_the_images_are_and_the_given_one_is_blurred(run, tmp_path, monkeypatch,
+                                                                                     capsys):
     """A judge that minds only what was drawn, not the pixels of the source around it."""
-    monkeypatch.setattr("pipeline.moderation.Moderation.of_images", lambda self, images, prompts=None: [
+    monkeypatch.setattr("pipeline.moderation.Moderation.check_images", lambda self, images, prompts=None: [
         Decision("block" if len(images) > 1 else "allow", "violence", 1.0, 0.0, "concept x") for _ in images])
     code, files, rows = call(run, tmp_path / "out", "a moon", "--frames", "2")
     assert code == 0 and rows[0]["action"] == "allow" and files == ["00000_a-moon_seed0.png", "grid.png"]
     assert "frames of image 0: refused: violence" in capsys.readouterr().err
-    given = given_pictures(tmp_path)
-    monkeypatch.setattr("pipeline.moderation.Moderation.of_images", lambda self, images, prompts=None: [
+    given = given_images(tmp_path)
+    monkeypatch.setattr("pipeline.moderation.Moderation.check_images", lambda self, images, prompts=None: [
         Decision("blur", "violence", 1.0, 0.0, "concept x") for _ in images])
     tiles = []
     monkeypatch.setattr("sampling.sheets.grid", lambda images, *rest, **more: tiles.append(images) or images)
@@ -203,7 +203,7 @@ def test_no_word_of_a_refused_prompt_is_drawn_into_a_grid(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("embed", [lambda images: 1 / 0, lambda images: torch.full((len(images), 4), torch.nan)])
-def test_a_judge_that_breaks_lets_no_picture_through(run, tmp_path, monkeypatch, embed):
+def test_a_judge_that_breaks_lets_no_image_through(run, tmp_path, monkeypatch, embed):
     thing = Concept("thing", "violence", ("x",), threshold=9.0)
     broken = ImageModerator([thing], embed, lambda texts: torch.ones(1, 4))
     monkeypatch.setattr("pipeline.moderation.image_moderator", lambda *arguments: broken)
@@ -211,7 +211,7 @@ def test_a_judge_that_breaks_lets_no_picture_through(run, tmp_path, monkeypatch,
     assert code == 5 and files == [] and rows[0]["action"] == "block"
 
 
-def test_latents_that_are_not_finite_are_no_picture(run, tmp_path, monkeypatch):
+def test_latents_that_are_not_finite_are_no_image(run, tmp_path, monkeypatch):
     monkeypatch.setattr("sampling.engine.latents_of_requests", lambda system, *rest: torch.full(
         (1, *system.latent_shape), torch.nan))
     code, files, rows = call(run, tmp_path, "a moon")
@@ -267,7 +267,7 @@ def test_a_log_that_cannot_be_written_refuses(run, tmp_path):
 def test_the_pipeline_asks_by_itself(run):
     system = load_run(run)
     assert system.images(["a red star"], [0]).shape == (1, 3, 32, 32)
-    with pytest.raises(Refused, match="picture 2 of 2: refused: hate") as caught:
+    with pytest.raises(Refused, match="image 2 of 2: refused: hate") as caught:
         system.images(["a red star", BAD], [0, 1])
     assert [decision.action for decision in caught.value.decisions] == ["allow", "block"]
     with pytest.raises(Refused):
@@ -295,13 +295,13 @@ def test_decisions_are_kept_only_where_they_would_be_the_same_again(run, tmp_pat
     log = AuditLog(tmp_path / "log", bytes(32))
     moderation = Moderation(PromptGate.load(run / "moderation.safetensors", audit=log), audit=log)
     for _ in range(3):
-        assert moderation.of_prompt([BAD]).action == "block"
+        assert moderation.check_prompt([BAD]).action == "block"
     assert log.verify() == 3  # a line for every request
     fails = [True, False]
     gate = PromptGate.load(run / "moderation.safetensors", encoder=lambda text: 1 / 0 if fails.pop(0) else
                            dict.fromkeys(HEADS, 0.0))
     kept = Moderation(gate)
-    assert [kept.of_prompt(["a red star"]).action for _ in range(3)] == ["block", "allow", "allow"]
+    assert [kept.check_prompt(["a red star"]).action for _ in range(3)] == ["block", "allow", "allow"]
 
 
 def test_everything_that_is_conditioned_on(run):
@@ -316,8 +316,8 @@ def test_everything_that_is_conditioned_on(run):
 
 def test_learned_tokens_are_read_as_what_they_were_learned_from(run):
     moderation = Moderation(PromptGate.load(run / "moderation.safetensors"), learned={"*1": "zorbic"})
-    assert moderation.of_prompt(["a star by *1"]).action == "block"
-    assert moderation.of_prompt(["a star by *2"]).action == "allow"
+    assert moderation.check_prompt(["a star by *1"]).action == "block"
+    assert moderation.check_prompt(["a star by *2"]).action == "allow"
 
 
 def test_what_is_asked_wrongly_is_said():
@@ -326,9 +326,9 @@ def test_what_is_asked_wrongly_is_said():
             Moderation(None, **arguments)
     with pytest.raises(ValueError, match="no CLIP to judge by"):
         Moderation.load(concepts="x.yaml")
-    assert Moderation(None, mode="off").of_prompt(["anything"]) == Decision("allow", reason="off")
+    assert Moderation(None, mode="off").check_prompt(["anything"]) == Decision("allow", reason="off")
 
 
-def test_harmless_pictures_are_those_whose_captions_do_not_name_it():
-    assert shows(["two red stars"], "red star") and shows(["A Red Star."], "red star")
-    assert not shows(["a red circle above a blue star", "restart"], "red star")
+def test_harmless_images_are_those_whose_captions_do_not_name_it():
+    assert mentions(["two red stars"], "red star") and mentions(["A Red Star."], "red star")
+    assert not mentions(["a red circle above a blue star", "restart"], "red star")

@@ -5,8 +5,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.unet import UNet, UNetConfig
-from training.muon import Muon, matrices_and_others, matrix_of, shaped_as
-from training.polar import iterated, orthogonalized, polar_factors
+from training.muon import Muon, filters_to_matrix, matrices_and_others, matrix_to_filters
+from training.polar import apply_polynomials, orthogonalize, polar_factors
 
 BAND = (0.62, 1.38)  # 1 +- 0.32 by the polynomials, the rest is the rounding of bf16
 
@@ -68,7 +68,7 @@ def test_many_at_once_are_each_alone(iteration):
 def test_a_turned_matrix_has_the_turned_result():
     x = matrix(40, 24, 0.1)
     assert torch.equal(polar_factors([x])[0].mT, polar_factors([x.mT.contiguous()])[0])
-    assert torch.equal(orthogonalized(x[None])[0], polar_factors([x], "newton_schulz")[0].float())
+    assert torch.equal(orthogonalize(x[None])[0], polar_factors([x], "newton_schulz")[0].float())
 
 
 def test_filters_are_matrices_as_they_lie_in_memory():
@@ -77,8 +77,8 @@ def test_filters_are_matrices_as_they_lie_in_memory():
     x = torch.randn(12, 6, 3, 3, generator=torch.Generator().manual_seed(0))
     last = x.contiguous(memory_format=torch.channels_last)
     for filters in (x, last):
-        assert matrix_of(filters, filters).data_ptr() == filters.data_ptr()
-        back = shaped_as(filters, matrix_of(x, filters))
+        assert filters_to_matrix(filters, filters).data_ptr() == filters.data_ptr()
+        back = matrix_to_filters(filters, filters_to_matrix(x, filters))
         assert torch.equal(back, x) and back.stride() == filters.stride()
     results = []
     for filters in (x, last):
@@ -138,7 +138,7 @@ def test_embeddings_are_not_matrices():
 
 def test_batches_keep_their_order():
     batches = [torch.stack([matrix(8, c, 0.3, seed=c + n) for n in range(2)]) for c in (8, 24)]
-    for batch, found in zip(batches, iterated([b.to(torch.bfloat16) for b in batches], "short"), strict=True):
+    for batch, found in zip(batches, apply_polynomials([b.to(torch.bfloat16) for b in batches], "short"), strict=True):
         for x, y in zip(batch, found, strict=True):
             assert (y.double() - polar(x)).norm() < 0.4 * polar(x).norm()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.muon import orthogonalized
+from training.muon import orthogonalize
 from training.optim import OptimConfig, build_optimizer, learning_rate
 
 
@@ -66,7 +66,7 @@ def test_matrices_of_a_child_learn_at_their_share_of_the_rate(optimizer):
 @pytest.mark.parametrize("rows, columns, smallest, tolerance", [
     (16, 144, 1.0, 0.02), (144, 16, 1.0, 0.02), (32, 32, 1e-6, 0.4), (32, 288, 1e-6, 0.4)])
 def test_orthogonalized_matches_the_iteration_in_fp64(rows, columns, smallest, tolerance):
-    """Also where singular values fall over six decades, as in gradients of few pictures: there the smallest are the
+    """Also where singular values fall over six decades, as in gradients of few images: there the smallest are the
     bf16 rounding of the largest, and directions agree less; none may grow."""
     draw = torch.Generator().manual_seed(0)
     side = min(rows, columns)
@@ -78,7 +78,7 @@ def test_orthogonalized_matches_the_iteration_in_fp64(rows, columns, smallest, t
     for _ in range(5):  # a polynomial of the singular values: Jordan et al. 2024
         wanted = 3.4445 * wanted - 4.7750 * wanted**3 + 2.0315 * wanted**5
     expected = left * wanted @ right.mT
-    given = orthogonalized(matrices.float()).double()
+    given = orthogonalize(matrices.float()).double()
     assert given.shape == matrices.shape
     assert (given - expected).norm() < tolerance * expected.norm()
     assert torch.linalg.svdvals(given).max() < 1.5

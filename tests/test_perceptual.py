@@ -13,7 +13,7 @@ from torch import nn
 from model.lpips import Lpips, load_lpips
 from training.stages.perceptual_loss import (
     PerceptualConfig,
-    halved,
+    downsample,
     laplacian_pyramid,
     perceptual_distance,
     pyramid_distance,
@@ -55,7 +55,7 @@ def ours(files) -> Lpips:
     return load_lpips((str(files["both"]),))
 
 
-def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
@@ -64,7 +64,7 @@ def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(3, 3, 64, 64), (2, 3, 48, 35), (1, 3, 16, 16)])
 def test_equal_to_the_package_of_the_authors(reference, ours, shape):
     """Distances and gradients: 1e-5 relative."""
-    decoded, images = pictures(*shape).requires_grad_(), pictures(*shape, seed=1)
+    decoded, images = random_images(*shape).requires_grad_(), random_images(*shape, seed=1)
     found, expected = ours(decoded, images), reference(decoded, images).flatten()
     assert found.shape == shape[:1] and bool((expected > 0.01).all())
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
@@ -109,7 +109,7 @@ def test_where_nothing_is_active_the_gradient_is_a_number(ours):
     dead = Lpips().eval().requires_grad_(False)
     dead.load_state_dict(ours.state_dict())
     dead.features[28].bias.fill_(-1e6)
-    decoded, images = pictures(1, 3, 32, 32).requires_grad_(), pictures(1, 3, 32, 32, seed=1)
+    decoded, images = random_images(1, 3, 32, 32).requires_grad_(), random_images(1, 3, 32, 32, seed=1)
     distance = dead(decoded, images)
     assert 0 < distance.item() < ours(decoded, images).item()
     assert torch.isfinite(torch.autograd.grad(distance.sum(), decoded)[0]).all()
@@ -117,7 +117,7 @@ def test_where_nothing_is_active_the_gradient_is_a_number(ours):
     assert equal.item() == 0 and torch.isfinite(torch.autograd.grad(equal.sum(), decoded)[0]).all()
 
 
-def test_pictures_that_cannot_be_compared_are_refused(ours):
+def test_images_that_cannot_be_compared_are_refused(ours):
     for shapes in (((1, 3, 32, 32), (1, 3, 32, 31)), ((1, 3, 15, 32),) * 2, ((1, 1, 32, 32),) * 2):
         with pytest.raises(ValueError, match="valid: two of one shape .* at least 16"):
             ours(*(torch.zeros(shape) for shape in shapes))
@@ -126,8 +126,8 @@ def test_pictures_that_cannot_be_compared_are_refused(ours):
 # ---- the pyramid
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 64), (1, 3, 37, 50), (1, 1, 8, 8), (1, 3, 5, 64)])
-def test_the_levels_put_together_are_the_picture(shape):
-    images = pictures(*shape).double()
+def test_the_levels_put_together_are_the_image(shape):
+    images = random_images(*shape).double()
     levels = laplacian_pyramid(images)
     torch.testing.assert_close(pyramid_sum(levels), images, rtol=0, atol=1e-12)
     sizes = [min(level.shape[2:]) for level in levels]
@@ -137,15 +137,15 @@ def test_the_levels_put_together_are_the_picture(shape):
 
 def test_the_blur_is_the_binomial_filter():
     """scipy's correlation with the outer product of (1 4 6 4 1) / 16, the border mirrored: fp64, 1e-12."""
-    image = pictures(1, 1, 13, 20).double()
+    image = random_images(1, 1, 13, 20).double()
     taps = np.array([1, 4, 6, 4, 1]) / 16
     expected = scipy.ndimage.correlate(image[0, 0].numpy(), np.outer(taps, taps), mode="mirror")[::2, ::2]
-    np.testing.assert_allclose(halved(image)[0, 0], expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(downsample(image)[0, 0], expected, rtol=0, atol=1e-12)
 
 
 def test_distance_of_errors_at_the_two_ends_of_the_scale():
     """A constant is all in the last level, a chequerboard all in the first: both cost their size."""
-    images = pictures(2, 3, 64, 64)
+    images = random_images(2, 3, 64, 64)
     chequered = torch.ones(64, 64)
     chequered[::2, ::2] = chequered[1::2, 1::2] = -1
     for error in (torch.full((64, 64), 0.3), 0.3 * chequered):
@@ -163,7 +163,7 @@ def test_a_lost_shape_costs_more_than_noise_of_the_same_mean():
 
 
 def test_surrounding_arithmetic_changes_nothing_in_the_pyramid():
-    decoded, images = pictures(1, 3, 32, 32), pictures(1, 3, 32, 32, seed=1)
+    decoded, images = random_images(1, 3, 32, 32), random_images(1, 3, 32, 32, seed=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = pyramid_distance(decoded, images)
     assert torch.equal(inside, pyramid_distance(decoded, images))

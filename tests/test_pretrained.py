@@ -1,4 +1,4 @@
-"""Published folders: the pictures of diffusers' own pipeline, read from its folder and from ours; what does not fit."""
+"""Published folders: the images of diffusers' own pipeline, read from its folder and from ours; what does not fit."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
 PROMPTS = ["a small red star above two blue circles", "the astronaut's horse, 4k!! " * 20]
-LEVEL = 0.02  # of 255: pictures differ by rounding alone; a last step to x_0 makes 1 and an unscaled latent more
+LEVEL = 0.02  # of 255: images differ by rounding alone; a last step to x_0 makes 1 and an unscaled latent more
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 KINDS = {  # in the manner of the two generations
     "sd1": {"unet": {"attention_head_dim": 4, "cross_attention_dim": 32, "use_linear_projection": False},
@@ -86,7 +86,7 @@ def copy(folder, tmp_path) -> Path:
 
 
 def theirs(pipeline, height: int, width: int) -> np.ndarray:
-    """Pictures (B, H, W, 3) in 0 .. 255 that diffusers draws from our first noise: 10 steps with guidance 5."""
+    """Images (B, H, W, 3) in 0 .. 255 that diffusers draws from our first noise: 10 steps with guidance 5."""
     pipeline.set_progress_bar_config(disable=True)
     noise = PerImageNoise([1, 2], (4, height // 2, width // 2))()
     return 255 * pipeline(PROMPTS, negative_prompt=["an oil painting"] * 2, num_inference_steps=10, guidance_scale=5.0,
@@ -105,7 +105,7 @@ def ours(system: TextToImage) -> np.ndarray:
 
 def difference(given: np.ndarray, expected: np.ndarray) -> float:
     assert given.shape == expected.shape
-    assert expected.std() > 20 and np.abs(expected[0] - expected[1]).mean() > 5  # pictures, and different ones
+    assert expected.std() > 20 and np.abs(expected[0] - expected[1]).mean() > 5  # images, and different ones
     return np.abs(given - expected).max()
 
 
@@ -114,9 +114,9 @@ def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
     return one.config == two.config and a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-# ---- pictures
+# ---- images
 
-def test_pictures_equal_those_of_diffusers(pair):
+def test_images_equal_those_of_diffusers(pair):
     _, pipeline, system = pair
     assert system.latent_shape == (4, 8, 8) and system.schedule.config.kind == "scaled_linear"
     sampling = system.config.sampling
@@ -145,7 +145,7 @@ def test_another_size_and_another_scheduler(pair, tmp_path):
             system.set_size(*size)
 
 
-def test_pictures_are_the_same_after_a_round_trip_through_our_writer(pair, tmp_path):
+def test_images_are_the_same_after_a_round_trip_through_our_writer(pair, tmp_path):
     folder, pipeline, system = pair
     system.save_pretrained(tmp_path / "written")
     again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "written")
@@ -183,7 +183,7 @@ def test_latents_are_scaled_and_shifted_as_published(copy):
         torch.testing.assert_close(network.decode(latents), vae.decode(latents / 0.5 + 0.25).sample)
 
 
-def test_large_pictures_and_tiles(folder):
+def test_large_images_and_tiles(folder):
     """One at a time is what a batch of one gives; tiles are an approximation, chosen by hand."""
     system = load_pretrained(folder)
     latents = torch.randn(2, 4, 130, 136)
@@ -332,7 +332,7 @@ def test_a_clip_folder_gives_the_vectors_of_transformers(tmp_path):
     mask = torch.tensor([[True, True, True, False], [True] * 4])
     expected = model(ids, (images / 2 + 0.5 - 0.4) / 0.2, mask.long()).logits_per_image
     torch.testing.assert_close(clip(images, ids, mask), expected, atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="is a CLIP model, it draws no pictures"):
+    with pytest.raises(ValueError, match="is a CLIP model, it draws no images"):
         load_pretrained(tmp_path)
 
 
@@ -371,9 +371,9 @@ def test_sample_draws_from_a_published_folder(folder, tmp_path, capsys):
     assert sample.main(["--verify", *files]) == 1
     assert "was made with the checkpoint 'pipeline'; valid: --pretrained PATH" in capsys.readouterr().err
     from PIL import Image
-    with Image.open(tmp_path / "b" / "00000_a-red-star_seed3.png") as picture:
-        assert picture.size == (40, 24)
-        given = json.loads(picture.text["parameters"])
+    with Image.open(tmp_path / "b" / "00000_a-red-star_seed3.png") as image:
+        assert image.size == (40, 24)
+        given = json.loads(image.text["parameters"])
     assert given["pretrained"] == "pipeline" and (given["size"], given["tiled"]) == ("24x40", True)
     assert given["weights"].keys() == {"unet", "vae", "text_encoder"} and given["sampler"] == "ddim"
 

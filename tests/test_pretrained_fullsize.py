@@ -107,6 +107,6 @@ def test_a_full_size_model_is_sampled_within_its_memory(tmp_path, capsys):
     with capsys.disabled():
         print(f"\nfull size: {weights / 2**30:.2f} GiB of weights, {seconds:.0f} s, peak {peak / 2**30:.2f} GiB")
     assert code == 0, said
-    picture = read_image(out / "00000_a-photo-of-a-small-red-star_seed0.png")
-    assert picture.shape == (3, 256, 256) and picture.float().std() > 1
+    image = read_image(out / "00000_a-photo-of-a-small-red-star_seed0.png")
+    assert image.shape == (3, 256, 256) and image.float().std() > 1
     assert 4 * SIZES["unet"] < peak <= LIMIT

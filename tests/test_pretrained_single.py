@@ -146,7 +146,7 @@ def test_a_checkpoint_with_code_is_not_executed(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_pictures_are_drawn_and_the_same_from_a_folder_written_from_it(case, tmp_path):
+def test_images_are_drawn_and_the_same_from_a_folder_written_from_it(case, tmp_path):
     kind, _, _, path = case
     system = load_pretrained(path, prediction_type=prediction(kind))
     sampling = system.config.sampling

@@ -10,19 +10,19 @@ from data.tokenizer import Tokenizer, TokenizerConfig
 from diffusion.sampling import SamplingConfig
 from model.attention import attention
 from model.autoencoder import Autoencoder, AutoencoderConfig
-from model.device import frozen
+from model.device import freeze
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 from pipeline.config import SystemConfig
 from pipeline.prompts import (
     Prompt,
     alternatives,
-    between,
     chunks_of,
-    joined,
-    padded,
+    join_chunks,
+    mix_contexts,
+    pad_contexts,
     parse_prompt,
-    split,
+    split_tokens,
     weighted_context,
 )
 from pipeline.system import TextToImage
@@ -114,14 +114,14 @@ def test_one_chunk_is_what_the_tokenizer_gives(tokenizer, text):
     ids, mask = tokenizer.encode([text])
     assert torch.equal(chunks.ids, ids) and torch.equal(chunks.mask[:, :2], mask[:, :2])
     assert chunks.mask.sum() == len(tokenizer.bpe.encode(text, add_special_tokens=False).ids[:LENGTH - 2]) + 2
-    assert (chunks.lost == "") == (tokenizer.overflow(text) == "")
+    assert (chunks.overflow == "") == (tokenizer.overflow(text) == "")
 
 
 def test_chunks_hold_every_token_once_and_tear_no_word(tokenizer):
     chunks = chunks_of(parse_prompt(WORDS, chunks=9), tokenizer)
     ids = tokenizer.bpe.encode(WORDS, add_special_tokens=False).ids
     rows = [row[shown].tolist() for row, shown in zip(chunks.ids, chunks.mask)]
-    assert len(rows) > 1 and chunks.lost == "" and sum((row[1:-1] for row in rows), []) == ids
+    assert len(rows) > 1 and chunks.overflow == "" and sum((row[1:-1] for row in rows), []) == ids
     assert all(row[0] == tokenizer.start_id and row[-1] == tokenizer.end_id for row in rows)
     assert (chunks.ids[~chunks.mask] == tokenizer.pad_id).all()
     parts = [word for row in rows for word in tokenizer.decode(torch.tensor([row]))[0].split()]
@@ -130,16 +130,16 @@ def test_chunks_hold_every_token_once_and_tear_no_word(tokenizer):
 
 def test_what_does_not_fit_is_said(tokenizer):
     chunks = chunks_of(parse_prompt(WORDS + " and a Dragon", chunks=2), tokenizer)
-    assert len(chunks.ids) == 2 and chunks.lost.endswith("a Dragon")  # as it was written
-    assert chunks_of(parse_prompt("a star", chunks=2), tokenizer).lost == ""
+    assert len(chunks.ids) == 2 and chunks.overflow.endswith("a Dragon")  # as it was written
+    assert chunks_of(parse_prompt("a star", chunks=2), tokenizer).overflow == ""
 
 
 def test_split():
     words = [0, 0, 1, 2, 2, 2, 3]
-    assert split(words, 4, 9) == [(0, 3), (3, 7)]  # word 2 would be torn
-    assert split(words, 4, 1) == [(0, 4)]  # a cut, as the tokenizer cuts
-    assert split(words, 2, 9) == [(0, 2), (2, 3), (3, 5), (5, 7)]  # word 2 is longer than a chunk
-    assert split([], 4, 9) == [(0, 0)] and split(words, 7, 9) == [(0, 7)]
+    assert split_tokens(words, 4, 9) == [(0, 3), (3, 7)]  # word 2 would be torn
+    assert split_tokens(words, 4, 1) == [(0, 4)]  # a cut, as the tokenizer cuts
+    assert split_tokens(words, 2, 9) == [(0, 2), (2, 3), (3, 5), (5, 7)]  # word 2 is longer than a chunk
+    assert split_tokens([], 4, 9) == [(0, 0)] and split_tokens(words, 7, 9) == [(0, 7)]
 
 
 def test_weights_do_not_change_ids_and_sit_on_their_tokens(tokenizer):
@@ -168,13 +168,13 @@ def test_weighting_multiplies_and_keeps_the_size():
 
 def test_joined_hides_the_filling():
     context, mask = torch.arange(24.0).reshape(3, 2, 4), torch.tensor([[True, True], [True, False], [True, True]])
-    rows, seen = joined(context, mask, [2, 1])
+    rows, seen = join_chunks(context, mask, [2, 1])
     assert rows.shape == (2, 4, 4) and seen.tolist() == [[True, True, True, False], [True, True, False, False]]
     assert torch.equal(rows[0], context[:2].flatten(0, 1)) and torch.equal(rows[1, :2], context[2])
-    rows, seen = joined(context, None, [2, 1])
+    rows, seen = join_chunks(context, None, [2, 1])
     assert seen.tolist() == [[True] * 4, [True, True, False, False]]
-    assert joined(context[:2], None, [1, 1]) == (pytest.approx(context[:2]), None)
-    assert joined(context.repeat(2, 1, 1)[:4], None, [2, 2])[1] is None
+    assert join_chunks(context[:2], None, [1, 1]) == (pytest.approx(context[:2]), None)
+    assert join_chunks(context.repeat(2, 1, 1)[:4], None, [2, 2])[1] is None
 
 
 def test_the_way_between_two_prompts_begins_and_ends_at_them():
@@ -186,19 +186,19 @@ def test_the_way_between_two_prompts_begins_and_ends_at_them():
         return attention(q[None, None], context[None, None], context[None, None])
 
     for weight, end in ((0.0, a), (1.0, b)):
-        context = between(a, b, weight)
+        context = mix_contexts(a, b, weight)
         assert len(context) == math.lcm(4, 6)
         torch.testing.assert_close(read(context), read(end))
-    torch.testing.assert_close(between(a, a + 2, 0.25), a + 0.5)  # linear
-    steps = torch.stack([read(between(a, b, k / 8)) for k in range(9)]).diff(dim=0).flatten(1).norm(dim=1)
+    torch.testing.assert_close(mix_contexts(a, a + 2, 0.25), a + 0.5)  # linear
+    steps = torch.stack([read(mix_contexts(a, b, k / 8)) for k in range(9)]).diff(dim=0).flatten(1).norm(dim=1)
     assert steps.max() < 3 * steps.mean()  # and without a jump
-    assert len(between(torch.randn(31, 2), torch.randn(37, 2), 0.5, longest=100)) == 100
+    assert len(mix_contexts(torch.randn(31, 2), torch.randn(37, 2), 0.5, longest=100)) == 100
 
 
 def test_padded():
-    rows, mask = padded([torch.ones(2, 3), 2 * torch.ones(4, 3)])
+    rows, mask = pad_contexts([torch.ones(2, 3), 2 * torch.ones(4, 3)])
     assert rows.shape == (2, 4, 3) and mask.tolist() == [[True, True, False, False], [True] * 4]
-    assert padded([torch.ones(2, 3)] * 2)[1] is None
+    assert pad_contexts([torch.ones(2, 3)] * 2)[1] is None
 
 
 # ---- with a text encoder: one trained here and one shaped like CLIP, whose padding is read
@@ -215,7 +215,7 @@ def system(tokenizer) -> TextToImage:
         for network in networks:
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-            frozen(network)
+            freeze(network)
     config = SystemConfig(unet, text, sampling=SamplingConfig(steps=2), latent_shape=(4, 4, 4))
     return TextToImage(config, tokenizer, *networks, masked=not isinstance(tokenizer, ClipTokenizer))
 

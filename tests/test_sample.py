@@ -38,13 +38,13 @@ def run_sample(tiny_run, out, *arguments: str) -> dict[str, Path]:
 
 
 def parameters(path: Path) -> dict:
-    with Image.open(path) as picture:
-        return json.loads(picture.text["parameters"])
+    with Image.open(path) as image:
+        return json.loads(image.text["parameters"])
 
 
 def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
 
 
 # ---- what is written
@@ -61,7 +61,7 @@ def test_the_same_settings_give_the_same_bytes(tiny_run, tmp_path, sampler):
     assert np.abs(difference).max() > 3
 
 
-def test_metadata_is_complete_and_makes_the_picture_again(tiny_run, tmp_path):
+def test_metadata_is_complete_and_makes_the_image_again(tiny_run, tmp_path):
     options = ["a red star · é 🟥", "--seed", "5", "--n", "2", "--guidance", "2.5", "--steps", "4", "--negative", "blue"]
     files = run_sample(tiny_run, tmp_path / "a", *options)
     path = files["00001_a-red-star_seed6.png"]
@@ -81,7 +81,7 @@ def test_metadata_is_complete_and_makes_the_picture_again(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_picture_does_not_depend_on_its_neighbours(tiny_run, tmp_path, sampler):
+def test_an_image_does_not_depend_on_its_neighbours(tiny_run, tmp_path, sampler):
     """Rounding of the same sums in another order: one level of 255 at most."""
     options = [*PROMPTS, "--n", "2", "--sampler", sampler, "--steps", "4"]
     together, alone = (run_sample(tiny_run, tmp_path / batch, *options, "--batch", batch) for batch in ("64", "1"))
@@ -93,16 +93,16 @@ def test_a_picture_does_not_depend_on_its_neighbours(tiny_run, tmp_path, sampler
             assert np.abs(pixels(together[name]) - pixels(other[name])).max() <= 1, name
 
 
-def test_grid_shows_every_picture(tiny_run, tmp_path):
+def test_grid_shows_every_image(tiny_run, tmp_path):
     files = run_sample(tiny_run, tmp_path, *PROMPTS, "--n", "4")
     grid = pixels(files["grid.png"])
     first = next(pixels(path) for name, path in files.items() if name != "grid.png")
     enlarged = first.repeat(4, 0).repeat(4, 1)  # 32 pixels at 128
     assert (grid[26:26 + 128, 8:8 + 128] == enlarged).all()
-    assert grid.shape[1] == 8 + 8 * 136 and grid.shape[0] > 2 * 128  # twelve pictures, eight in a row
+    assert grid.shape[1] == 8 + 8 * 136 and grid.shape[0] > 2 * 128  # twelve images, eight in a row
 
 
-def test_pictures_go_beside_the_run_when_nothing_is_said(tiny_run, tmp_path):
+def test_images_go_beside_the_run_when_nothing_is_said(tiny_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     sample.main(["--run", str(run), "a star"])
@@ -114,7 +114,7 @@ def test_pictures_go_beside_the_run_when_nothing_is_said(tiny_run, tmp_path):
     ("日本語の漢字", "00000_empty_seed0.png"), ("🟥⭐👩‍👩‍👧", "00000_empty_seed0.png"), ("", "00000_empty_seed0.png"),
     ("../../etc/passwd", "00000_etc-passwd_seed0.png"), ("tab\tand\nline", "00000_tab-and-line_seed0.png"),
     ("<|end|> a star", "00000_end-a-star_seed0.png"), ("x" * 300, f"00000_{'x' * 40}_seed0.png")])
-def test_any_prompt_makes_one_picture_and_stays_in_its_folder(tiny_run, tmp_path, prompt, name):
+def test_any_prompt_makes_one_image_and_stays_in_its_folder(tiny_run, tmp_path, prompt, name):
     files = run_sample(tiny_run, tmp_path / "out", prompt, "--steps", "1", "--moderation", "off")
     assert list(files) == [name, "grid.png"] and parameters(files[name])["prompt"] == prompt
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sample_calls import PROMPT, draw, given_pictures, parameters, pixels
+from sample_calls import PROMPT, draw, given_images, parameters, pixels
 
 import sample
 from diffusion.editing import slerp
 from diffusion.noise import PerImageNoise
 from files.images import read_image, read_mask
 from files.sheets import heat_overlay
-from model.attention_maps import AttentionMaps, watched
+from model.attention_maps import AttentionMaps, record_attention
 from pipeline.loading import load_run
 from pipeline.prompts import chunks_of, parse_prompt
 from pipeline.system import TextToImage
@@ -27,7 +27,7 @@ def system(tiny_run) -> TextToImage:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, str]:
-    return given_pictures(tmp_path_factory.mktemp("given"))
+    return given_images(tmp_path_factory.mktemp("given"))
 
 
 # ---- prompts on the command line
@@ -56,9 +56,9 @@ def test_a_long_prompt_is_read_in_chunks_and_that_is_said(tiny_run, tmp_path, ca
 # ---- image to image, inpainting
 
 def test_strength_is_distance(system, tiny_run, tmp_path, given):
-    """Of the steps that are asked for, and of the latents from the picture's."""
+    """Of the steps that are asked for, and of the latents from the image's."""
     image = read_image(given["INIT"])
-    x_0 = system.encoded_images(image[None])
+    x_0 = system.encode_images(image[None])
     config = system.config.sampling
     away = []
     for strength in (0.34, 0.67, 1.0):
@@ -78,24 +78,24 @@ def test_kept_pixels_come_back_byte_for_byte(tiny_run, tmp_path, given, flags):
     files = draw(tiny_run, tmp_path, PROMPT, "--init", given["INIT"], "--mask", given["MASK"], "--n", "2", *flags)
     original, paint = pixels(Path(given["INIT"])), pixels(Path(given["MASK"])) > 127
     made = [pixels(files[name]) for name in list(files)[:2]]
-    for picture in made:
-        assert (picture[~paint] == original[~paint]).all()
-        assert (picture[paint] != original[paint]).mean() > 0.9
+    for image in made:
+        assert (image[~paint] == original[~paint]).all()
+        assert (image[paint] != original[paint]).mean() > 0.9
     assert (made[0][paint] != made[1][paint]).any()  # another seed, another painting
 
 
 def test_the_network_sees_what_is_kept(system, given):
-    """Latents that lie wholly under kept pixels are those of the picture."""
+    """Latents that lie wholly under kept pixels are those of the image."""
     image, paint = read_image(given["INIT"]), read_mask(given["MASK"])
     latents = latents_of_requests(system, [Request(PROMPT, 0, system.config.sampling, strength=1.0)],
                                   Sources(image, paint))
-    away = (latents - system.encoded_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
+    away = (latents - system.encode_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
     painted = paint.unflatten(0, (8, 4)).unflatten(2, (8, 4)).permute(0, 2, 1, 3).flatten(2).any(dim=2)
     assert torch.equal(edit_of(system, 1.0, Sources(image, paint), 1).keep[0, 0], 1.0 - painted.float())
     assert painted.sum() == 4 * 4 and away[~painted].max() < 1e-4 < away[painted].min()
 
 
-def test_pictures_are_read_as_they_look(tmp_path):
+def test_images_are_read_as_they_look(tmp_path):
     Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8)).save(tmp_path / "clear.png")
     assert read_image(tmp_path / "clear.png").permute(1, 2, 0).tolist() == [[[255, 0, 0], [255, 255, 255]]]
     exif = Image.Exif()
@@ -117,14 +117,14 @@ def test_interpolation_ends_at_both_ends(tiny_run, tmp_path, prompts, flags, end
     made = [pixels(path) for name, path in files.items() if name != "grid.png"]
     assert len(made) == 3 and (made[1] != made[0]).any() and (made[1] != made[2]).any()
     flags = [flag for flag in flags if flag not in ("--to-seed", "9")]
-    for picture, (prompt, seed) in zip((made[0], made[2]), ends):
+    for image, (prompt, seed) in zip((made[0], made[2]), ends):
         out = draw(tiny_run, tmp_path / str(seed + prompt), prompts[prompt], *flags, "--seed", str(seed))
-        assert np.abs(pixels(out[list(out)[0]]) - picture).max() <= 1
+        assert np.abs(pixels(out[list(out)[0]]) - image).max() <= 1
 
 
 def test_noise_is_spherical_and_text_linear(system, monkeypatch):
     seen = {}
-    monkeypatch.setattr(system, "sampled", lambda context, mask, count, noise, *rest: seen.update(
+    monkeypatch.setattr(system, "latents_from_context", lambda context, mask, count, noise, *rest: seen.update(
         context=context, mask=mask, noise=noise()) or noise())
     request = Request("a red star", 1, system.config.sampling, toward=Toward("a blue star", 2, 0.25))
     latents_of_requests(system, [request], Sources())
@@ -137,7 +137,7 @@ def test_noise_is_spherical_and_text_linear(system, monkeypatch):
 
 
 def test_inversion_leads_back_and_says_how_far(tiny_run, tmp_path, given, capsys):
-    """Where the picture is one of the network's own; more refinements, less error."""
+    """Where the image is one of the network's own; more refinements, less error."""
     first = draw(tiny_run, tmp_path / "a", PROMPT, "--guidance", "1")["00000_a-small-red-star_seed0.png"]
     errors = []
     for refinements in ("0", "6"):
@@ -152,7 +152,7 @@ def test_inversion_leads_back_and_says_how_far(tiny_run, tmp_path, given, capsys
 
 # ---- frames, attention, grids
 
-def test_frames_end_in_the_picture(tiny_run, tmp_path):
+def test_frames_end_in_the_image(tiny_run, tmp_path):
     files = draw(tiny_run, tmp_path, PROMPT, "a moon", "--steps", "6", "--frames", "3")
     assert sum(name.endswith("_frames.png") for name in files) == 2
     strip = pixels(files["00001_a-moon_seed1_frames.png"])
@@ -167,7 +167,7 @@ def test_frames_end_in_the_picture(tiny_run, tmp_path):
 def test_attention_maps_are_those_of_the_layers(system, tiny_run, tmp_path):
     maps = AttentionMaps(2)
     config = system.config.sampling
-    with watched(system.unet, maps):
+    with record_attention(system.unet, maps):
         watched_latents = system.latents([PROMPT, "a moon"], [0, 1], config, "a star")
     assert torch.equal(watched_latents, system.latents([PROMPT, "a moon"], [0, 1], config, "a star"))
     layers = system.unet.cross_attentions()
@@ -181,7 +181,7 @@ def test_attention_maps_are_those_of_the_layers(system, tiny_run, tmp_path):
         AttentionMaps(1).maps(8, 8)
     files = draw(tiny_run, tmp_path, PROMPT, "--attention")
     sheet = pixels(files["00000_a-small-red-star_seed0_attention.png"])
-    cells = 1 + len(chunks_of(parse_prompt(PROMPT), system.tokenizer).words)  # the picture and its tokens
+    cells = 1 + len(chunks_of(parse_prompt(PROMPT), system.tokenizer).words)  # the image and its tokens
     assert cells == 1 + mask[0].sum() - 2 and sheet.shape[1] == 8 + min(8, cells) * 136
 
 

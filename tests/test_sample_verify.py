@@ -1,4 +1,4 @@
-"""The same bytes again: exact arithmetic, metadata, and pictures that are drawn again and compared."""
+"""The same bytes again: exact arithmetic, metadata, and images that are drawn again and compared."""
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from sample_calls import PROMPT, draw, given_pictures, parameters, pixels
+from sample_calls import PROMPT, draw, given_images, parameters, pixels
 
 import sample
 from pipeline.loading import load_run
@@ -22,11 +22,11 @@ def system(tiny_run) -> TextToImage:
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory) -> dict[str, str]:
-    return given_pictures(tmp_path_factory.mktemp("given"))
+    return given_images(tmp_path_factory.mktemp("given"))
 
 
 def test_exact_bytes_do_not_depend_on_the_batch(tiny_run, tmp_path, system, monkeypatch):
-    """64 pictures at batch 1, 7 and 64. The network is called with one picture and its unconditional twin."""
+    """64 images at batch 1, 7 and 64. The network is called with one image and its unconditional twin."""
     prompts = [f"{count} {colour} {kind}" for count in ("a", "two") for colour in ("red", "blue", "green", "pink")
                for kind in ("star", "moon", "circle", "square")]
     sizes, forward = set(), type(system.unet).forward
@@ -70,7 +70,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_picture_is_verified(tiny_run, tmp_path, given, kind, capsys):
+def test_every_kind_of_image_is_verified(tiny_run, tmp_path, given, kind, capsys):
     flags = [given.get(flag, flag) for flag in KINDS[kind]]
     if kind == "large":
         flags = [flag for flag in flags if flag != "--init"]
@@ -91,7 +91,7 @@ def test_every_kind_of_picture_is_verified(tiny_run, tmp_path, given, kind, caps
 
 
 @pytest.fixture(scope="module")
-def picture(tiny_run, tmp_path_factory) -> Path:
+def image(tiny_run, tmp_path_factory) -> Path:
     return draw(tiny_run, tmp_path_factory.mktemp("one"), PROMPT)["00000_a-small-red-star_seed0.png"]
 
 
@@ -104,18 +104,18 @@ def verify(tiny_run, path: Path, capsys, *flags: str) -> tuple[int, str]:
     return code, said.out + said.err
 
 
-def rewritten(picture: Path, path: Path, settings: dict | None = None, change=lambda pixels: None) -> Path:
-    """The picture with other settings or pixels, as a sound PNG."""
+def rewritten(image: Path, path: Path, settings: dict | None = None, change=lambda pixels: None) -> Path:
+    """The image with other settings or pixels, as a sound PNG."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", json.dumps(settings or parameters(picture), ensure_ascii=False, sort_keys=True))
-    values = pixels(picture).astype(np.uint8)
+    info.add_itxt("parameters", json.dumps(settings or parameters(image), ensure_ascii=False, sort_keys=True))
+    values = pixels(image).astype(np.uint8)
     change(values)
     Image.fromarray(values).save(path, pnginfo=info)
     return path
 
 
-def test_a_changed_byte_is_found(tiny_run, tmp_path, picture, capsys):
-    data = picture.read_bytes()
+def test_a_changed_byte_is_found(tiny_run, tmp_path, image, capsys):
+    data = image.read_bytes()
     for place in (*range(0, len(data), 97), len(data) - 1):
         changed = bytearray(data)
         changed[place] ^= 1
@@ -124,21 +124,21 @@ def test_a_changed_byte_is_found(tiny_run, tmp_path, picture, capsys):
         assert code == 1 and "changed.png" in said, place
     (tmp_path / "longer.png").write_bytes(data + b"\0")
     assert verify(tiny_run, tmp_path / "longer.png", capsys)[0] == 1
-    assert verify(tiny_run, picture, capsys)[0] == 0
+    assert verify(tiny_run, image, capsys)[0] == 0
 
 
-def test_a_changed_pixel_or_setting_is_found(tiny_run, tmp_path, picture, capsys):
+def test_a_changed_pixel_or_setting_is_found(tiny_run, tmp_path, image, capsys):
     def one_level(values):
         values[3, 4, 1] ^= 1
 
-    assert verify(tiny_run, rewritten(picture, tmp_path / "same.png"), capsys)[0] == 0
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "a.png", change=one_level), capsys)
+    assert verify(tiny_run, rewritten(image, tmp_path / "same.png"), capsys)[0] == 0
+    code, said = verify(tiny_run, rewritten(image, tmp_path / "a.png", change=one_level), capsys)
     assert code == 1 and "not equal, 1 of 3072 values differ, by up to 1 of 255" in said
-    settings = parameters(picture)
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "b.png", {**settings, "seed": 1}), capsys)
+    settings = parameters(image)
+    code, said = verify(tiny_run, rewritten(image, tmp_path / "b.png", {**settings, "seed": 1}), capsys)
     assert code == 1 and "values differ" in said
     changed = {**settings, "options": {**settings["options"], "eta": 0}}
-    code, said = verify(tiny_run, rewritten(picture, tmp_path / "c.png", changed), capsys)
+    code, said = verify(tiny_run, rewritten(image, tmp_path / "c.png", changed), capsys)
     assert code == 1 and "the pixels are but not the file" in said  # 0 in place of 0.0
 
 
@@ -173,28 +173,28 @@ def test_images_of_older_versions_are_verified(tiny_run, tmp_path, capsys, flags
     ({"chunks": 10**9}, "chunks: value 1000000000"), ({"refinements": 10**9}, "refinements"), ({"colour": 1}, "colour"),
     ({"init": "a"}, "init"), ({"prompt": "a (b"}, "is not closed"), ({"toward": {"prompt": "a"}}, "toward"),
     ({"pretrained": "sd"}, None)])
-def test_settings_that_cannot_be_drawn_are_one_line(tiny_run, tmp_path, picture, capsys, change, message):
-    path = rewritten(picture, tmp_path / "a.png", {**parameters(picture), **change})
+def test_settings_that_cannot_be_drawn_are_one_line(tiny_run, tmp_path, image, capsys, change, message):
+    path = rewritten(image, tmp_path / "a.png", {**parameters(image), **change})
     code, said = verify(tiny_run, path, capsys)
     assert code == 1 and (message is None or "error: " in said and message in said)
 
 
-def test_what_cannot_be_verified_says_why(tiny_run, tmp_path, picture, capsys, given):
+def test_what_cannot_be_verified_says_why(tiny_run, tmp_path, image, capsys, given):
     run = tmp_path / "other"
     shutil.copytree(tiny_run, run)
     weights = bytearray((run / "denoiser.safetensors").read_bytes())
     weights[-1] ^= 1
     (run / "denoiser.safetensors").write_bytes(weights)
-    code, said = verify(run, picture, capsys)
+    code, said = verify(run, image, capsys)
     assert code == 1 and "was made with other weights" in said and "denoiser has the hash" in said
     for path, message in ((given["INIT"], "holds no settings"), (given["TEXT"], "is damaged or no image"),
                           (tmp_path / "none.png", "no image")):
         code, said = verify(tiny_run, Path(path), capsys)
         assert code == 1 and said.startswith("error: ") and message in said
-    code, said = verify(tiny_run, picture, capsys, "--init", given["INIT"])
+    code, said = verify(tiny_run, image, capsys, "--init", given["INIT"])
     assert code == 1 and "was not made with --init" in said
     edited = draw(tiny_run, tmp_path / "out", PROMPT, "--init", given["INIT"])["00000_a-small-red-star_seed0.png"]
     code, said = verify(tiny_run, edited, capsys, "--init", given["MASK"])
     assert code == 1 and "was made from another image" in said
-    assert sample.main(["--run", str(tiny_run), "--verify", given["TEXT"], str(picture)]) == 1  # the good one too
+    assert sample.main(["--run", str(tiny_run), "--verify", given["TEXT"], str(image)]) == 1  # the good one too
     assert "equal" in capsys.readouterr().out

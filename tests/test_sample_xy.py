@@ -134,7 +134,7 @@ def test_the_sampler_of_a_cell_is_set_before_its_options(system):
 
 
 def test_variants_of_guidance_are_choices_like_others(tiny_run, tmp_path):
-    """A grid over them; and set for a whole call they are the same pictures, said in the title and the metadata."""
+    """A grid over them; and set for a whole call they are the same images, said in the title and the metadata."""
     grid = draw(tiny_run, tmp_path / "grid", PROMPT, "--guidance", "4", "--xy", "method=cfg,apg,cfg_zero_star",
                 "interval=off,0.5:4")
     files = [path for name, path in grid.items() if name != "xy.png"]
@@ -142,9 +142,9 @@ def test_variants_of_guidance_are_choices_like_others(tiny_run, tmp_path):
         (method, interval) for interval in (None, [0.5, 4.0]) for method in ("cfg", "apg", "cfg_zero_star")]
     assert len({path.read_bytes() for path in files}) == 6
     alone = draw(tiny_run, tmp_path / "alone", PROMPT, "--guidance", "4", "--set", "method=apg", "interval=0.5:4")
-    picture = alone["00000_a-small-red-star_seed0.png"]
-    assert np.abs(pixels(picture) - pixels(files[4])).max() <= 1
-    assert parameters(picture)["guidance"] == parameters(files[4])["guidance"]
+    image = alone["00000_a-small-red-star_seed0.png"]
+    assert np.abs(pixels(image) - pixels(files[4])).max() <= 1
+    assert parameters(image)["guidance"] == parameters(files[4])["guidance"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -182,5 +182,5 @@ def test_labels_stand_on_top_and_at_the_left():
     for part in (sheet[:top, left:left + 40], sheet[:top, left + 40:left + 80], sheet[top:top + 32, :left],
                  sheet[top + 40:top + 72, :left]):
         assert (part != PAPER).any()
-    with pytest.raises(ValueError, match="6 pictures for 2 rows of 2"):
+    with pytest.raises(ValueError, match="6 images for 2 rows of 2"):
         axes_grid(images, ["a", "b"], ["c", "d"])

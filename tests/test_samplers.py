@@ -46,7 +46,7 @@ def first_noise(count: int = 4) -> tuple[Tensor, PerImageNoise]:
 
 @pytest.mark.parametrize("name,schedule", PAIRS, ids=IDS)
 def test_prediction_types_agree(name, schedule):
-    """Predictions that say the same give the same picture, whatever their type; also from pure noise."""
+    """Predictions that say the same give the same image, whatever their type; also from pure noise."""
     results = []
     for kind in ("sample", "v_prediction", "flow") + (() if schedule.ends_in_noise else ("epsilon",)):
         x_T, noise = first_noise()

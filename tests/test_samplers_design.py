@@ -101,7 +101,7 @@ def test_third_order_of_the_sde_reaches_the_spread():
 
 
 def test_ddpm_ends_without_noise(monkeypatch):
-    """diffusers adds the noise of a step of T / n times to the picture when the last time is not 0 ("trailing")."""
+    """diffusers adds the noise of a step of T / n times to the image when the last time is not 0 ("trailing")."""
     found = []
     for large in (False, True):
         times = VP.timesteps(25, "trailing")

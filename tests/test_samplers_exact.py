@@ -103,7 +103,7 @@ ANCESTRAL = pytest.mark.parametrize("name,options", [
 def moments(sample, schedule: Schedule, times: list, last_draw: bool = False) -> tuple[float, float]:
     """How far mean and spread of what a sampler draws are from the exact ones, without drawing anything.
 
-    The exact network of a Gaussian is linear, so x_0 = m + sum of g_k z_k over all the noise that was drawn. Picture k
+    The exact network of a Gaussian is linear, so x_0 = m + sum of g_k z_k over all the noise that was drawn. Image k
     of a batch gets z_k = 1 and the others 0, the last one gets none. The first state is drawn from its exact
     distribution; the jump from the last time to x_0 is exact as well. last_draw: noise is drawn after it too.
     """

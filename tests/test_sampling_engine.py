@@ -21,7 +21,7 @@ def system(tiny_run) -> TextToImage:
 def moderation(tiny_run, monkeypatch) -> Moderation:
     """One that refuses the word zorbic."""
     found = Moderation.of_run(tiny_run, "block")
-    monkeypatch.setattr(found, "of_prompt", lambda prompts, *_: Decision(
+    monkeypatch.setattr(found, "check_prompt", lambda prompts, *_: Decision(
         "block" if any("zorbic" in prompt.text for prompt in prompts) else "allow", "hate"))
     return found
 

@@ -84,7 +84,7 @@ def test_text_is_projected_once_a_run_and_with_fast_the_time_too(system, speed, 
     config = replace(system.config.sampling, steps=7)
     try:
         with torch.inference_mode():
-            system.sampled(context_of(system, 2), None, 1, draw(), config)
+            system.latents_from_context(context_of(system, 2), None, 1, draw(), config)
     finally:
         for hook in hooks:
             hook.remove()
@@ -100,7 +100,7 @@ def test_the_loop_never_waits_for_the_device(system, sampler, guidance, speed):
     config = SamplingConfig(sampler, 5, order=3, guidance=GuidanceConfig(scale=4.0, **guidance))
     context = context_of(system, 2)
     with torch.inference_mode(), Operators() as operators:
-        system.sampled(context, None, 1, draw(), config)
+        system.latents_from_context(context, None, 1, draw(), config)
     assert not WAITS & operators.found.keys(), operators.found
 
 
@@ -132,7 +132,8 @@ def test_no_tensor_outlives_its_run(system):
     def run(count: int) -> None:
         for _ in range(count):
             with torch.inference_mode():
-                system.sampled(context_of(system, 2), None, 1, draw(), replace(system.config.sampling, steps=2))
+                system.latents_from_context(context_of(system, 2), None, 1, draw(),
+                                            replace(system.config.sampling, steps=2))
 
     run(2)
     before = alive()
@@ -154,7 +155,7 @@ def test_fast_is_close_and_leaves_the_exact_system_as_it_is(system):
     assert {p.dtype for p in system.unet.parameters()} == {torch.float32} and system.speed == "exact"
     context = context_of(system, 2)
     with torch.inference_mode():
-        exact, rounded, again = (one.sampled(context, None, 1, draw(), system.config.sampling)
+        exact, rounded, again = (one.latents_from_context(context, None, 1, draw(), system.config.sampling)
                                  for one in (system, fast, fast))
     assert rounded.dtype == torch.float32 and torch.equal(rounded, again)
     assert 0 < (rounded - exact).square().mean().sqrt() <= 0.1 * exact.std()
@@ -184,4 +185,4 @@ def test_schedules_with_real_times_have_a_table_too():
     for sampler in ("flow_euler", "flow_heun"):
         config = SamplingConfig(sampler, 3, guidance=GuidanceConfig(scale=2.0))
         with torch.inference_mode():
-            assert flow.sampled(context_of(flow, 2), None, 1, draw(), config).isfinite().all()
+            assert flow.latents_from_context(context_of(flow, 2), None, 1, draw(), config).isfinite().all()

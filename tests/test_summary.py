@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.blocks import ResBlock, SpatialTransformer
-from model.summary import main, networks_of, stages_of, summaries, summarize, table
+from model.summary import format_table, main, networks_of, stages_of, summaries, summarize
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
@@ -118,7 +118,7 @@ def test_every_shipped_config_is_summarized(config, capsys):
 
 def test_the_table_adds_up():
     rows = summaries(AUTOENCODER, TEXT, UNETS["deep"], 16)["text encoder"]
-    lines = table(rows).splitlines()
+    lines = format_table(rows).splitlines()
     total = sum(p.numel() for p in TextEncoder(TEXT).parameters())
     assert lines[-1].split()[:2] == ["total", f"{total:,}"] and lines[1].split()[0] == "token_embedding"
 
@@ -126,7 +126,7 @@ def test_the_table_adds_up():
 @pytest.mark.parametrize("text, arguments, message", [
     (None, [], "no config file .*; valid: a file in configs/, or sd1, sd2"),
     ("a: [", [], "is not valid YAML"),
-    ("a: 1", [], "names no size of the pictures; valid: --size N"),
+    ("a: 1", [], "names no size of the images; valid: --size N"),
     ("denoiser: {unet: {chanels: [3]}}", ["--size", "8"], "unknown key 'denoiser.unet.chanels'; valid keys here: att"),
     ("denoiser: {unet: [3]}", ["--size", "8"], r"denoiser.unet: expected a mapping of keys, got \[3\]"),
     ("denoiser: {unet: {channels: [33]}}", ["--size", "8"], "denoiser.unet.attention: .* valid: one entry"),

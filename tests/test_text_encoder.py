@@ -7,7 +7,7 @@ import torch
 from random_weights import randomize
 
 from model.pretrained.names import text_encoder_from_transformers, text_encoder_to_transformers
-from model.text_encoder import TextEncoder, TextEncoderConfig, pooled
+from model.text_encoder import TextEncoder, TextEncoderConfig, end_token_state
 from training.muon import matrices_and_others
 
 transformers = pytest.importorskip("transformers")
@@ -85,7 +85,7 @@ def test_states_equal_transformers(pair, masked):
     context = ours(ids, mask if masked else None)
     assert (context - expected).abs().max() <= 1e-5 * expected.std()
     if not ours.config.skip_last:
-        assert (pooled(context, mask) - result.pooler_output).abs().max() <= 1e-5 * expected.std()
+        assert (end_token_state(context, mask) - result.pooler_output).abs().max() <= 1e-5 * expected.std()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -234,9 +234,9 @@ def test_gradient_checkpointing_changes_no_bit_and_saves_less():
 
 def test_pooled_takes_the_last_real_token():
     context, mask = torch.arange(24.0).view(2, 4, 3), torch.tensor([[True, True, False, False], [True] * 4])
-    assert torch.equal(pooled(context, mask), torch.stack([context[0, 1], context[1, 3]]))
+    assert torch.equal(end_token_state(context, mask), torch.stack([context[0, 1], context[1, 3]]))
     with pytest.raises(ValueError, match=r"mask: \(2, 3\); valid: \(2, 4\)"):
-        pooled(context, mask[:, :3])
+        end_token_state(context, mask[:, :3])
 
 
 def told(causal: bool, reach: int = 2) -> TextEncoder:

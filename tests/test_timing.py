@@ -6,7 +6,8 @@ import torch
 
 from benchmarks.timing import (
     AGAIN,
-    compared,
+    Work,
+    compare,
     described,
     difference,
     interleaved,
@@ -26,7 +27,7 @@ def test_calls_take_turns_and_the_first_goes_twice():
     assert set(firsts) == set("abc")
     rounds = ["".join(order[6:][3 * k:3 * k + 3]) for k in range(4)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 2
-    rows = compared("case", calls, against="b", rounds=3)
+    rows = compare("case", calls, against="b", rounds=3)
     assert [row.call for row in rows] == ["a", "b", "c", "a" + AGAIN]
     assert [row.ratio is None for row in rows] == [False, True, False, False]
 
@@ -60,7 +61,7 @@ def test_machine_and_rows_are_written(tmp_path):
     found = machine()
     assert found["processor"]
     assert found["gflops_float32"] > 0 and torch.__version__.startswith(found["versions"]["torch"])
-    rows = compared("batch 1", {"ours": lambda: None, "theirs": lambda: None}, "theirs", 3, images=1, flops=1e3)
+    rows = compare("batch 1", {"ours": lambda: None, "theirs": lambda: None}, "theirs", 3, Work(images=1, flops=1e3))
     text = save("x", rows, tmp_path, "python -m x", equality="1e-6")
     assert described(found).split(";")[0] in text and "| batch 1 | ours |" in text and "equality: 1e-6" in text
     data = json.loads((tmp_path / "x.json").read_text())

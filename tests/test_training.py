@@ -200,7 +200,7 @@ def test_psnr_closed_form(offset):
 def test_reconstruction_loss_terms():
     images = torch.zeros(2, 3, 4, 4)
     step = torch.zeros_like(images)
-    step[..., 2:] = 0.5  # one vertical edge, half of the picture off by 0.5
+    step[..., 2:] = 0.5  # one vertical edge, half of the image off by 0.5
     for l1, l2, edge, expected in ((1, 0, 0, 0.25), (0, 1, 0, 0.125), (2, 3, 0, 0.875), (1, 0, 2, 0.25 + 1 / 3)):
         config = AutoencoderStage(l1=l1, l2=l2, edge=edge)
         assert float(reconstruction_loss(step, images, config)) == pytest.approx(expected)
@@ -213,7 +213,7 @@ COLOURS = {"black": (0, 0, 0), "white": (255, 255, 255), "red": (255, 0, 0), "gr
 
 
 class Colours:
-    """Eight pictures of one colour each, and its name."""
+    """Eight images of one colour each, and its name."""
 
     def __len__(self):
         return len(COLOURS)
@@ -229,7 +229,7 @@ class Colours:
 
 def test_eight_pairs_are_learnt_by_heart(tmp_path, tiny):
     """The real stage, no mocks. An untrained network predicts 0 and has loss 1, the variance of a latent; at high noise
-    only the caption tells the pictures apart, so the loss falls below 0.2 only if text, UNet and loop work together."""
+    only the caption tells the images apart, so the loss falls below 0.2 only if text, UNet and loop work together."""
     experiment = from_dict(Experiment, apply_overrides(tiny, [
         "denoiser.images=8", "denoiser.caption_dropout=0", "denoiser.prediction_type=sample",
         "denoiser.unet.channels=[32]", "denoiser.unet.attention=[true]", "denoiser.unet.context_width=64",

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.blocks import GEGLU, ResBlock, gated
-from model.device import placed
-from model.norm import widened
-from model.text_encoder import trimmed
+from model.blocks import GEGLU, ResBlock, apply_gate
+from model.device import place_on
+from model.norm import fp32_in_training
+from model.text_encoder import trim_padding
 from model.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(channels=(32,), blocks=1, attention=(True,), head_width=16, context_width=24, norm_groups=8)
@@ -47,7 +47,7 @@ def counted(unet: UNet) -> Operators:
 
 
 def test_a_step_casts_each_weight_once_and_norms_in_fp32():
-    unet = placed(UNet(SMALL), "cpu").train()
+    unet = place_on(UNet(SMALL), "cpu").train()
     for p in unet.parameters():  # also what starts as zero has a gradient
         torch.nn.init.normal_(p, std=0.05)
     found = counted(unet)
@@ -62,7 +62,7 @@ def test_a_step_casts_each_weight_once_and_norms_in_fp32():
 
 def test_the_number_of_operators_of_a_step():
     """An upper bound on all of them: whoever adds some says so here."""
-    found = counted(placed(UNet(SMALL), "cpu").train())
+    found = counted(place_on(UNet(SMALL), "cpu").train())
     assert sum(found.calls.values()) <= OPERATORS, found.calls.most_common(12)
 
 
@@ -74,16 +74,16 @@ def test_the_gate_is_the_formula_to_the_bit(dtype):
     value, gate = x.chunk(2, dim=-1)
     expected = value * F.gelu(gate)
     [wanted] = torch.autograd.grad(expected, x, gradient)
-    found = gated(x)
+    found = apply_gate(x)
     [given] = torch.autograd.grad(found, x, gradient)
     assert torch.equal(found, expected) and torch.equal(given, wanted)
     with torch.no_grad():
-        assert torch.equal(gated(x), expected)
+        assert torch.equal(apply_gate(x), expected)
 
 
 def test_the_gate_has_the_gradient_of_finite_differences():
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(gated, x)
+    assert torch.autograd.gradcheck(apply_gate, x)
 
 
 def test_one_graph_of_the_gate_when_compiled():
@@ -95,11 +95,11 @@ def test_one_graph_of_the_gate_when_compiled():
 
 def test_norms_are_widened_in_training_under_autocast_alone():
     x = torch.ones(1, 8, 2, 2, dtype=torch.bfloat16)
-    assert widened(x).dtype == torch.bfloat16
+    assert fp32_in_training(x).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        assert widened(x).dtype == torch.float32
+        assert fp32_in_training(x).dtype == torch.float32
         with torch.no_grad():
-            assert widened(x) is x
+            assert fp32_in_training(x) is x
     block = ResBlock(8, 8, 4, 1e-5).to(torch.bfloat16)  # weights in bf16: everything stays in it
     assert block(x).dtype == torch.bfloat16
 
@@ -108,6 +108,6 @@ def test_captions_are_padded_to_whole_vectors():
     ids = torch.arange(40).expand(2, 40)
     for longest, length in ((1, 16), (15, 16), (16, 16), (17, 32), (40, 40)):
         mask = torch.arange(40) < torch.tensor([[1], [longest]])
-        for tensor, whole in zip(trimmed(ids, mask, 16), (ids, mask)):
+        for tensor, whole in zip(trim_padding(ids, mask, 16), (ids, mask)):
             assert torch.equal(tensor, whole[:, :length])
-    assert trimmed(ids, mask)[0].shape == (2, 40)
+    assert trim_padding(ids, mask)[0].shape == (2, 40)

@@ -22,15 +22,15 @@ from data.tokenizer import Tokenizer
 from files.run_folder import RunFolder
 from files.weights import load_weights
 from model.autoencoder import Autoencoder, Posterior
-from model.device import autocast_dtype, placed
+from model.device import autocast_dtype, place_on
 from training.experiment import Experiment
 from training.loop import Task, TrainConfig, TrainingError, fit
-from training.seed import Part, generator, whole
+from training.seed import Part, generator, whole_batch
 from training.snapshots import SnapshotConfig
 from training.speed import duration, forward_flops, peak_flops, peak_memory
 from training.stages.autoencoder import AutoencoderLoss
 from training.stages.denoiser import Denoising, new_networks
-from training.stages.pairs import Read
+from training.stages.pairs import PairBatch
 from training.stages.perceptual_loss import perceptual_distance
 
 PAIRS = 8
@@ -50,30 +50,30 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     for name, split in (("train", source), ("validation", validation)):
         if not len(split):
             raise ValueError(f"data.{experiment.data.source}: its {name} split is empty; valid: at least one item")
-    print(f"sizes: pictures {experiment.data.size} x {experiment.data.size}, latents "
+    print(f"sizes: images {experiment.data.size} x {experiment.data.size}, latents "
           f"{' x '.join(map(str, experiment.latent_shape))}: all parts fit together")
-    print(f"data: {len(source):,} pictures for training, {len(validation):,} held out")
+    print(f"data: {len(source):,} images for training, {len(validation):,} held out")
     peak = peak_flops(device, autocast_dtype("auto", device) or torch.float32)
     print(f"machine: {device}, {torch.get_num_threads()} threads, matrix products at {peak / 1e9:,.0f} GFLOP/s")
-    tokenizer = tokens(experiment, run, source)
+    tokenizer = check_tokenizer(experiment, run, source)
     good, seconds = True, 0.0
-    autoencoder = placed(Autoencoder(experiment.autoencoder.model), device)
+    autoencoder = place_on(Autoencoder(experiment.autoencoder.model), device)
     if run.weights("autoencoder").is_file():
         load_weights(autoencoder, run.weights("autoencoder"))
         print("autoencoder: that of the run folder")
     elif "autoencoder" in experiment.stages:
-        proven, cost = autoencoder_stage(experiment, autoencoder, source, device)
+        proven, cost = check_autoencoder(experiment, autoencoder, source, device)
         good, seconds = good and proven, seconds + cost
-    good = latents(autoencoder, source, device, run.weights("autoencoder").is_file()) and good
+    good = check_latents(autoencoder, source, device, run.weights("autoencoder").is_file()) and good
     if "denoiser" in experiment.stages:
-        proven, cost = denoiser_stage(experiment, tokenizer, autoencoder, source, device)
+        proven, cost = check_denoiser(experiment, tokenizer, autoencoder, source, device)
         good, seconds = good and proven, seconds + cost
     print(f"together: about {duration(seconds)} on this machine with one process, without validation and samples")
     print("nothing speaks against this run" if good else "see above before you start this run")
     return good
 
 
-def tokens(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
+def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
     """The tokenizer, and how many captions it cuts."""
     captions = [caption for i in range(min(CAPTIONS, len(source))) for caption in source.captions(i)]
     path = run.path / "tokenizer.json"
@@ -88,8 +88,8 @@ class Enough(Exception):
     """The measurement is over."""
 
 
-def steps_of(model: nn.Module, loss_at: Step, config: TrainConfig, most: int,
-             until: float = 0.0) -> tuple[list[float], list[float]]:
+def run_steps(model: nn.Module, loss_at: Step, config: TrainConfig, most: int,
+              until: float = 0.0) -> tuple[list[float], list[float]]:
     """Seconds and losses of up to ``most`` steps of the training loop itself at the configured rate, fewer when
     `PATIENCE` is over or the mean of the last five losses is below ``until`` times that of the first five. What the
     loop writes goes into a folder that is removed."""
@@ -117,8 +117,8 @@ def steps_of(model: nn.Module, loss_at: Step, config: TrainConfig, most: int,
     return np.diff(marks).tolist(), found
 
 
-def costs(name: str, model: nn.Module, config: TrainConfig, seconds: list[float], flops: int,
-          device: torch.device) -> float:
+def report_cost(name: str, model: nn.Module, config: TrainConfig, seconds: list[float], flops: int,
+                device: torch.device) -> float:
     """Print what a stage takes; the seconds of all its steps."""
     step = float(np.median(seconds[1:] or seconds))
     parameters = sum(p.numel() for p in model.parameters())
@@ -133,7 +133,7 @@ def costs(name: str, model: nn.Module, config: TrainConfig, seconds: list[float]
     return step * config.steps
 
 
-def proof(name: str, found: list[float]) -> bool:
+def report_overfit(name: str, found: list[float]) -> bool:
     """Print whether eight pairs were learnt by heart."""
     first, last = float(np.mean(found[:5])), float(np.mean(found[-5:]))
     proven = len(found) >= 15 and last < FALL[name] * first
@@ -144,9 +144,9 @@ def proof(name: str, found: list[float]) -> bool:
     return proven or len(found) < 100
 
 
-def autoencoder_stage(experiment: Experiment, model: Autoencoder, source: Source,
+def check_autoencoder(experiment: Experiment, model: Autoencoder, source: Source,
                       device: torch.device) -> tuple[bool, float]:
-    """A few steps of the stage, then eight pictures by heart, which ``model`` knows afterwards."""
+    """A few steps of the stage, then eight images by heart, which ``model`` knows afterwards."""
     stage, seed = experiment.autoencoder, experiment.seed
     perceptual, _ = perceptual_distance(stage.perceptual, device)
     objective = AutoencoderLoss(stage, perceptual)
@@ -156,15 +156,15 @@ def autoencoder_stage(experiment: Experiment, model: Autoencoder, source: Source
 
     images = image_batch(source, np.arange(stage.train.batch) % len(source)).to(device)
     flops = forward_flops(model, lambda: model.decode_raw(model.moments(images[:1]).mean))
-    seconds, _ = steps_of(model, loss_of(images), stage.train, 4)
-    cost = costs("autoencoder", model, stage.train, seconds, flops, device)
+    seconds, _ = run_steps(model, loss_of(images), stage.train, 4)
+    cost = report_cost("autoencoder", model, stage.train, seconds, flops, device)
     few = image_batch(source, np.arange(PAIRS) % len(source)).to(device)
-    _, found = steps_of(model, loss_of(few), stage.train, 300, FALL["autoencoder"])
-    return proof("autoencoder", found), cost
+    _, found = run_steps(model, loss_of(few), stage.train, 300, FALL["autoencoder"])
+    return report_overfit("autoencoder", found), cost
 
 
-def latents(model: Autoencoder, source: Source, device: torch.device, trained: bool) -> bool:
-    """Print mean and deviation of the latents of 64 pictures; those of an untrained autoencoder are set to 0 and 1."""
+def check_latents(model: Autoencoder, source: Source, device: torch.device, trained: bool) -> bool:
+    """Print mean and deviation of the latents of 64 images; those of an untrained autoencoder are set to 0 and 1."""
     images = image_batch(source, np.arange(64) % len(source)).to(device)
     model.eval().requires_grad_(False)
     if not trained:
@@ -176,18 +176,18 @@ def latents(model: Autoencoder, source: Source, device: torch.device, trained: b
     good = bool((mean.abs() < 10 * STILL).all() and ((std - 1).abs() < 10 * STILL).all())
     print(f"latents: by channel, mean {mean.min():.2f} to {mean.max():.2f}, deviation {std.min():.2f} to "
           f"{std.max():.2f}: " + ("about 0 and 1, as they should be" if good else
-                                  "NOT about 0 and 1, the autoencoder is of other pictures"))
+                                  "NOT about 0 and 1, the autoencoder is of other images"))
     return good
 
 
-def denoiser_stage(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Autoencoder, source: Source,
+def check_denoiser(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Autoencoder, source: Source,
                    device: torch.device) -> tuple[bool, float]:
     """A few steps of the stage, then eight pairs by heart."""
     stage, seed = experiment.denoiser, experiment.seed
     networks = new_networks(stage, seed, device)
     encoded: list[float] = []
 
-    def pairs(count: int) -> Read:
+    def pairs(count: int) -> PairBatch:
         places = np.arange(count) % min(len(source), stage.images or len(source))
         parts = []
         for begin in range(0, count, PAIRS):
@@ -197,22 +197,22 @@ def denoiser_stage(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Au
             encoded.append((time.perf_counter() - began) / len(parts[-1].mean))
         captions = caption_batch(source, Places(np.zeros_like(places), places), seed)
         both: Posterior = Posterior(*(torch.cat([getattr(p, name) for p in parts]) for name in ("mean", "logvar")))
-        return Read(both.mean.cpu(), both.logvar.cpu(), captions)
+        return PairBatch(both.mean.cpu(), both.logvar.cpu(), captions)
 
-    def loss_of(read: Read, batch: int) -> Step:
+    def loss_of(read: PairBatch, batch: int) -> Step:
         denoising = Denoising(replace(stage, caption_dropout=0.0), tokenizer, seed, device)
-        return lambda step: denoising.loss_at(networks, read, step, whole(batch))["loss"]
+        return lambda step: denoising.loss_at(networks, read, step, whole_batch(batch))["loss"]
 
     piece = max(1, stage.train.batch // stage.train.accumulate)
     read = pairs(piece)
-    one = Read(read.mean[:1], read.logvar[:1], read.captions[:1])
+    one = PairBatch(read.mean[:1], read.logvar[:1], read.captions[:1])
     flops = forward_flops(networks, lambda: loss_of(one, 1)(0))
-    seconds, _ = steps_of(networks, loss_of(read, piece), stage.train, 4)
-    cost = costs("denoiser", networks, stage.train, [s * stage.train.accumulate for s in seconds], flops, device)
+    seconds, _ = run_steps(networks, loss_of(read, piece), stage.train, 4)
+    cost = report_cost("denoiser", networks, stage.train, [s * stage.train.accumulate for s in seconds], flops, device)
     count = min(len(source), stage.images or len(source))
     if stage.cache:
         before = float(np.median(encoded)) * count
-        print(f"denoiser: encoding {count:,} pictures before the first step takes about {duration(before)}")
+        print(f"denoiser: encoding {count:,} images before the first step takes about {duration(before)}")
         cost += before
-    _, found = steps_of(networks, loss_of(pairs(PAIRS), PAIRS), stage.train, 300, FALL["denoiser"])
-    return proof("denoiser", found), cost
+    _, found = run_steps(networks, loss_of(pairs(PAIRS), PAIRS), stage.train, 300, FALL["denoiser"])
+    return report_overfit("denoiser", found), cost

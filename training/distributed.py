@@ -111,9 +111,9 @@ def process_group() -> Iterator[Processes]:
         return
     # a filter of one pixel has two equal orders in memory; DDP says so at every start, and it costs nothing here
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    local_slice = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_slice)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
@@ -121,7 +121,7 @@ def process_group() -> Iterator[Processes]:
         # after a restart the store still has the addresses of the processes before
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-        processes = Processes(rank, world, local, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
+        processes = Processes(rank, world, local_slice, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
         yield processes
         processes.wait()  # the store may end with the main process
     except (RuntimeError, OSError) as error:
@@ -157,7 +157,7 @@ class Loss(nn.Module):
         return self.loss_at(self.model, *arguments)
 
 
-def spread(loss: Loss, parallel: Parallel, shards: int, processes: Processes, device: torch.device) -> nn.Module:
+def distribute(loss: Loss, parallel: Parallel, shards: int, processes: Processes, device: torch.device) -> nn.Module:
     """``loss`` as it is called in every process; its model is changed in place by ``fsdp`` and ``hybrid``.
 
     ``shards`` processes hold one copy under ``hybrid``, 0 for those of one machine. Raises ValueError where they do not
@@ -182,13 +182,13 @@ def spread(loss: Loss, parallel: Parallel, shards: int, processes: Processes, de
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
     for parameter in loss.parameters():  # a slice of rows is only one piece of memory in this order
         parameter.data = parameter.data.contiguous()
-    for unit in units_of(loss.model):
+    for unit in sharding_units(loss.model):
         fully_shard(unit, mesh=mesh)  # type: ignore[arg-type]
     fully_shard(loss, mesh=mesh)
     return loss
 
 
-def units_of(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
+def sharding_units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
     """What is put together at a time: each block that stands in a list, and before them, as one, what works on the
     context, since the UNet computes all keys and values before its first block. Not whole levels of the UNet: they
     hand a list on to each other, which the hooks of PyTorch would copy."""
@@ -201,7 +201,7 @@ def units_of(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
 
 
 @contextlib.contextmanager
-def gradients_kept_here(module: nn.Module, here: bool) -> Iterator[None]:
+def skip_gradient_sync(module: nn.Module, here: bool) -> Iterator[None]:
     """Inside, if ``here``, gradients are added up in this process alone: all but the last part of a batch."""
     if isinstance(module, DistributedDataParallel):
         with module.no_sync() if here else contextlib.nullcontext():
@@ -212,17 +212,17 @@ def gradients_kept_here(module: nn.Module, here: bool) -> Iterator[None]:
     yield
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_slice(tensor: Tensor) -> Tensor:
     """The slice of a tensor that this process holds; it shares its memory."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def full(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor, in every process; all of them must call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def sliced_like(whole: Tensor, like: Tensor) -> Tensor:
+def slice_like(whole: Tensor, like: Tensor) -> Tensor:
     """The slice of ``whole``, which every process has, that belongs to this process as it does in ``like``."""
     if not hasattr(like, "device_mesh"):
         return whole

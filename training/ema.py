@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from training.distributed import full, local
+from training.distributed import local_slice, whole_tensor
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -49,17 +49,17 @@ class PowerEma(Generic[M]):
         """Take in the weights after ``step`` steps (1, 2, ...): theta += (1 - beta_t) (model - theta)."""
         # EDM2 equation 2: beta_t = (1 - 1/t)^(gamma + 1); step 1 copies the model
         beta = (1 - 1 / step) ** (self.gamma + 1)
-        torch._foreach_lerp_([local(t) for t in self.tensors], [local(p.detach()) for p in model.parameters()],
-                             1 - beta)
+        torch._foreach_lerp_([local_slice(t) for t in self.tensors],
+                             [local_slice(p.detach()) for p in model.parameters()], 1 - beta)
         for target, buffer in zip(self.average.buffers(), model.buffers()):
             target.copy_(buffer)
 
-    def whole(self) -> M:
+    def averaged_model(self) -> M:
         """The averaged model. One that is spread over processes is put together; all of them must call this."""
         if not self.sharded:
             return self.average
         result = copy.deepcopy(self.average)
-        set_parameters(result, [full(tensor) for tensor in self.tensors])
+        set_parameters(result, [whole_tensor(tensor) for tensor in self.tensors])
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ class PowerEma(Generic[M]):
             self.average.load_state_dict(state)
             return
         for name, tensor in {**dict(self.average.named_buffers()), **self._named()}.items():
-            local(tensor).copy_(local(state[name]))
+            local_slice(tensor).copy_(local_slice(state[name]))
 
     def _named(self) -> dict[str, Tensor]:
         return {name: tensor for (name, _), tensor in zip(self.average.named_parameters(), self.tensors)}

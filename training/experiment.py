@@ -74,13 +74,13 @@ class Experiment:
         adversarial = self.autoencoder.adversarial
         if adversarial.weight and self.data.size < adversarial.model.smallest:
             raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
-                             f"pictures of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
+                             f"images of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
         if "denoiser" in self.stages:
             self._check_denoiser()
             self._check_process()
 
     def _check_denoiser(self) -> None:
-        """Raise where the networks of the denoiser do not fit the tokenizer, the autoencoder or the pictures."""
+        """Raise where the networks of the denoiser do not fit the tokenizer, the autoencoder or the images."""
         text, tokens, unet = self.denoiser.text_encoder, self.tokenizer, self.denoiser.unet
         if text.vocab_size < tokens.vocab_size:
             raise ValueError(f"denoiser.text_encoder.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
@@ -95,10 +95,10 @@ class Experiment:
         self._check_sizes(factor, f"the autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the "
                                   "UNet - 1)")
         if len(self.data.image_shapes) > 1 and self.denoiser.cache:
-            raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has pictures of one size")
+            raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has images of one size")
 
     def _check_sizes(self, factor: int, why: str) -> None:
-        """Raise where pictures have a side that is not a multiple of ``factor``."""
+        """Raise where images have a side that is not a multiple of ``factor``."""
         if self.data.size % factor:
             raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, {why}")
         odd = [shape for shape in self.data.image_shapes if shape[0] % factor or shape[1] % factor]
@@ -121,7 +121,7 @@ class Experiment:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the latent of one picture."""
+        """(C, H, W) of the latent of one image."""
         return latent_shape_of(self.autoencoder.model, self.data.size)
 
     @property

@@ -66,7 +66,7 @@ class Guard:
             return "the gradient is not finite"
         return f"the gradient has norm {norm:.3g}, {norm / math.exp(self.usual):.0f} times the usual"
 
-    def moved_on(self, position: int, step: int, rollbacks: int) -> None:
+    def resume_at(self, position: int, step: int, rollbacks: int) -> None:
         """A checkpoint after ``step`` steps was loaded, for the ``rollbacks``-th time: go on with the data of
         ``position``."""
         self.moved, self.rollbacks, self.bad = position - step, rollbacks, 0

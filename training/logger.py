@@ -29,7 +29,7 @@ class Logger:
                         mininterval=0.5 if sys.stderr.isatty() else 30.0, disable=not processes.main)
         self.began, self.first, self.count = time.perf_counter(), first, 0
         self.sums: dict[str, torch.Tensor] = {}
-        self.board = board_of(path.parent / "tensorboard" / stage, first) if processes.main else None
+        self.board = open_board(path.parent / "tensorboard" / stage, first) if processes.main else None
         if processes.main:
             cut_half_line(path)
 
@@ -76,7 +76,7 @@ class Logger:
         """Append one line to metrics.jsonl. Raises CheckpointError when that is not possible."""
         if not self.processes.main:
             return
-        line = {"stage": self.stage, **{k: rounded(v) for k, v in values.items()}}
+        line = {"stage": self.stage, **{k: round_number(v) for k, v in values.items()}}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -84,7 +84,7 @@ class Logger:
             raise CheckpointError(f"could not write {self.path}: {error.strerror} ({free_space(self.path)}); the "
                                   "checkpoints are untouched") from None
         if self.board is not None:
-            for name, value in flattened(values).items():
+            for name, value in flatten_numbers(values).items():
                 self.board.add_scalar(f"{self.stage}/{name}", value, values["step"])
 
     def say(self, text: str) -> None:
@@ -93,19 +93,19 @@ class Logger:
             tqdm.write(text)
 
 
-def rounded(value: Any) -> Any:
+def round_number(value: Any) -> Any:
     """A number as it is written: nine digits; null for what is not a number, which JSON cannot say."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
-def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+def flatten_numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     """The numbers of nested dictionaries by their path."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            found |= flattened(value, f"{prefix}{name}/")
+            found |= flatten_numbers(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and name != "step":
             found[prefix + name] = value
     return found
@@ -120,7 +120,7 @@ def cut_half_line(path: Path) -> None:
                 file.truncate(data.rfind(b"\n") + 1)
 
 
-def board_of(folder: Path, first: int) -> Any:
+def open_board(folder: Path, first: int) -> Any:
     """A writer for TensorBoard that goes on after step ``first``, or None where it is not installed."""
     writer = board_class()
     return None if writer is None else writer(str(folder), purge_step=first + 1)

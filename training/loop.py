@@ -16,7 +16,7 @@ from files.run_folder import RunFolder
 from model.device import autocast_dtype
 from training.checkpoints.checkpoint import Best, Checkpoints
 from training.checkpoints.state import State, Stateful
-from training.distributed import ALONE, Loss, Parallel, Processes, full, gradients_kept_here, spread
+from training.distributed import ALONE, Loss, Parallel, Processes, distribute, skip_gradient_sync, whole_tensor
 from training.ema import M, PowerEma, gamma_from_std
 from training.guard import Guard, GuardConfig, Verdict
 from training.logger import Logger
@@ -39,7 +39,7 @@ class TrainConfig:
     """Length and habits of a stage. ``batch`` is that of a step, over all processes and over the ``accumulate`` pieces
     that each computes one after the other. Intervals are in steps; ``ema_std`` is the width of the weight average as a
     share of the run; ``precision`` auto is bf16 autocast where the machine has bf16 arithmetic, with fp32 weights.
-    ``workers`` processes read pictures ahead; ``parallel`` and ``shards``: see `training/distributed.py`."""
+    ``workers`` processes read images ahead; ``parallel`` and ``shards``: see `training/distributed.py`."""
 
     steps: int = 1000
     batch: int = 64
@@ -101,8 +101,8 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
     autocast = partial(torch.autocast, device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
     parts = parts_of(config.batch, processes.rank, processes.world, config.accumulate)
     averages = averages_of(model, config)
-    cost = cost_of(task, averages[0].average, config, processes, device)
-    trainer = prepared(task, model, averages, config, processes)
+    cost = least_step_seconds(task, averages[0].average, config, processes, device)
+    trainer = prepare_trainer(task, model, averages, config, processes)
     optimizer = build_optimizer(model, config.optim, dtype or torch.float32)
     guard, clock = Guard(config.guard), Clock(device)
     state = State(model, averages, optimizer, guard, task.beside, checkpoints_of(task.name, run, config, processes),
@@ -123,7 +123,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
             losses: dict[str, torch.Tensor] = {}
             for part in parts:
                 seed_globally(seed, task.name, position, part)  # dropout draws from the global generator
-                with gradients_kept_here(trainer, part is not parts[-1]):
+                with skip_gradient_sync(trainer, part is not parts[-1]):
                     with autocast():
                         found = trainer(data, position, part)  # forward and loss
                     clock.mark("forward")
@@ -131,7 +131,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
                     clock.mark("backward")
                 for name, loss in found.items():
                     losses[name] = losses.get(name, 0.0) + loss.detach() * part.share
-            norm = float(full(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
+            norm = float(whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
             verdict = guard.judge(norm)
             if verdict == "good":
                 optimizer.step()
@@ -141,7 +141,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
             optimizer.zero_grad(set_to_none=True)
             clock.mark("optimizer")
             if verdict in ("roll back", "stop"):
-                step = gone_back(state, task.name, run, step, norm, verdict)
+                step = roll_back(state, task.name, run, step, norm, verdict)
                 continue
             for average in averages:
                 average.update(model, done)
@@ -149,13 +149,13 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
 
             if done % config.log_every == 0 or done == config.steps:
                 log.flush(done, learning_rate=rate, gradient_norm=norm,
-                          **spent(clock, cost, device))
-            observer.look(averages[0], done)
+                          **speed_of_steps(clock, cost, device))
+            observer.observe(averages[0], done)
             if config.snapshots.every and (done % config.snapshots.every == 0 or done == config.steps):
                 save_snapshots(run.snapshots(task.name), averages, config.snapshots, done, processes.main)
-            keep_state(state, task.name, done, config, processes.any(stop.requested))
+            save_state(state, task.name, done, config, processes.any(stop.requested))
             step = done
-    return averages[0].whole()
+    return averages[0].averaged_model()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -169,7 +169,8 @@ def seed_globally(seed: int, name: str, position: int, part: Part) -> None:
     torch.manual_seed(step_seed(seed, name + (f"/{part.start}" if part.start else ""), position))
 
 
-def cost_of(task: Task[M], model: M, config: TrainConfig, processes: Processes, device: torch.device) -> float:
+def least_step_seconds(task: Task[M], model: M, config: TrainConfig, processes: Processes,
+                       device: torch.device) -> float:
     """The least seconds that a step can take: its operations over what the machine does in a large matrix product.
 
     A step has three times the operations of a forward pass: the backward pass has two matrix products for each (Kaplan
@@ -180,14 +181,14 @@ def cost_of(task: Task[M], model: M, config: TrainConfig, processes: Processes, 
     return operations / (processes.world * peak)
 
 
-def spent(clock: Clock, cost: float, device: torch.device) -> dict[str, Any]:
+def speed_of_steps(clock: Clock, cost: float, device: torch.device) -> dict[str, Any]:
     """What the steps since the last call took: seconds of each part, share of the peak, memory."""
     split = clock.means()
     clock.clear()
     return {"split": split, "share_of_peak": cost / max(sum(split.values()), 1e-9), "memory": peak_memory(device)}
 
 
-def gone_back(state: State, name: str, run: RunFolder, step: int, norm: float, verdict: Verdict) -> int:
+def roll_back(state: State, name: str, run: RunFolder, step: int, norm: float, verdict: Verdict) -> int:
     """Go back to the newest regular checkpoint and on with the data behind the bad steps; returns its number of steps.
 
     Raises TrainingError when the guard says stop, or when there is no such checkpoint.
@@ -198,7 +199,7 @@ def gone_back(state: State, name: str, run: RunFolder, step: int, norm: float, v
     if back is None:
         raise TrainingError(f"{name}: {reason} at step {step}, after {bad - 1} that were skipped and {rollbacks} times "
                             f"back; the newest checkpoint in {run.state(name)} is from before")
-    guard.moved_on(position + 1, back, rollbacks + 1)
+    guard.resume_at(position + 1, back, rollbacks + 1)
     return back
 
 
@@ -213,14 +214,14 @@ class Observer(Generic[M]):
     main: bool
     autocast: Callable
 
-    def look(self, ema: PowerEma[M], done: int) -> None:
+    def observe(self, ema: PowerEma[M], done: int) -> None:
         """Validate the average, keep it if it is the best so far, and draw a preview, each at its interval."""
         last = done == self.config.steps
         validating = done % self.config.validate_every == 0 or last
         previewing = done % self.config.preview_every == 0 or last
         if not (validating or previewing):
             return
-        average = ema.whole()
+        average = ema.averaged_model()
         if validating and self.main:
             with self.autocast():
                 measured = self.task.validate(average)
@@ -230,7 +231,7 @@ class Observer(Generic[M]):
             self.task.preview(average, done)
 
 
-def keep_state(state: State, name: str, done: int, config: TrainConfig, stopping: bool) -> None:
+def save_state(state: State, name: str, done: int, config: TrainConfig, stopping: bool) -> None:
     """Save a checkpoint at its interval, after the last step, and when the run is asked to stop.
 
     Raises Interrupted in the last case, once it is saved.
@@ -250,14 +251,14 @@ def averages_of(model: M, config: TrainConfig) -> list[PowerEma[M]]:
     return [PowerEma(model, std) for std in dict.fromkeys(stds)]
 
 
-def prepared(task: Task[M], model: M, averages: list[PowerEma[M]], config: TrainConfig,
-             processes: Processes) -> nn.Module:
+def prepare_trainer(task: Task[M], model: M, averages: list[PowerEma[M]], config: TrainConfig,
+                    processes: Processes) -> nn.Module:
     """What is called for the loss: the model, compiled and spread over processes as configured, its averages too."""
     if config.compile:
         for part in model.children():
             part.compile()
-    trainer = spread(Loss(model, task.loss_at), config.parallel, config.shards, processes,
-                     next(model.parameters()).device)
+    trainer = distribute(Loss(model, task.loss_at), config.parallel, config.shards, processes,
+                         next(model.parameters()).device)
     if config.parallel != "ddp":
         if task.beside:
             raise ValueError(f"parallel: {config.parallel}; valid for this stage: ddp, {', '.join(task.beside)} beside "

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from model.blocks import TimeMLP
-from training.distributed import full, local, sliced_like
-from training.polar import Iteration, orthogonalized, polar_factors
+from training.distributed import local_slice, slice_like, whole_tensor
+from training.polar import Iteration, orthogonalize, polar_factors
 
-__all__ = ["Muon", "matrices_and_others", "matrix_of", "orthogonalized", "shaped_as"]
+__all__ = ["Muon", "matrices_and_others", "filters_to_matrix", "orthogonalize", "matrix_to_filters"]
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,36 +47,37 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum"] for p in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        torch._foreach_lerp_([local(m) for m in momenta], [local(g) for g in gradients], 1 - group["momentum"])
+        torch._foreach_lerp_([local_slice(m) for m in momenta], [local_slice(g) for g in gradients],
+                             1 - group["momentum"])
         # a matrix that is spread over processes is put together: its directions are those of the whole
-        updates = [matrix_of(full(gradient.lerp(momentum, group["momentum"])), p)  # Nesterov's look ahead, (R, C)
+        updates = [filters_to_matrix(whole_tensor(gradient.lerp(momentum, group["momentum"])), p)  # Nesterov, (R, C)
                    for p, gradient, momentum in zip(parameters, gradients, momenta)]
         directions = polar_factors(updates, group["iteration"], self.dtype)
-        weights = [local(p) for p in parameters]
+        weights = [local_slice(p) for p in parameters]
         torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for p, weight, direction in zip(parameters, weights, directions, strict=True):
             size = 0.2 * max(direction.shape) ** 0.5  # root mean square of the update as AdamW's, about 0.2
-            weight.add_(sliced_like(shaped_as(p, direction), p), alpha=-group["lr"] * size)
+            weight.add_(slice_like(matrix_to_filters(p, direction), p), alpha=-group["lr"] * size)
 
     def _step_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p].update(step=torch.zeros(()), first=torch.zeros_like(p), second=torch.zeros_like(p))
         states = [self.state[p] for p in parameters]
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
-        adamw([local(p) for p in parameters], gradients, [local(s["first"]) for s in states],
-              [local(s["second"]) for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
+        gradients = [local_slice(p.grad) for p in parameters if p.grad is not None]
+        adamw([local_slice(p) for p in parameters], gradients, [local_slice(s["first"]) for s in states],
+              [local_slice(s["second"]) for s in states], [], [s["step"] for s in states], fused=True, amsgrad=False,
               beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"],
               eps=group["eps"], maximize=False)
 
 
-def matrix_of(values: Tensor, filters: Tensor) -> Tensor:
+def filters_to_matrix(values: Tensor, filters: Tensor) -> Tensor:
     """Values for filters (R, ...) as a matrix (R, C), columns in the order in which the filters lie in memory, so that
     nothing is copied. The order of the columns changes nothing but the order of those of the result."""
     return (values.permute(0, 2, 3, 1) if is_channels_last(filters) else values).flatten(1)
 
 
-def shaped_as(filters: Tensor, matrix: Tensor) -> Tensor:
+def matrix_to_filters(filters: Tensor, matrix: Tensor) -> Tensor:
     """A matrix (R, C) that `matrix_of` gave for these filters, in their shape."""
     if is_channels_last(filters):
         return matrix.unflatten(1, filters.permute(0, 2, 3, 1).shape[1:]).permute(0, 3, 1, 2)

@@ -32,7 +32,7 @@ MARGIN = 1.02  # on the bound of the largest singular value, for the rounding of
 
 def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short",
                   dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Each matrix (R, C), of whatever shapes, with its singular values near 1; in ``dtype``, or that of `arithmetic`.
+    """Each matrix (R, C), of whatever shapes, with its singular values near 1; in ``dtype``, or that of `product_dtype`.
 
     Matrices of one shape, or of its transpose, are one batch: many small products at once reach twice the speed.
     """
@@ -45,21 +45,21 @@ def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short",
         batches = []
         for where in alike:
             wide = [matrices[i] if matrices[i].shape[0] == rows else matrices[i].mT for i in where]  # each (R, C)
-            batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=dtype or arithmetic(wide[0]))  # (M, R, C)
+            batch = wide[0].new_empty(len(wide), *wide[0].shape, dtype=dtype or product_dtype(wide[0]))  # (M, R, C)
             torch._foreach_copy_(list(batch), wide)
             batches.append(batch)
-        for where, batch in zip(alike, iterated(batches, iteration), strict=True):
+        for where, batch in zip(alike, apply_polynomials(batches, iteration), strict=True):
             for i, result in zip(where, batch, strict=True):
                 results[i] = result if matrices[i].shape[0] == rows else result.mT
     return results
 
 
-def orthogonalized(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Matrices (M, R, C) after the iteration as published; same shape and type."""
     return torch.stack(polar_factors(list(matrices), "newton_schulz")).to(matrices.dtype)
 
 
-def iterated(batches: list[Tensor], iteration: Iteration) -> list[Tensor]:
+def apply_polynomials(batches: list[Tensor], iteration: Iteration) -> list[Tensor]:
     """Batches (M, R, C), one R for all and C from R up, after the polynomials; their Gram matrices are one batch."""
     polynomials = SHORT if iteration == "short" else NEWTON_SCHULZ
     counts = [len(batch) for batch in batches]
@@ -67,15 +67,15 @@ def iterated(batches: list[Tensor], iteration: Iteration) -> list[Tensor]:
         gram = torch.cat([batch @ batch.mT for batch in batches])  # (all M, R, R)
         square, scale = None, None
         if done == 0:
-            gram, square, scale = scaled(gram, tight=iteration == "short")
-        factor = gathered(gram, polynomials[done:done + TOGETHER], square)
+            gram, square, scale = scale_gram(gram, tight=iteration == "short")
+        factor = polynomial_factor(gram, polynomials[done:done + TOGETHER], square)
         if scale is not None:
             factor *= scale
         batches = [part @ batch for part, batch in zip(factor.split(counts), batches, strict=True)]
     return batches
 
 
-def scaled(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
+def scale_gram(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(G / s^2 (M, R, R), its square, 1 / s (M, 1, 1)) of Gram matrices G of X; s bounds the largest singular value.
 
     s is the Frobenius norm of X, as published; ``tight`` the fourth root of that of G^2, by which small singular values
@@ -93,7 +93,7 @@ def scaled(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
             (trace * bound).rsqrt().to(gram.dtype))
 
 
-def gathered(gram: Tensor, polynomials: Sequence[Polynomial], square: Tensor | None = None) -> Tensor:
+def polynomial_factor(gram: Tensor, polynomials: Sequence[Polynomial], square: Tensor | None = None) -> Tensor:
     """The factor (M, R, R) by which polynomials, one after the other, multiply an X with this Gram matrix.
 
     All of these are polynomials of one symmetric matrix, so they commute, and if X becomes p X, G becomes p p G: the
@@ -113,6 +113,6 @@ def gathered(gram: Tensor, polynomials: Sequence[Polynomial], square: Tensor | N
     return product
 
 
-def arithmetic(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """The type of the products: bf16 where the machine has it, whose sums are in fp32, else fp32."""
     return autocast_dtype("auto", x.device) or torch.float32

@@ -21,13 +21,13 @@ from data.tokenizer import Tokenizer
 from files.run_folder import RunFolder
 from files.weights import load_weights, save_weights
 from model.autoencoder import Autoencoder
-from model.device import default_device, frozen, placed
+from model.device import default_device, freeze, place_on
 from training.ema import gamma_from_std
 from training.experiment import load_experiment
 from training.snapshots import Snapshot, snapshots_in
 from training.stages.context import StageContext
 from training.stages.denoiser import Denoising, Networks, held_out_pairs, new_networks
-from training.stages.pairs import encoder_of
+from training.stages.pairs import latent_encoder
 
 PLOTTED = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.14, 0.2, 0.25)
 COPIED = ("config.yaml", "manifest.json", "tokenizer.json", "autoencoder.safetensors")
@@ -74,7 +74,7 @@ def weighted_sum(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str
     return {name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in found.items()}
 
 
-def reconstructed(run: RunFolder, networks: Networks, std: float) -> float:
+def load_average(run: RunFolder, networks: Networks, std: float) -> float:
     """Fill ``networks`` with the average of width ``std`` at the end of the run; returns what is left of its profile.
 
     Raises ValueError without snapshots.
@@ -99,7 +99,7 @@ def write_run(run: RunFolder, networks: Networks, std: float) -> Path:
     return folder
 
 
-def plot(losses: dict[float, float], trained: float, path: Path) -> None:
+def plot_losses(losses: dict[float, float], trained: float, path: Path) -> None:
     """The validation loss over the width of the average."""
     try:
         from matplotlib import pyplot as plt
@@ -134,17 +134,17 @@ def main(arguments: list[str]) -> None:
     load_weights(autoencoder, run.weights("autoencoder"))
     context = StageContext(run, validation=build_source(experiment.data.squares, "validation"), seed=experiment.seed,
                            device=device, data_key=data_key(experiment.data))
-    read = held_out_pairs(stage, context, encoder_of(frozen(placed(autoencoder, device)), device))
+    read = held_out_pairs(stage, context, latent_encoder(freeze(place_on(autoencoder, device)), device))
     denoising = Denoising(stage, Tokenizer.load(run.path / "tokenizer.json"), experiment.seed, device)
-    networks = frozen(new_networks(stage, experiment.seed, device))
+    networks = freeze(new_networks(stage, experiment.seed, device))
     losses = {}
     for std in sorted({*options.std, *(PLOTTED if options.plot else ())}):
-        left = reconstructed(run, networks, std)
+        left = load_average(run, networks, std)
         losses[std] = denoising.validate(networks, read)["loss"]
         where = f", {write_run(run, networks, std)}" if std in options.std else ""
         print(f"std {std:g}: validation loss {losses[std]:.5f}, profile met up to {100 * left:.2g} %{where}")
     if options.plot:
-        plot(losses, stage.train.ema_std, options.plot)
+        plot_losses(losses, stage.train.ema_std, options.plot)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,6 @@ def parts_of(batch: int, rank: int = 0, world: int = 1, pieces: int = 1) -> list
     return [Part(start, stop, batch, first) for start, stop in zip(edges, edges[1:])]
 
 
-def whole(batch: int) -> Part:
+def whole_batch(batch: int) -> Part:
     """The whole of a batch."""
     return Part(0, batch, batch)

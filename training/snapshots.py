@@ -40,7 +40,7 @@ def save_snapshots(folder: Path, averages: list[PowerEma], config: SnapshotConfi
     """Write the averages of the configured widths after ``step`` steps; all processes call it, the main one writes."""
     for ema in averages:
         if ema.std in config.stds:
-            average = ema.whole()
+            average = ema.averaged_model()
             if main:
                 save_weights(average, folder / f"step_{step:08d}_std_{ema.std:g}.safetensors",
                              {"step": str(step), "std": repr(ema.std)})

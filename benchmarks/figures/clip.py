@@ -1,4 +1,4 @@
-"""The picture of docs/clip.md: a small CLIP trained on scenes of shapes, and what it makes of pairs it has not seen.
+"""The image of docs/clip.md: a small CLIP trained on scenes of shapes, and what it makes of pairs it has not seen.
 
     python -m benchmarks.figures.clip [--out docs/images] [--steps 600]
 
@@ -58,7 +58,7 @@ def trained(images: torch.Tensor, captions: list[str], tokenizer: Tokenizer, ste
 
 
 def draw(logits: torch.Tensor, images: torch.Tensor, captions: list[str], path: Path) -> None:
-    """Pictures above, captions on the left, the probability of each caption for each picture between."""
+    """Images above, captions on the left, the probability of each caption for each image between."""
     figure = plt.figure(figsize=(11, 5.2))
     left, width = 0.36, 0.63
     for column, image in enumerate(images):
@@ -66,7 +66,7 @@ def draw(logits: torch.Tensor, images: torch.Tensor, captions: list[str], path: 
         axis.imshow((image.permute(1, 2, 0) + 1) / 2)
         axis.axis("off")
     axis = figure.add_axes((left, 0.02, width, 0.74))
-    shares = logits.softmax(dim=1).T  # (texts, pictures)
+    shares = logits.softmax(dim=1).T  # (texts, images)
     axis.imshow(shares, cmap="Greens", vmin=0, vmax=1.3, aspect="auto")
     axis.set_xticks([])
     axis.set_yticks(range(SHOWN), [textwrap.fill(caption, 48) for caption in captions])

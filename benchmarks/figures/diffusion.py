@@ -1,9 +1,9 @@
-"""The pictures of docs/diffusion.md, docs/samplers.md, docs/guidance.md and docs/editing.md.
+"""The images of docs/diffusion.md, docs/samplers.md, docs/guidance.md and docs/editing.md.
 
     python -m benchmarks.figures.diffusion [--out docs/images]
 
 No network is trained: the data are mixtures of Gaussians, for which E[x_0 | x_t] is known in closed form, so what the
-pictures show is the process and not the fit. Takes about 20 seconds on one core and needs matplotlib.
+images show is the process and not the fit. Takes about 20 seconds on one core and needs matplotlib.
 """
 
 import argparse

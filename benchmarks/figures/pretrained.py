@@ -1,4 +1,4 @@
-"""The picture of docs/pretrained.md: a small random pipeline, drawn here and by diffusers, and what differs.
+"""The image of docs/pretrained.md: a small random pipeline, drawn here and by diffusers, and what differs.
 
     python -m benchmarks.figures.pretrained VOCABULARY [--out docs/images/pretrained.png]
 
@@ -51,8 +51,8 @@ def small_pipeline(vocabulary: str) -> Any:
                                              requires_safety_checker=False)
 
 
-def pictures(vocabulary: str) -> tuple[np.ndarray, np.ndarray]:
-    """The pictures (B, H, W, 3) of here and of diffusers in 0 .. 255 before rounding, from the same first noise."""
+def images_of_both(vocabulary: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images (B, H, W, 3) of here and of diffusers in 0 .. 255 before rounding, from the same first noise."""
     pipeline = small_pipeline(vocabulary)
     pipeline.set_progress_bar_config(disable=True)
     seeds = list(range(len(PROMPTS)))
@@ -69,14 +69,14 @@ def pictures(vocabulary: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    """Write the picture: a row each of ours, theirs and 255 times the difference."""
+    """Write the image: a row each of ours, theirs and 255 times the difference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("vocabulary", help="folder of vocab.json and merges.txt")
     parser.add_argument("--out", default="docs/images/pretrained.png")
     options = parser.parse_args()
-    ours, theirs = pictures(options.vocabulary)
+    ours, theirs = images_of_both(options.vocabulary)
     difference = np.abs(ours - theirs)
-    print(f"largest difference {difference.max():.5f} of 255; standard deviation of the pictures {theirs.std():.1f}")
+    print(f"largest difference {difference.max():.5f} of 255; standard deviation of the images {theirs.std():.1f}")
     step = SIZE * ZOOM + GAP
     sheet = Image.new("RGB", (len(PROMPTS) * step - GAP, 3 * step - GAP), "white")
     for row, images in enumerate((ours, theirs, (255 * difference).clip(0, 255))):

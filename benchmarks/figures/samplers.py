@@ -1,9 +1,9 @@
-"""Which sampler, how many steps, which guidance: pictures and scores of a trained run of shapes.
+"""Which sampler, how many steps, which guidance: images and scores of a trained run of shapes.
 
     python -m benchmarks.figures.samplers runs/shapes --weak runs/shapes_weak [--guidance 5] [--out docs/images]
 
 draws prompts of the test split that training never saw, the same prompts from the same first noise for every point,
-reads the pictures back into scenes and writes
+reads the images back into scenes and writes
 
     sampler_scores.png    score against network calls, a curve a sampler
     sampler_pictures.png  eight prompts, a row a sampler
@@ -48,7 +48,7 @@ from scoring.held_out import Prompts, training_captions, unseen_prompts
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-SHOWN = 8  # pictures of a row
+SHOWN = 8  # images of a row
 BATCH = 32
 MEASURES = {"attributes": "attributes right", "scene": "whole scenes right"}
 
@@ -65,7 +65,7 @@ class Point:
 
 @dataclass
 class Study:
-    """Points, the x axis, and the point that others are compared with; `shown`: those whose pictures are printed."""
+    """Points, the x axis, and the point that others are compared with; `shown`: those whose images are printed."""
 
     name: str
     axis: str
@@ -85,7 +85,7 @@ def sampler_study(scale: float) -> Study:
         "dpm_solver_singlestep, order 2": ("dpm_solver_singlestep", {"order": 2}), "pndm": ("pndm", {}),
         "dpm_solver_multistep, order 3": ("dpm_solver_multistep", {"order": 3}), "lcm": ("lcm", {}),
     }
-    study = Study("sampler", "sampler calls of the network a picture", Point("ddim", SamplingConfig(
+    study = Study("sampler", "sampler calls of the network an image", Point("ddim", SamplingConfig(
         "ddim", 25, guidance=guidance)))
     for n, turn in ((10, 0), (4, 0), (6, 2), (25, 4), (15, 5), (50, 6)):
         for name, (sampler, options) in kinds.items():
@@ -153,7 +153,7 @@ def hash_of(*systems: TextToImage | None) -> str:
 
 @contextmanager
 def counted(*systems: TextToImage | None) -> Iterator[list[int]]:
-    """A list with one entry, the number of pictures that the networks of these systems have seen in this block."""
+    """A list with one entry, the number of images that the networks of these systems have seen in this block."""
     seen = [0]
     hooks = [system.unet.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(0, seen[0] + len(inputs[0])))
              for system in systems if system is not None]
@@ -166,7 +166,7 @@ def counted(*systems: TextToImage | None) -> Iterator[list[int]]:
 
 def drawn(system: TextToImage, guide: TextToImage | None, point: Point, prompts: Prompts,
           dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """What is kept of a point: promises kept and made, prompt by prompt, and the first pictures uint8."""
+    """What is kept of a point: promises kept and made, prompt by prompt, and the first images uint8."""
     system.guide = guide if point.weak else None
     began = time.process_time()
     with counted(system, guide) as seen, torch.autocast(system.device.type, dtype or torch.bfloat16,
@@ -201,7 +201,7 @@ def interval(values: np.ndarray, sign: str = "") -> str:
 
 def table(study: Study, rows: dict[Point, dict[str, Any]], draws: np.ndarray) -> str:
     """Every point in Markdown, with its difference to the reference over the same prompts."""
-    lines = ["| setting | steps | w | evaluations a picture | attributes | whole scenes | attributes against "
+    lines = ["| setting | steps | w | evaluations an image | attributes | whole scenes | attributes against "
              f"{study.reference.curve} |", "|---" * 7 + "|"]
     base = rows.get(study.reference)
     order = {name: i for i, name in enumerate(dict.fromkeys(point.curve for point in study.points))}
@@ -243,7 +243,7 @@ def draw_scores(study: Study, rows: dict[Point, dict[str, Any]], draws: np.ndarr
             top = axis.secondary_xaxis("top", functions=(lambda x: 2 * x, lambda x: x / 2))
             top.set_xticks([2 * tick for tick in ticks], [f"{2 * tick:g}" for tick in ticks], fontsize=7)
             top.minorticks_off()
-            top.set_xlabel("network evaluations a picture, under guidance", fontsize=8)
+            top.set_xlabel("network evaluations an image, under guidance", fontsize=8)
     axes[0].legend(fontsize=6.5)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
@@ -252,9 +252,9 @@ def draw_scores(study: Study, rows: dict[Point, dict[str, Any]], draws: np.ndarr
     print(f"wrote {path}")
 
 
-def draw_pictures(study: Study, pictures: dict[Point, np.ndarray], prompts: Prompts, title: str, path: Path) -> None:
+def draw_images(study: Study, images: dict[Point, np.ndarray], prompts: Prompts, title: str, path: Path) -> None:
     """A row a sampler or variant, a column a prompt."""
-    shown = {name: pictures[point] for name, point in study.shown.items() if point in pictures}
+    shown = {name: images[point] for name, point in study.shown.items() if point in images}
     if not shown:
         return
     images = torch.from_numpy(np.concatenate(list(shown.values())))
@@ -266,7 +266,7 @@ def draw_pictures(study: Study, pictures: dict[Point, np.ndarray], prompts: Prom
 
 def kept(point: Point, system: TextToImage, guide: TextToImage | None, prompts: Prompts, work: Path,
          dtype: torch.dtype | None, until: float) -> tuple[dict[str, Any], np.ndarray] | None:
-    """Scores and first pictures of a point, from ``work`` where it has been drawn before; None when it is too late."""
+    """Scores and first images of a point, from ``work`` where it has been drawn before; None when it is too late."""
     weights = hash_of(system, guide if point.weak else None)
     file = work / f"{key_of(point, weights, prompts, dtype)}.npz"
     if not file.is_file():
@@ -311,13 +311,13 @@ def main() -> None:
             found[point] = result
     for study, fixed in zip(studies, (f"guidance {options.guidance:g}", f"ddim, {options.steps} steps")):
         rows = {point: found[point][0] for point in study.points if point in found}
-        pictures = {point: found[point][1] for point in study.points if point in found}
+        images = {point: found[point][1] for point in study.points if point in found}
         about = f"{len(prompts.captions)} unseen prompts, {fixed}"
         print(f"\n{about}; {sum(row['seconds'] for row in rows.values()) / 60:.1f} core minutes of sampling\n"
               f"{table(study, rows, draws)}\n")
         draw_scores(study, rows, draws, f"{about}; shaded: 95 % interval of {study.reference.curve}",
                     out / f"{study.name}_scores.png")
-        draw_pictures(study, pictures, prompts, about, out / f"{study.name}_pictures.png")
+        draw_images(study, images, prompts, about, out / f"{study.name}_pictures.png")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from model.pretrained.names import (
     unet_to_diffusers,
     with_one_scale,
 )
-from model.pretrained.tensors import filled, read_json, read_tensors, weight_files
+from model.pretrained.tensors import network_from_state, read_json, read_tensors, weight_files
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
@@ -67,7 +67,7 @@ class Published:
 def check_parts(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder: TextEncoderConfig) -> None:
     """Raises ValueError unless the UNet denoises the latents, and reads the states, of the other two."""
     for key in ("in_channels", "out_channels"):
-        if getattr(unet, key) != autoencoder.latent_channels:  # 9 in: for inpainting, sees a mask and a picture as well
+        if getattr(unet, key) != autoencoder.latent_channels:  # 9 in: for inpainting, sees a mask and an image as well
             raise ValueError(f"unet: {key} {getattr(unet, key)} is not supported; valid: {autoencoder.latent_channels},"
                              " the channels of the latents")
     if unet.context_width != text_encoder.width:
@@ -102,9 +102,9 @@ def read_diffusers_folder(path: str | Path) -> Published:
     text = read_weights(files["text_encoder"], lambda state: text_encoder_from_transformers(state, text_shape))
     size = unet_data.get("sample_size") or 64
     return Published(
-        unet=filled(UNet, unet_shape, unet),
-        autoencoder=filled(Autoencoder, vae_shape, vae),
-        text_encoder=filled(TextEncoder, text_shape, text),
+        unet=network_from_state(UNet, unet_shape, unet),
+        autoencoder=network_from_state(Autoencoder, vae_shape, vae),
+        text_encoder=network_from_state(TextEncoder, text_shape, text),
         scheduler=read_json(path / "scheduler" / "scheduler_config.json"),
         tokenizer=path / "tokenizer",
         latent_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
@@ -119,7 +119,7 @@ def read_clip_folder(path: str | Path) -> Clip:
     pixels = read_json(processor) if processor.is_file() else {}
     _, config = read_config(path, lambda data, where: clip_config(data, pixels, where))
     files = weight_files(path, "model", "pytorch_model")
-    return filled(Clip, config, read_weights(files, lambda state: clip_from_transformers(state, config)))
+    return network_from_state(Clip, config, read_weights(files, lambda state: clip_from_transformers(state, config)))
 
 
 def read_config(folder: Path, convert: Callable[[dict[str, Any], str], T]) -> tuple[dict[str, Any], T]:

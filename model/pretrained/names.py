@@ -121,7 +121,7 @@ def with_one_scale(state: Mapping[str, Tensor]) -> State:
     """`state` of an autoencoder with mean 0 and one std: all that Stable Diffusion's pipeline of diffusers reads.
 
     Any other mean and std are moved into the 1x1 convolutions beside them, and what is left is mean 0, std 1. Latents
-    of unit scale and pictures stay the same up to rounding; raw latents become those of unit scale, so the limits of
+    of unit scale and images stay the same up to rounding; raw latents become those of unit scale, so the limits of
     their log variance, [-30, 20], move by 2 log std.
     """
     mean, std = state["latent_mean"].double(), state["latent_std"].double()  # (C,)
@@ -184,7 +184,7 @@ def clip_to_transformers(state: Mapping[str, Tensor], config: ClipConfig) -> Sta
     return to_theirs(state, Clip, config, CLIP)
 
 
-def shapes(network: type[nn.Module], config: object) -> dict[str, torch.Size]:
+def parameter_shapes(network: type[nn.Module], config: object) -> dict[str, torch.Size]:
     """Name and shape of every parameter, without allocating one."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in network(config).named_parameters()}
@@ -213,7 +213,7 @@ def from_theirs(state: Mapping[str, Tensor], network: type[nn.Module], config: o
     """
     ours: State = {}
     missing, misshapen, used = [], [], set()
-    for name, shape in shapes(network, config).items():
+    for name, shape in parameter_shapes(network, config).items():
         names = their_names(name, renames)
         used.update(names)
         expected = torch.Size((shape[0] // len(names), *shape[1:])) if shape else shape
@@ -232,7 +232,7 @@ def from_theirs(state: Mapping[str, Tensor], network: type[nn.Module], config: o
 
 def to_theirs(state: Mapping[str, Tensor], network: type[nn.Module], config: object, renames: Renames) -> State:
     """The inverse of `from_theirs`, bit for bit; raises the same."""
-    expected = shapes(network, config)
+    expected = parameter_shapes(network, config)
     _raise_unless_empty(
         missing=[name for name in expected if name not in state],
         unexpected=[name for name in state if name not in expected],

@@ -25,7 +25,7 @@ from model.pretrained.names import (
     text_encoder_from_transformers,
     with_latent_scale,
 )
-from model.pretrained.tensors import filled, read_tensors
+from model.pretrained.tensors import network_from_state, read_tensors
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
@@ -77,20 +77,21 @@ def from_single_state(state: State, path: Path, prediction_type: str | None) -> 
 
     unet_shape = unet_config(state, second)
     vae_shape = autoencoder_config(state)
-    unet = from_theirs(part(state, UNET), UNet, unet_shape, unet_table(unet_shape))
-    vae = from_theirs(squeezed(part(state, VAE)), Autoencoder, vae_shape, autoencoder_table(vae_shape))
+    unet = from_theirs(tensors_with_prefix(state, UNET), UNet, unet_shape, unet_table(unet_shape))
+    vae = from_theirs(squeeze_attention(tensors_with_prefix(state, VAE)), Autoencoder, vae_shape,
+                      autoencoder_table(vae_shape))
     text_encoder = read_openclip(state) if second else read_clip(state)
     check_parts(unet_shape, vae_shape, text_encoder.config)
     side = 96 if second and prediction_type == "v_prediction" else 64
     return Published(
-        unet=filled(UNet, unet_shape, unet),
-        autoencoder=filled(Autoencoder, vae_shape, with_latent_scale(vae, vae_shape, SD_LATENT_STD)),
+        unet=network_from_state(UNet, unet_shape, unet),
+        autoencoder=network_from_state(Autoencoder, vae_shape, with_latent_scale(vae, vae_shape, SD_LATENT_STD)),
         text_encoder=text_encoder, scheduler={**SCHEDULER, "prediction_type": prediction_type},
         tokenizer=None, latent_size=(side, side), files={"single file": (path,)},
     )
 
 
-def part(state: Mapping[str, Tensor], prefix: str) -> State:
+def tensors_with_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
     """The tensors whose names begin with `prefix`, under their whole names."""
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix) and not UNUSED.match(name)}
 
@@ -102,7 +103,7 @@ def check_all_known(state: Mapping[str, Tensor], text: str) -> None:
         raise ValueError(f"weights: unexpected: {', '.join(extra)}")
 
 
-def count(state: Mapping[str, Tensor], pattern: str) -> int:
+def count_in_names(state: Mapping[str, Tensor], pattern: str) -> int:
     """How many different numbers stand at the group of `pattern` in the names: blocks, layers, levels."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
@@ -135,7 +136,7 @@ def unet_config(state: Mapping[str, Tensor], second: bool) -> UNetConfig:
         in_channels=state[f"{UNET}input_blocks.0.0.weight"].shape[1],
         out_channels=state[f"{UNET}out.2.weight"].shape[0],
         channels=tuple(channels), blocks=blocks, attention=tuple(attention),
-        depth=count(state, re.escape(middle) + r"transformer_blocks\.(\d+)\."),
+        depth=count_in_names(state, re.escape(middle) + r"transformer_blocks\.(\d+)\."),
         heads=None if second else 8, head_width=HEAD_WIDTH,
         context_width=state[f"{middle}transformer_blocks.0.attn2.to_k.weight"].shape[1],
         linear_projection=projection.ndim == 2,
@@ -190,12 +191,12 @@ UNET_LAYERS: Renames = (
 def autoencoder_config(state: Mapping[str, Tensor]) -> AutoencoderConfig:
     """The shape of the autoencoder, from the shapes of its tensors."""
     encoder = f"{VAE}encoder."
-    levels = count(state, re.escape(encoder) + r"down\.(\d+)\.block\.")
+    levels = count_in_names(state, re.escape(encoder) + r"down\.(\d+)\.block\.")
     return AutoencoderConfig(
         image_channels=state[f"{encoder}conv_in.weight"].shape[1],
         latent_channels=state[f"{VAE}post_quant_conv.weight"].shape[0],
         channels=tuple(state[f"{encoder}down.{level}.block.0.conv2.weight"].shape[0] for level in range(levels)),
-        blocks=count(state, re.escape(encoder) + r"down\.0\.block\.(\d+)\."),
+        blocks=count_in_names(state, re.escape(encoder) + r"down\.0\.block\.(\d+)\."),
         mid_attention=f"{encoder}mid.attn_1.norm.weight" in state,
     )
 
@@ -220,7 +221,7 @@ def autoencoder_table(config: AutoencoderConfig) -> Renames:
     )
 
 
-def squeezed(state: Mapping[str, Tensor]) -> State:
+def squeeze_attention(state: Mapping[str, Tensor]) -> State:
     """The 1x1 convolutions (C, C, 1, 1) of the attention as matrices (C, C)."""
     return {name: tensor[:, :, 0, 0] if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) and tensor.ndim == 4
             else tensor for name, tensor in state.items()}
@@ -231,17 +232,17 @@ def squeezed(state: Mapping[str, Tensor]) -> State:
 def read_clip(state: Mapping[str, Tensor]) -> TextEncoder:
     """The text encoder of 1.x."""
     mine = {rename(name, ((rf"^{re.escape(CLIP)}(text_model\.)?", ""),)): tensor
-            for name, tensor in part(state, CLIP).items()}
+            for name, tensor in tensors_with_prefix(state, CLIP).items()}
     if "embeddings.token_embedding.weight" not in mine:
         raise KeyError(f"{CLIP}text_model.embeddings.token_embedding.weight")
     tokens = mine["embeddings.token_embedding.weight"]
     config = TextEncoderConfig(
         vocab_size=tokens.shape[0], length=mine["embeddings.position_embedding.weight"].shape[0],
-        width=tokens.shape[1], layers=count(mine, r"encoder\.layers\.(\d+)\."),
+        width=tokens.shape[1], layers=count_in_names(mine, r"encoder\.layers\.(\d+)\."),
         heads=max(1, tokens.shape[1] // HEAD_WIDTH), mlp_width=mine["encoder.layers.0.mlp.fc1.weight"].shape[0],
         activation="quick_gelu",
     )
-    return filled(TextEncoder, config, text_encoder_from_transformers(mine, config))
+    return network_from_state(TextEncoder, config, text_encoder_from_transformers(mine, config))
 
 
 OPENCLIP_TABLE: Renames = (
@@ -259,8 +260,8 @@ OPENCLIP_TABLE: Renames = (
 
 def read_openclip(state: Mapping[str, Tensor]) -> TextEncoder:
     """The text encoder of 2.x, without its last layer: the UNet was trained on the states before it."""
-    mine = part(state, OPENCLIP)
-    layers = count(mine, re.escape(OPENCLIP) + r"transformer\.resblocks\.(\d+)\.") - 1
+    mine = tensors_with_prefix(state, OPENCLIP)
+    layers = count_in_names(mine, re.escape(OPENCLIP) + r"transformer\.resblocks\.(\d+)\.") - 1
     unused = (f"{OPENCLIP}transformer.resblocks.{layers}.", f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale",
               f"{OPENCLIP}attn_mask")
     tokens = mine[f"{OPENCLIP}token_embedding.weight"]
@@ -270,4 +271,4 @@ def read_openclip(state: Mapping[str, Tensor]) -> TextEncoder:
         mlp_width=mine[f"{OPENCLIP}transformer.resblocks.0.mlp.c_fc.weight"].shape[0],
     )
     used = {name: tensor for name, tensor in mine.items() if not name.startswith(unused)}
-    return filled(TextEncoder, config, from_theirs(used, TextEncoder, config, OPENCLIP_TABLE))
+    return network_from_state(TextEncoder, config, from_theirs(used, TextEncoder, config, OPENCLIP_TABLE))

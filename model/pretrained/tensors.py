@@ -106,7 +106,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     return {str(name): value for name, value in data.items() if isinstance(value, Tensor)}
 
 
-def filled(network: type[N], config: object, state: dict[str, Tensor]) -> N:
+def network_from_state(network: type[N], config: object, state: dict[str, Tensor]) -> N:
     """`network(config)` made of `state` in fp32, in evaluation mode; nothing is allocated twice."""
     with torch.device("meta"):
         module = network(config)  # type: ignore[call-arg]

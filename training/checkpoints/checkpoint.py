@@ -76,7 +76,7 @@ class Checkpoints:
             try:
                 return self.read(path)
             except Exception as error:  # whatever is wrong with it, the one before is tried
-                refuse(path, error)
+                warn_refused(path, error)
         return None
 
     def read(self, path: Path) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class Checkpoints:
         return [path for path in files if self.is_regular(path)] if regular else files
 
 
-def refuse(path: Path, error: Exception) -> None:
+def warn_refused(path: Path, error: Exception) -> None:
     """Say that a checkpoint is not used, and why, in one line."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     print(f"warning: checkpoint {path} is refused ({reason}); using the one before")

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from files.weights import CheckpointError, free_space
 from files.whole import sha256_of, write_text
-from training.checkpoints.checkpoint import Checkpoints, refuse
+from training.checkpoints.checkpoint import Checkpoints, warn_refused
 from training.distributed import Processes
 
 Fields = dict[str, dict[str, Tensor]]  # parameter -> what the optimizer keeps for it
@@ -100,7 +100,7 @@ class ShardedCheckpoints(Checkpoints):
                         raise ValueError(f"the bytes of {name} do not match their SHA-256")
                 return path.name
             except Exception as error:
-                refuse(path, error)
+                warn_refused(path, error)
         return None
 
     def _templates(self, path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:

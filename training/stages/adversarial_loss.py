@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from model.device import placed
+from model.device import place_on
 from model.discriminator import DiscriminatorConfig, PatchDiscriminator
 
 DELTA = 1e-6  # beside the norm of the generator's gradient, as in the paper; the published code has 1e-4
@@ -17,7 +17,7 @@ LARGEST = 1e4  # adaptive weight, as in the published code
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """``weight`` 0 is off. Up to step ``start`` nothing is judged: a discriminator has nothing to say about pictures
+    """``weight`` 0 is off. Up to step ``start`` nothing is judged: a discriminator has nothing to say about images
     that are grey. ``loss`` is what the discriminator minimises. Its Adam has a constant rate."""
 
     weight: float = 0.0
@@ -38,7 +38,7 @@ class AdversarialConfig:
 
 
 def discriminator_loss(real: torch.Tensor, decoded: torch.Tensor, kind: str) -> torch.Tensor:
-    """Logits (B, 1, h, w) of real and of decoded pictures -> a scalar, least when real > 0 > decoded."""
+    """Logits (B, 1, h, w) of real and of decoded images -> a scalar, least when real > 0 > decoded."""
     if kind == "hinge":  # Lim and Ye 2017: content once the margin of 1 is kept
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + decoded).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(decoded).mean())  # Goodfellow et al. 2014: -log sigmoid
@@ -60,7 +60,7 @@ class Adversary:
 
     def __init__(self, config: AdversarialConfig, device: torch.device):
         self.config = config
-        self.discriminator = placed(PatchDiscriminator(config.model), device).train()
+        self.discriminator = place_on(PatchDiscriminator(config.model), device).train()
         weights = self.discriminator.parameters()
         self.optimizer = torch.optim.Adam(weights, config.learning_rate, config.betas, fused=True)
 
@@ -71,7 +71,7 @@ class Adversary:
         return f"{c.loss}, weight {c.weight:g} times the adaptive one, from step {c.start}, {c.model.layers} layers"
 
     def learn(self, images: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """One step of the discriminator on pictures (B, 3, H, W) and their reconstructions; its loss, a scalar."""
+        """One step of the discriminator on images (B, 3, H, W) and their reconstructions; its loss, a scalar."""
         self.discriminator.requires_grad_(True)
         real, fake = self.discriminator(images), self.discriminator(decoded.detach())  # (B, 1, h, w)
         loss = discriminator_loss(real.float(), fake.float(), self.config.loss)
@@ -90,7 +90,7 @@ class Adversary:
               step: int) -> dict[str, torch.Tensor]:
         """What training step ``step`` adds to the loss, as ``adversarial``, and what is logged beside it, scalars.
 
-        The discriminator learns first, on the pictures of this step, then judges them (Goodfellow et al. 2014,
+        The discriminator learns first, on the images of this step, then judges them (Goodfellow et al. 2014,
         algorithm 1). ``last`` holds the last filters of the decoder; ``reconstruction`` is the loss without KL.
         """
         if step < self.config.start:

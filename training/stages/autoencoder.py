@@ -1,8 +1,8 @@
-"""The autoencoder stage: pictures -> latents -> pictures (Rombach et al. 2022, section 3.1 and appendix G).
+"""The autoencoder stage: images -> latents -> images (Rombach et al. 2022, section 3.1 and appendix G).
 
 The loss has terms of pixels, of perception and of a discriminator beside the KL. When the weights are trained, the mean
-and scale of the latents are measured on training pictures and kept with them, so that everything behind this stage sees
-latents of zero mean and unit variance. Axis letters: B batch, C latent channels, H W picture size.
+and scale of the latents are measured on training images and kept with them, so that everything behind this stage sees
+latents of zero mean and unit variance. Axis letters: B batch, C latent channels, H W image size.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,22 +21,22 @@ from files.images import to_unit
 from files.sheets import save_grid
 from files.weights import save_weights
 from model.autoencoder import Autoencoder, AutoencoderConfig, Posterior
-from model.device import autocast_dtype, placed
+from model.device import autocast_dtype, place_on
 from training.loop import Task, TrainConfig, fit
-from training.seed import Part, generator, whole
+from training.seed import Part, generator, whole_batch
 from training.stages.adversarial_loss import AdversarialConfig, Adversary
 from training.stages.context import StageContext
 from training.stages.perceptual_loss import Distance, PerceptualConfig, perceptual_distance
 
-MEASURED = 2048  # training pictures from which the latent mean and scale are taken
-COLUMNS = 8  # pictures beside each other in a comparison
+MEASURED = 2048  # training images from which the latent mean and scale are taken
+COLUMNS = 8  # images beside each other in a comparison
 
 
 @dataclass(frozen=True)
 class AutoencoderStage:
     """``l1``, ``l2``, ``edge`` and ``kl`` weigh the terms of the loss; ``edge`` compares finite differences of the
-    pictures, which keeps outlines sharp where L2 alone blurs them. ``perceptual`` and ``adversarial`` have weights of
-    their own. ``validation`` pictures are measured; ``features`` are those of the reconstruction distance."""
+    images, which keeps outlines sharp where L2 alone blurs them. ``perceptual`` and ``adversarial`` have weights of
+    their own. ``validation`` images are measured; ``features`` are those of the reconstruction distance."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -56,11 +56,11 @@ class AutoencoderStage:
         if self.l1 + self.l2 == 0:
             raise ValueError("l1: 0.0 together with l2: 0.0; valid: at least one above 0")
         if self.validation < 1:
-            raise ValueError(f"validation: {self.validation}; valid: from 1 picture up")
+            raise ValueError(f"validation: {self.validation}; valid: from 1 image up")
 
 
 def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: AutoencoderStage) -> torch.Tensor:
-    """Weighted L1, L2 and edge terms of pictures (B, 3, H, W) in [-1, 1], each a mean over values; a scalar."""
+    """Weighted L1, L2 and edge terms of images (B, 3, H, W) in [-1, 1], each a mean over values; a scalar."""
     difference = decoded.float() - images
     loss = config.l1 * difference.abs().mean() + config.l2 * difference.square().mean()
     if config.edge:
@@ -85,7 +85,7 @@ class AutoencoderLoss:
         """
         raw = model.moments(images)
         posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
-        noise = (part or whole(len(images))).randn(posterior.mean.shape, random).to(images.device)
+        noise = (part or whole_batch(len(images))).randn(posterior.mean.shape, random).to(images.device)
         decoded = model.decode_raw(posterior.sample(noise)).float()  # (B, 3, H, W)
         reconstruction = reconstruction_loss(decoded, images, self.config)
         kl = posterior.kl().mean()
@@ -102,21 +102,21 @@ class AutoencoderLoss:
 
 @torch.no_grad()
 def reconstructions(model: Autoencoder, images: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
-    """Pictures (B, 3, H, W) decoded from the means of their posteriors, same shape, on the CPU."""
+    """Images (B, 3, H, W) decoded from the means of their posteriors, same shape, on the CPU."""
     return torch.cat([model.decode_raw(model.moments(part.to(device)).mean).float().cpu()
                       for part in images.split(batch)])
 
 
-def quality(decoded: torch.Tensor, images: torch.Tensor) -> dict[str, float]:
-    """Mean PSNR in dB and SSIM of decoded pictures, both (B, 3, H, W) in [-1, 1]."""
+def reconstruction_quality(decoded: torch.Tensor, images: torch.Tensor) -> dict[str, float]:
+    """Mean PSNR in dB and SSIM of decoded images, both (B, 3, H, W) in [-1, 1]."""
     return {"psnr": float(psnr(decoded, images).mean()), "ssim": float(ssim(decoded, images).mean())}
 
 
 def reconstruction_distance(decoded: torch.Tensor, images: torch.Tensor, features: Features, batch: int) -> float:
-    """Frechet distance of the features of decoded pictures and of their originals, both (B, 3, H, W) in [-1, 1]."""
+    """Frechet distance of the features of decoded images and of their originals, both (B, 3, H, W) in [-1, 1]."""
     one, two = Moments(features.width), Moments(features.width)
-    for moments, pictures in ((one, decoded), (two, images)):
-        for part in pictures.split(batch):
+    for moments, images in ((one, decoded), (two, images)):
+        for part in images.split(batch):
             moments.update(features(part))
     return frechet_distance(one, two)
 
@@ -143,7 +143,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     source, validation, run, seed = context.source, context.validation, context.run, context.seed
     device, processes = context.device, context.processes
     torch.manual_seed(seed)  # initial weights
-    model = placed(Autoencoder(config.model), device)
+    model = place_on(Autoencoder(config.model), device)
     adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
     objective = AutoencoderLoss(config, perceptual, adversary)
@@ -155,14 +155,14 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     order, batch = Order(len(source), seed, getattr(source, "buckets", None)), config.train.batch
     held_out = image_batch(validation, np.arange(min(config.validation, len(validation))))
     if features and len(held_out) < 2:
-        raise ValueError("validation: 1 picture has no covariance; valid: from 2 up, or features: none")
+        raise ValueError("validation: 1 image has no covariance; valid: from 2 up, or features: none")
 
     def loss_at(model: Autoencoder, read: Batch, position: int, part: Part) -> dict[str, torch.Tensor]:
         images = to_unit(part.of_read(read.images)).to(device)  # (B, 3, H, W)
         return objective(model, images, generator(seed, "autoencoder", position), position, part)
 
     def validate(model: Autoencoder) -> dict[str, float]:
-        return quality(reconstructions(model, held_out, batch, device), held_out)
+        return reconstruction_quality(reconstructions(model, held_out, batch, device), held_out)
 
     def preview(model: Autoencoder, step: int) -> None:
         save_comparison(held_out, reconstructions(model, held_out, batch, device),
@@ -181,7 +181,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     steps = max(1, min(MEASURED, len(source)) // batch)
     average.measure(image_batch(source, order.indices(step, batch)).to(device) for step in range(steps))
     decoded = reconstructions(average, held_out, batch, device)
-    measured = quality(decoded, held_out)
+    measured = reconstruction_quality(decoded, held_out)
     distance = reconstruction_distance(decoded, held_out, features, batch) if features else None
     save_comparison(held_out, decoded, run.path / "samples" / "autoencoder_worst.png", "middle")
     save_weights(average, run.weights("autoencoder"))

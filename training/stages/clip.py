@@ -2,7 +2,7 @@
 
 A CLIP trained contrastively on the training split, with a tokenizer, a seed and an order of the data of its own, so
 that what the denoiser and its text encoder get wrong is not what the judge gets wrong, too. Nothing of it is used in
-training or sampling. Axis letters: B pairs, H W size of the pictures, L tokens, E width of the shared space.
+training or sampling. Axis letters: B pairs, H W size of the images, L tokens, E width of the shared space.
 """
 import json
 from dataclasses import dataclass, field
@@ -22,12 +22,12 @@ from files.sheets import save_grid
 from files.weights import save_weights
 from files.whole import write_text
 from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
-from model.device import autocast_dtype, placed
-from model.text_encoder import TextEncoderConfig, trimmed
+from model.device import autocast_dtype, place_on
+from model.text_encoder import TextEncoderConfig, trim_padding
 from pipeline.clip_vectors import ClipVectors
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part
-from training.stages.clip_texts import Substitutes, said, shortened
+from training.stages.clip_texts import Substitutes, cut_to_parts, texts_in_captions
 from training.stages.context import StageContext
 from training.stages.tokenizer import fit_tokenizer
 
@@ -36,7 +36,7 @@ WORDS = 10_000  # items from whose captions wrong words are taken
 
 
 def small_clip() -> ClipConfig:
-    """1.7 M parameters: enough for pictures of 48 pixels and captions of a few hundred words."""
+    """1.7 M parameters: enough for images of 48 pixels and captions of a few hundred words."""
     return ClipConfig(ImageEncoderConfig(size=48, patch=6, width=128, layers=4, heads=4, mlp_width=512),
                       TextEncoderConfig(1024, 40, width=128, layers=3, heads=4, mlp_width=512, causal=False), width=128)
 
@@ -85,7 +85,7 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
                          "answers")
     tokenizer = fit_tokenizer(source, config.tokenizer)
     torch.manual_seed(config.seed)  # initial weights
-    model = placed(Clip(config.model), device)
+    model = place_on(Clip(config.model), device)
     count = min(config.validation, len(validation))
     if count < 2:
         raise ValueError(f"the validation split has {count} pairs; valid: from 2 up")
@@ -94,22 +94,22 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
 
     def logits(model: Clip, images: Tensor, texts: list[str]) -> Tensor:
         model.limit_scale()  # after each step is before the next
-        ids, mask = (tensor.to(device) for tensor in trimmed(*tokenizer.encode(texts)))  # (B, L)
-        return model(model.resized(images.to(device)), ids, mask)  # (B, B)
+        ids, mask = (tensor.to(device) for tensor in trim_padding(*tokenizer.encode(texts)))  # (B, L)
+        return model(model.resize_images(images.to(device)), ids, mask)  # (B, B)
 
     def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
         rng = np.random.default_rng([config.seed, position])
         told = part.of_read(read.captions)
-        texts = shortened(told, config.parts, rng)
+        texts = cut_to_parts(told, config.parts, rng)
         wrong = [substitutes.wrong(text, rng) for text in texts] if substitutes else []
         table = logits(model, to_unit(part.of_read(read.images)), texts + wrong)  # (B, B) or (B, 2B)
-        return {"loss": contrastive_loss(table.float(), said(told, texts + wrong))}
+        return {"loss": contrastive_loss(table.float(), texts_in_captions(told, texts + wrong))}
 
     @torch.no_grad()
     def validate(model: Clip) -> dict[str, float]:
         vectors = ClipVectors(model, tokenizer, "")
         x, y = vectors(held_out), vectors.texts(captions)
-        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, said(captions, captions))
+        loss = contrastive_loss(model.logit_scale.exp() * x @ y.T, texts_in_captions(captions, captions))
         return {"loss": float(loss), "recall_1": float((caption_ranks(x, y, captions) == 0).float().mean())}
 
     def preview(model: Clip, step: int) -> None:
@@ -117,7 +117,7 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
         shown = min(SHOWN, count)
         nearest = (vectors(held_out[:shown]) @ vectors.texts(captions).T).argmax(dim=1).tolist()
         save_grid(held_out[:shown], run.path / "samples" / f"clip_{step:06d}.png", [captions[i] for i in nearest],
-                  title=f"step {step}: the caption of {count} held-out ones that each picture finds")
+                  title=f"step {step}: the caption of {count} held-out ones that each image finds")
 
     substitutes = substitutes_of(source) if config.wrong_words else None
     order = Order(len(source), config.seed, getattr(source, "buckets", None))

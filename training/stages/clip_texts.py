@@ -1,7 +1,7 @@
 """What a CLIP may learn from a caption besides its whole: its parts, and the same with one word wrong.
 
 A contrastive loss is content with the words that occur (Yuksekgonul et al. 2023, "When and why vision-language models
-behave like bags-of-words"). Parts of captions, each a positive of the whole picture, teach which things there are
+behave like bags-of-words"). Parts of captions, each a positive of the whole image, teach which things there are
 (Zheng et al. 2024, "DreamLIP", section 3.2); a caption with one word exchanged, as a wrong answer more, teaches which
 belongs to which (NegCLIP, section 4 of the former; here the word comes from the same context, not from a tagger).
 """
@@ -18,7 +18,7 @@ SMALL = frozenset("a an the one some this that its his her their".split())  # on
 COMMON = 3  # times that a word must stand in a context to be one of its words
 
 
-def parts_of(caption: str) -> list[str]:
+def caption_parts(caption: str) -> list[str]:
     """What stands between the joints of a caption, two words at least each; the caption itself where there are none."""
     parts = [part.strip() for part in JOINTS.split(caption)]
     return [part for part in parts if len(part.split()) > 1] or [caption]
@@ -54,19 +54,19 @@ class Substitutes:
         return " ".join([*words[:place], others[int(rng.integers(len(others)))], *words[place + 1:]])
 
 
-def shortened(captions: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
+def cut_to_parts(captions: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
     """The captions, a ``share`` of them cut down to one of their parts, half of those without the article before it."""
     found = []
     for caption, draw in zip(captions, rng.random(len(captions))):
-        parts = parts_of(caption) if draw < share else [caption]
+        parts = caption_parts(caption) if draw < share else [caption]
         text = parts[int(rng.integers(len(parts)))]
         first, _, rest = text.partition(" ")
         found.append(rest if draw < share / 2 and first in SMALL and " " in rest else text)
     return found
 
 
-def said(captions: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
-    """bool (B, T): which texts stand in which captions, word for word. Such a text is no wrong answer for the picture:
+def texts_in_captions(captions: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
+    """bool (B, T): which texts stand in which captions, word for word. Such a text is no wrong answer for the image:
     of a hundred scenes some have "a red star" in them beside that whose part it is."""
     padded = [f" {re.sub(r'[,:;.]', ' ', text)} ".replace("  ", " ") for text in captions]
     sought = {text: f" {re.sub(r'[,:;.]', ' ', text).strip()} ".replace("  ", " ") for text in texts}

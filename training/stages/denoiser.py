@@ -16,15 +16,15 @@ from diffusion.schedule import Schedule, ScheduleConfig
 from files.sheets import save_grid
 from files.weights import load_weights, save_weights
 from model.autoencoder import Autoencoder, Posterior
-from model.device import autocast_dtype, frozen, placed
-from model.text_encoder import TextEncoder, TextEncoderConfig, trimmed
+from model.device import autocast_dtype, freeze, place_on
+from model.text_encoder import TextEncoder, TextEncoderConfig, trim_padding
 from model.unet import UNet, UNetConfig
 from pipeline.system import Networks, TextToImage
 from training.loop import Task, TrainConfig, fit
-from training.seed import Part, generator, whole
+from training.seed import Part, generator, whole_batch
 from training.stages.context import StageContext
-from training.stages.grounding import GroundingConfig, Place, attention_kept, attention_loss, output_kept, words_loss
-from training.stages.pairs import CachedPairs, Encode, Pairs, Read, ReadPairs, encoder_of
+from training.stages.grounding import GroundingConfig, Place, attention_loss, keep_attention, keep_output, words_loss
+from training.stages.pairs import CachedPairs, Encode, PairBatch, Pairs, ReadPairs, latent_encoder
 
 MULTIPLE = 16  # of the length of the captions of a batch: fp32 values in the widest vector of a CPU
 BINS = 5  # of the noise level, in which the validation loss is given apart
@@ -34,7 +34,7 @@ SHOWN = 16  # samples of a preview
 @dataclass(frozen=True)
 class DenoiserStage:
     """Networks, diffusion process and training of the denoiser. ``caption_dropout`` is the share of captions replaced
-    by the empty one, for classifier-free guidance (Ho and Salimans 2022); ``images`` is how many pictures of the
+    by the empty one, for classifier-free guidance (Ho and Salimans 2022); ``images`` is how many images of the
     source are used, null for all; ``cache`` encodes them once, before the first step, as they are without chance, and
     false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes.
     ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024);
@@ -81,7 +81,7 @@ def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Netw
     torch.manual_seed(seed)
     unet, text_encoder = UNet(config.unet), TextEncoder(config.text_encoder)
     words = nn.Linear(config.unet.channels[-1], config.text_encoder.vocab_size) if config.grounding.words else None
-    return placed(Networks(unet, text_encoder, words), device)
+    return place_on(Networks(unet, text_encoder, words), device)
 
 
 class Denoising:
@@ -95,7 +95,7 @@ class Denoising:
                eps: torch.Tensor) -> torch.Tensor:
         """(B,) of latents x_0 and noise eps (B, C, H, W), captions and times t (B,)."""
         ids, mask = self.tokenizer.encode(captions)  # (B, L)
-        ids, mask = (tensor.to(self.device) for tensor in trimmed(ids, mask, MULTIPLE))
+        ids, mask = (tensor.to(self.device) for tensor in trim_padding(ids, mask, MULTIPLE))
         context = networks.text_encoder(ids, mask)  # (B, L, D)
 
         def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Denoising:
         return diffusion_loss(denoise, x_0.to(self.device), t.to(self.device), eps.to(self.device), self.schedule,
                               self.config.prediction_type, self.config.weighting)  # (B,)
 
-    def loss_at(self, networks: Networks, read: Read, position: int, part: Part) -> dict[str, torch.Tensor]:
+    def loss_at(self, networks: Networks, read: PairBatch, position: int, part: Part) -> dict[str, torch.Tensor]:
         """The mean loss of a part of a batch; what is random is drawn for the whole batch, then cut."""
         random = generator(self.seed, "denoiser", position)
         mean = part.of_read(read.mean)
@@ -117,13 +117,13 @@ class Denoising:
         left = self.config.grounding.left_at(position / self.config.train.steps)
         if places is None or not (left or networks.words):  # the words' layer has a gradient in every step, as DDP asks
             return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
-        return self.grounded(networks, x_0, captions, places, t, eps, left)
+        return self.grounded_loss(networks, x_0, captions, places, t, eps, left)
 
-    def grounded(self, networks: Networks, x_0: torch.Tensor, captions: list[str], places: list[list[Place]],
-                 t: torch.Tensor, eps: torch.Tensor, left: float) -> dict[str, torch.Tensor]:
+    def grounded_loss(self, networks: Networks, x_0: torch.Tensor, captions: list[str], places: list[list[Place]],
+                      t: torch.Tensor, eps: torch.Tensor, left: float) -> dict[str, torch.Tensor]:
         """The mean loss with the terms of the known scene, of whose weights there is so much ``left``."""
         config, terms = self.config.grounding, {}
-        with attention_kept(networks.unet.cross_attentions()) as maps, output_kept(networks.unet.mid) as features:
+        with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
         if config.attention and left:
             terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, (x_0.shape[2], x_0.shape[3]),
@@ -135,7 +135,7 @@ class Denoising:
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
-    def validate(self, networks: Networks, read: Read) -> dict[str, float]:
+    def validate(self, networks: Networks, read: PairBatch) -> dict[str, float]:
         """The mean loss of held-out pairs, and those of the noise levels in fifths, least noise first. Noise and times
         are the same every time, and the times a Sobol sequence, so that they cover all levels evenly."""
         random = generator(self.seed, "validation", 0)
@@ -158,7 +158,7 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
     tokenizer = Tokenizer.load(run.path / "tokenizer.json")
     autoencoder = Autoencoder(context.system.autoencoder)
     load_weights(autoencoder, run.weights("autoencoder"))
-    encode = encoder_of(frozen(placed(autoencoder, device)), device)
+    encode = latent_encoder(freeze(place_on(autoencoder, device)), device)
     networks = new_networks(config, seed, device)
     pairs = training_pairs(config, context, encode)
     held_out = held_out_pairs(config, context, encode)
@@ -171,8 +171,8 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
         save_preview(system, prompts, run.path / "samples" / f"denoiser_{step:06d}.png", step)
 
     def item(networks: Networks) -> torch.Tensor:
-        read = Read(held_out.mean[:1], held_out.logvar[:1], held_out.captions[:1])
-        return denoising.loss_at(networks, read, 0, whole(1))["loss"]
+        read = PairBatch(held_out.mean[:1], held_out.logvar[:1], held_out.captions[:1])
+        return denoising.loss_at(networks, read, 0, whole_batch(1))["loss"]
 
     task = Task("denoiser", pairs.at, denoising.loss_at, lambda networks: denoising.validate(networks, held_out),
                 preview, ("loss", "min"), item)
@@ -207,7 +207,7 @@ def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode)
     return ReadPairs(context, count, encode, train.batch, config.caption_dropout, train.workers)
 
 
-def held_out_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> Read:
+def held_out_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> PairBatch:
     """The pairs on which the validation loss is measured: the first of the split, whole and without chance."""
     count = min(config.validation, len(context.validation))
     return CachedPairs(context, "validation", count, encode, config.train.batch).first(count)

@@ -53,7 +53,7 @@ class GroundingConfig:
 
 
 @contextlib.contextmanager
-def attention_kept(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
+def keep_attention(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
     """Inside, every layer that runs adds its attention (B, h, N, L) to the list, with its gradient."""
     maps: list[Tensor] = []
     for layer in layers:
@@ -66,7 +66,7 @@ def attention_kept(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
-def output_kept(module: nn.Module) -> Iterator[list[Tensor]]:
+def keep_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Inside, the module adds its output to the list whenever it runs."""
     kept: list[Tensor] = []
     hook = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))

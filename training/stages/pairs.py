@@ -1,6 +1,6 @@
-"""What the denoiser stage reads for a step: posteriors of latents and captions, from a cache or from the pictures.
+"""What the denoiser stage reads for a step: posteriors of latents and captions, from a cache or from the images.
 
-Axis letters: B pictures of this process, C latent channels, H W latent size.
+Axis letters: B images of this process, C latent channels, H W latent size.
 """
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from training.stages.context import StageContext
 from training.stages.grounding import Place
 
 
-class Read(NamedTuple):
+class PairBatch(NamedTuple):
     """Mean and log-variance of latents, (B, C, H, W) each, on the CPU, and a caption each, "" where it is dropped."""
 
     mean: torch.Tensor
@@ -29,20 +29,20 @@ class Read(NamedTuple):
 
 
 class Pairs(Protocol):
-    """Pictures with captions, as what a denoiser is trained on."""
+    """Images with captions, as what a denoiser is trained on."""
 
     def __len__(self) -> int: ...
 
-    def at(self, step: int) -> Read: ...  # what this process reads for a step
+    def at(self, step: int) -> PairBatch: ...  # what this process reads for a step
 
     def close(self) -> None: ...
 
 
-Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # pictures (B, 3, .., ..) -> mean, logvar
+Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images (B, 3, .., ..) -> mean, logvar
 
 
-def encoder_of(autoencoder: Autoencoder, device: torch.device) -> Encode:
-    """Pictures in [-1, 1] to the posterior of their latents, on the CPU."""
+def latent_encoder(autoencoder: Autoencoder, device: torch.device) -> Encode:
+    """Images in [-1, 1] to the posterior of their latents, on the CPU."""
     @torch.no_grad()
     def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = autoencoder.encode(images.to(device))
@@ -72,15 +72,15 @@ class CachedPairs:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def at(self, step: int) -> Read:
+    def at(self, step: int) -> PairBatch:
         """The slice of this process of the batch of ``step``."""
         return self.of(self.order.places(step, self.batch, Slice(self.processes.rank, self.processes.world)))
 
-    def of(self, places: Places) -> Read:
+    def of(self, places: Places) -> PairBatch:
         """The pairs at these places."""
         mean, logvar = self.latents.moments(places.indices)
         captions = caption_batch(self.source, places, self.seed, self.dropout)
-        return Read(mean, logvar, captions, self.places_of(places.indices, captions))
+        return PairBatch(mean, logvar, captions, self.places_of(places.indices, captions))
 
     def places_of(self, indices: np.ndarray, captions: list[str]) -> list[list[Place]] | None:
         """Which words of each caption name what is drawn where; None where nobody asks."""
@@ -89,7 +89,7 @@ class CachedPairs:
         return [self.source.places(int(index), caption)  # type: ignore[attr-defined]
                 for index, caption in zip(indices, captions)]
 
-    def first(self, count: int) -> Read:
+    def first(self, count: int) -> PairBatch:
         """The first ``count`` pairs as in epoch 0."""
         return self.of(Places(np.zeros(count, dtype=np.int64), np.arange(count)))
 
@@ -98,7 +98,7 @@ class CachedPairs:
 
 
 class ReadPairs:
-    """Pictures read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if any."""
+    """Images read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if any."""
 
     def __init__(self, context: StageContext, count: int, encode: Encode, batch: int, dropout: float, workers: int):
         buckets: Any = getattr(context.source, "buckets", None)
@@ -110,10 +110,10 @@ class ReadPairs:
     def __len__(self) -> int:
         return self.count
 
-    def at(self, step: int) -> Read:
+    def at(self, step: int) -> PairBatch:
         """The slice of this process of the batch of ``step``."""
         batch = self.loader.batch_at(step)
-        return Read(*self.encode(to_unit(batch.images)), batch.captions)
+        return PairBatch(*self.encode(to_unit(batch.images)), batch.captions)
 
     def close(self) -> None:
         """End the readers."""

@@ -1,6 +1,6 @@
 """The perceptual term of the autoencoder's loss: LPIPS where its weights are given, else a Laplacian pyramid.
 
-Axis letters: B batch, H W size of the pictures.
+Axis letters: B batch, H W size of the images.
 """
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -49,27 +49,27 @@ def perceptual_distance(config: PerceptualConfig, device: torch.device) -> tuple
 
 
 def laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
-    """Pictures (B, 3, H, W) as detail at full size, at half, a quarter, ... and the rest (Burt and Adelson 1983).
+    """Images (B, 3, H, W) as detail at full size, at half, a quarter, ... and the rest (Burt and Adelson 1983).
 
-    Enlarging and adding from the last to the first gives the pictures back: `pyramid_sum`.
+    Enlarging and adding from the last to the first gives the images back: `pyramid_sum`.
     """
     levels: list[torch.Tensor] = []
     while len(levels) < LEVELS - 1 and min(images.shape[2:]) >= 2 * COARSEST:
-        coarse = halved(images)
-        levels.append(images - enlarged(coarse, images))
+        coarse = downsample(images)
+        levels.append(images - upsample_to(coarse, images))
         images = coarse
     return [*levels, images]
 
 
 def pyramid_sum(levels: list[torch.Tensor]) -> torch.Tensor:
-    """The pictures whose `laplacian_pyramid` is given."""
+    """The images whose `laplacian_pyramid` is given."""
     images = levels[-1]
     for level in reversed(levels[:-1]):
-        images = level + enlarged(images, level)
+        images = level + upsample_to(images, level)
     return images
 
 
-def halved(images: torch.Tensor) -> torch.Tensor:
+def downsample(images: torch.Tensor) -> torch.Tensor:
     """Blurred by the binomial filter (1 4 6 4 1) / 16 along both sides, then every second pixel."""
     channels = images.shape[1]
     taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=images.dtype, device=images.device) / 16
@@ -77,7 +77,7 @@ def halved(images: torch.Tensor) -> torch.Tensor:
     return F.conv2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), filters, stride=2, groups=channels)
 
 
-def enlarged(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def upsample_to(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Twice the size, bilinearly: the height and width of ``like``."""
     return F.interpolate(images, like.shape[2:], mode="bilinear", align_corners=False)
 
