@@ -161,7 +161,7 @@ class TextToImage:
 
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                   times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
-        """The network bound to the prompts alone, and bound to the whole context, whose keys and values are computed here.
+        """The network bound to the prompts alone, and to the whole context, whose keys and values are computed here.
         With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
         is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype

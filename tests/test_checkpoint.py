@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from files.averaged_model import sha256_of, whole_file, write_text
+from files.whole import sha256_of, whole_file, write_text
 from files.weights import CheckpointError, load_weights, save_weights
 from training.checkpoints import checkpoint
 from training.checkpoints.checkpoint import Checkpoints

@@ -1,1 +1,1 @@
-"""Training: the run folder, the loop, and one file a stage."""
+"""Training: the loop that all stages share, what it needs, and one file for each stage."""

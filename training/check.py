@@ -1,7 +1,7 @@
-"""What can be said before a run: python train.py CONFIG --check
+"""Checks before a run: python train.py CONFIG --check
 
-Sizes, captions that are cut, a few steps of each stage by the clock, what they take in memory and on the disk, the
-scale of the latents, and the oldest proof that everything works together: eight pairs are learnt by heart. Nothing is
+It reports sizes, captions that are cut, the time of a few steps of each stage, their use of memory and disk, and the
+scale of the latents. Finally each stage overfits eight pairs, the oldest proof that all parts work together. Nothing is
 written into the run folder.
 """
 import contextlib
@@ -43,7 +43,7 @@ Step = Callable[[int], torch.Tensor]  # loss of a step
 
 
 def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
-    """Print what there is to say about a run of ``experiment`` into ``path``; whether nothing speaks against it."""
+    """Print a report on a run of ``experiment`` into ``path``; whether nothing speaks against the run."""
     run = RunFolder(path)
     source = build_source(experiment.data.squares, "train")  # as squares: what is timed here has one size
     validation = build_source(experiment.data.squares, "validation")
@@ -74,7 +74,7 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
 
 
 def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
-    """The tokenizer, and how many captions it cuts."""
+    """Print how many captions the tokenizer cuts, and return the tokenizer."""
     captions = [caption for i in range(min(CAPTIONS, len(source))) for caption in source.captions(i)]
     path = run.path / "tokenizer.json"
     tokenizer = Tokenizer.load(path) if path.is_file() else Tokenizer.train(captions, experiment.tokenizer)
@@ -85,14 +85,14 @@ def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> T
 
 
 class Enough(Exception):
-    """The measurement is over."""
+    """Raised to end a measurement."""
 
 
 def run_steps(model: nn.Module, loss_at: Step, config: TrainConfig, most: int,
               until: float = 0.0) -> tuple[list[float], list[float]]:
-    """Seconds and losses of up to ``most`` steps of the training loop itself at the configured rate, fewer when
-    `PATIENCE` is over or the mean of the last five losses is below ``until`` times that of the first five. What the
-    loop writes goes into a folder that is removed."""
+    """Seconds and losses of up to ``most`` steps of the training loop itself at the configured rate. It stops earlier
+    after `PATIENCE`, or when the mean of the last five losses is below ``until`` times that of the first five. Files of
+    the loop go into a folder that is removed."""
     marks: list[float] = []
     found: list[float] = []
 
@@ -119,7 +119,7 @@ def run_steps(model: nn.Module, loss_at: Step, config: TrainConfig, most: int,
 
 def report_cost(name: str, model: nn.Module, config: TrainConfig, seconds: list[float], flops: int,
                 device: torch.device) -> float:
-    """Print what a stage takes; the seconds of all its steps."""
+    """Print the cost of a stage, and return the seconds of all its steps."""
     step = float(np.median(seconds[1:] or seconds))
     parameters = sum(p.numel() for p in model.parameters())
     averages = 1 + (len(set(config.snapshots.stds) - {config.ema_std}) if config.snapshots.every else 0)
@@ -134,7 +134,7 @@ def report_cost(name: str, model: nn.Module, config: TrainConfig, seconds: list[
 
 
 def report_overfit(name: str, found: list[float]) -> bool:
-    """Print whether eight pairs were learnt by heart."""
+    """Print whether eight pairs were overfitted; False if they were not."""
     first, last = float(np.mean(found[:5])), float(np.mean(found[-5:]))
     proven = len(found) >= 15 and last < FALL[name] * first
     verdict = "they are learnt" if proven else (
@@ -146,7 +146,8 @@ def report_overfit(name: str, found: list[float]) -> bool:
 
 def check_autoencoder(experiment: Experiment, model: Autoencoder, source: Source,
                       device: torch.device) -> tuple[bool, float]:
-    """A few steps of the stage, then eight images by heart, which ``model`` knows afterwards."""
+    """Time a few steps of the stage, then overfit eight images, after which ``model`` knows them; (no objection,
+    seconds of the stage)."""
     stage, seed = experiment.autoencoder, experiment.seed
     perceptual, _ = perceptual_distance(stage.perceptual, device)
     objective = AutoencoderLoss(stage, perceptual)
@@ -164,7 +165,8 @@ def check_autoencoder(experiment: Experiment, model: Autoencoder, source: Source
 
 
 def check_latents(model: Autoencoder, source: Source, device: torch.device, trained: bool) -> bool:
-    """Print mean and deviation of the latents of 64 images; those of an untrained autoencoder are set to 0 and 1."""
+    """Print mean and deviation of the latents of 64 images; for an untrained autoencoder set them to 0 and 1
+    instead."""
     images = image_batch(source, np.arange(64) % len(source)).to(device)
     model.eval().requires_grad_(False)
     if not trained:
@@ -182,7 +184,7 @@ def check_latents(model: Autoencoder, source: Source, device: torch.device, trai
 
 def check_denoiser(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Autoencoder, source: Source,
                    device: torch.device) -> tuple[bool, float]:
-    """A few steps of the stage, then eight pairs by heart."""
+    """Time a few steps of the stage, then overfit eight pairs; (no objection, seconds of the stage)."""
     stage, seed = experiment.denoiser, experiment.seed
     networks = new_networks(stage, seed, device)
     encoded: list[float] = []

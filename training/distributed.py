@@ -1,10 +1,10 @@
-"""Several processes as one: who a process is, what it waits for, and how the model is spread over them.
+"""Training with several processes: their communication, and the distribution of the model over them.
 
-Started by torchrun, a run is the same as with one process: every process computes its part of the same batch, and the
-gradients are averaged. ``ddp`` keeps a whole copy of everything in each process. ``fsdp`` keeps a slice of weights,
-gradients, averages and optimizer state in each, and puts the weights of one block after the other together where they
-are needed (Zhao et al. 2023, arXiv:2304.11277; Rajbhandari et al. 2020). ``hybrid`` does so within groups of ``shards``
-processes, each group with a copy of its own.
+A run started by torchrun is the same as one with a single process: every process computes its part of the same
+batch, and the gradients are averaged. ``ddp`` keeps a whole copy of everything in each process. ``fsdp`` keeps one
+slice of weights, gradients, averages and optimizer state in each process, and gathers the weights of one block at a
+time where they are needed (Zhao et al. 2023, arXiv:2304.11277; Rajbhandari et al. 2020). ``hybrid`` does so within
+groups of ``shards`` processes, and each group has its own copy.
 """
 import contextlib
 import datetime
@@ -37,12 +37,13 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 class ProcessLost(RuntimeError):
-    """Another process of this job has ended, so this one cannot go on."""
+    """Another process of this job has ended, so this one cannot continue."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process is number ``rank`` of ``world``, and ``local_rank`` of ``local_world`` on its machine."""
+    """This process is number ``rank`` of ``world`` processes, and number ``local_rank`` of ``local_world`` on its
+    machine."""
 
     rank: int = 0
     world: int = 1
@@ -53,27 +54,27 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether it is the one that writes files and speaks."""
+        """Whether this is the main process, which writes files and prints messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` of any shape, added over all processes, in place."""
+        """The sum of ``values``, of any shape, over all processes, computed in place."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in some process; every process gets the same answer."""
+        """Whether ``flag`` is set in any process; every process gets the same answer."""
         return bool(self.sum(torch.tensor(int(flag)))) if self.world > 1 else flag
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Wait until every process has called this."""
         if self.world > 1:
             self.any(False)
 
     def from_main(self, value: Any = None) -> Any:
-        """``value`` of the main process, plain data, in every process. However long it takes: nothing times out, and
-        when the main process dies torchrun ends the others."""
+        """The ``value`` of the main process, plain data, in every process. The wait has no time limit: if the main
+        process dies, torchrun ends the others."""
         if self.world == 1:
             return value
         name = f"from_main/{next(self.turns)}"
@@ -85,7 +86,7 @@ class Processes:
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The block runs in the main process, then in the others: they find what it has made."""
+        """Run the block in the main process first and then in the others, which find the files that it made."""
         if not self.main:
             self.from_main()
         yield
@@ -93,7 +94,7 @@ class Processes:
             self.from_main()
 
     def device(self) -> torch.device:
-        """The GPU of this process when there are any, else the CPU."""
+        """The GPU of this process if there are GPUs, else the CPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank) if self.world > 1 else torch.device("cuda")
@@ -104,8 +105,8 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def process_group() -> Iterator[Processes]:
-    """This process among those that torchrun started, or alone. Raises ProcessLost in place of what a broken
-    connection raises: another process has ended."""
+    """This process among those that torchrun started, or alone. Raises ProcessLost in place of the errors of a broken
+    connection, because another process has ended."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
@@ -136,9 +137,9 @@ def process_group() -> Iterator[Processes]:
 
 
 def leave() -> None:
-    """End a program that torchrun started, once its work is done and its group is closed. Threads of the connections
-    may abort the interpreter while it is taken down ("terminate called without an active exception"), and torchrun
-    would start a finished job again."""
+    """End a program that torchrun started, after its work is done and its group is closed. Threads of the connections
+    may abort the interpreter during its shutdown ("terminate called without an active exception"), and torchrun would
+    restart a finished job."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -146,7 +147,7 @@ def leave() -> None:
 
 
 class Loss(nn.Module):
-    """A model with what is minimised: ``forward`` is a call of ``loss_at``, so that wrappers see one module."""
+    """A model together with its loss: ``forward`` calls ``loss_at``, so that wrappers see a single module."""
 
     def __init__(self, model: nn.Module, loss_at: Any):
         super().__init__()
@@ -158,10 +159,10 @@ class Loss(nn.Module):
 
 
 def distribute(loss: Loss, parallel: Parallel, shards: int, processes: Processes, device: torch.device) -> nn.Module:
-    """``loss`` as it is called in every process; its model is changed in place by ``fsdp`` and ``hybrid``.
+    """The module to call in every process for the ``loss``; ``fsdp`` and ``hybrid`` change its model in place.
 
-    ``shards`` processes hold one copy under ``hybrid``, 0 for those of one machine. Raises ValueError where they do not
-    divide the processes.
+    Under ``hybrid`` ``shards`` processes hold one copy; 0 stands for the number of processes on one machine. Raises
+    ValueError if it does not divide the number of processes.
     """
     if parallel == "ddp":
         if processes.world == 1:
@@ -189,9 +190,9 @@ def distribute(loss: Loss, parallel: Parallel, shards: int, processes: Processes
 
 
 def sharding_units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
-    """What is put together at a time: each block that stands in a list, and before them, as one, what works on the
-    context, since the UNet computes all keys and values before its first block. Not whole levels of the UNet: they
-    hand a list on to each other, which the hooks of PyTorch would copy."""
+    """The parts whose weights are gathered at a time: first, as one part, the layers that act on the context, since the
+    UNet computes all keys and values before its first block, then each block of a list. Whole levels of the UNet are
+    not used, because they pass on a list that the hooks of PyTorch would copy."""
     contexts: list[nn.Module] = [part.kv for part in model.modules() if isinstance(part, CrossAttention)]
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)
              and not any(isinstance(block, Level) for block in part)]
@@ -201,29 +202,31 @@ def sharding_units(model: nn.Module) -> list[nn.Module | list[nn.Module]]:
 
 
 @contextlib.contextmanager
-def skip_gradient_sync(module: nn.Module, here: bool) -> Iterator[None]:
-    """Inside, if ``here``, gradients are added up in this process alone: all but the last part of a batch."""
+def skip_gradient_sync(module: nn.Module, skip: bool) -> Iterator[None]:
+    """Inside this block, if ``skip``, gradients accumulate in this process only, which is right for all but the last
+    part of a batch."""
     if isinstance(module, DistributedDataParallel):
-        with module.no_sync() if here else contextlib.nullcontext():
+        with module.no_sync() if skip else contextlib.nullcontext():
             yield
         return
     if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(not here)  # type: ignore[operator]
+        module.set_requires_gradient_sync(not skip)  # type: ignore[operator]
     yield
 
 
 def local_slice(tensor: Tensor) -> Tensor:
-    """The slice of a tensor that this process holds; it shares its memory."""
+    """The slice of a tensor that this process holds; it shares the memory of the tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, in every process; all of them must call it."""
+    """The whole tensor, in every process; all processes must call this."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def slice_like(whole: Tensor, like: Tensor) -> Tensor:
-    """The slice of ``whole``, which every process has, that belongs to this process as it does in ``like``."""
+    """The slice of ``whole``, which every process has, that belongs to this process if it is distributed like
+    ``like``."""
     if not hasattr(like, "device_mesh"):
         return whole
     from torch.distributed.tensor import DTensor, Replicate

@@ -1,7 +1,7 @@
 """Averaged weights whose horizon grows with the run: the power-function EMA of Karras et al. 2023 (EDM2, section 3.1).
 
-A fixed decay is too long for a short run and too short for a long one. Here the average after t steps weighs step s by
-s^gamma, so its width is a fixed share of the run so far, ``std`` = sigma_rel, whatever the length.
+A fixed decay is too slow for a short run and too fast for a long one. In this average step s has a weight
+proportional to s^gamma, so its width is a fixed share of the run so far, ``std`` = sigma_rel, whatever the length.
 """
 import copy
 from typing import Generic, TypeVar
@@ -15,7 +15,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def gamma_from_std(std: float) -> float:
-    """The exponent gamma of an average with relative width ``std`` in (0, 0.28]; EDM2 equation 127."""
+    """The exponent gamma of an average with relative width ``std`` in (0, 0.28]; EDM2 equation 127. Raises ValueError
+    for another width."""
     if not 0 < std <= 0.28:
         raise ValueError(f"ema_std: {std}; valid: above 0 up to 0.28 (a share of the run)")
     # sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) falls for gamma > 0: bisection
@@ -30,7 +31,7 @@ def gamma_from_std(std: float) -> float:
 
 
 class PowerEma(Generic[M]):
-    """Keeps a copy of the model in evaluation mode whose weights follow the model's."""
+    """A copy of the model in evaluation mode whose weights are the average of the model's."""
 
     def __init__(self, model: M, std: float):
         self.std, self.gamma = std, gamma_from_std(std)
@@ -39,14 +40,15 @@ class PowerEma(Generic[M]):
         self.sharded = False
 
     def shard(self, model: nn.Module) -> None:
-        """The weights of the model, still those the copy was made of, were spread over processes: so is the copy."""
+        """Distribute the copy like the model, whose weights were just distributed and are still those of the copy."""
         self.sharded = True
         self.tensors = [p.detach().clone() for p in model.parameters()]
         set_parameters(self.average, [torch.empty_like(p, device="meta") for p in self.average.parameters()])
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after ``step`` steps (1, 2, ...): theta += (1 - beta_t) (model - theta)."""
+        """Update the average with the weights after ``step`` steps (1, 2, ...): theta += (1 - beta_t) (model -
+        theta)."""
         # EDM2 equation 2: beta_t = (1 - 1/t)^(gamma + 1); step 1 copies the model
         beta = (1 - 1 / step) ** (self.gamma + 1)
         torch._foreach_lerp_([local_slice(t) for t in self.tensors],
@@ -55,7 +57,7 @@ class PowerEma(Generic[M]):
             target.copy_(buffer)
 
     def averaged_model(self) -> M:
-        """The averaged model. One that is spread over processes is put together; all of them must call this."""
+        """The averaged model. If it is distributed over processes, it is gathered, and all of them must call this."""
         if not self.sharded:
             return self.average
         result = copy.deepcopy(self.average)
@@ -63,12 +65,12 @@ class PowerEma(Generic[M]):
         return result
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights and the buffers by name, as they lie in this process."""
+        """The averaged weights and the buffers by name, as this process holds them."""
         return {**self.average.state_dict(), **self._named()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         if not self.sharded:
             self.average.load_state_dict(state)
             return
@@ -80,7 +82,8 @@ class PowerEma(Generic[M]):
 
 
 def set_parameters(module: nn.Module, tensors: list[Tensor]) -> None:
-    """Put ``tensors``, in the order of ``module.parameters()``, in the place of the parameters, without gradients."""
+    """Replace the parameters of ``module`` by ``tensors``, in the order of ``module.parameters()``, without
+    gradients."""
     for name, tensor in zip([name for name, _ in module.named_parameters()], tensors, strict=True):
         owner, _, last = name.rpartition(".")
         setattr(module.get_submodule(owner), last, nn.Parameter(tensor, requires_grad=False))

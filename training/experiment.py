@@ -1,4 +1,4 @@
-"""What one YAML file in configs/ describes: data, stages, and how to sample; and the table of stages."""
+"""The content of one YAML file in configs/: data, stages and sampling settings; and the table of stages."""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from training.stages.tokenizer import train_tokenizer
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the table of stages. ``needs`` names stages whose files must lie in the run folder, ``leaves`` are its
-    own files there: when all of them exist the stage is finished. ``train`` gets the part of the experiment that bears
-    the name of the stage."""
+    """A row of the table of stages. ``needs`` names stages whose files must be in the run folder. ``leaves`` are the
+    files of the stage itself; when all of them exist, the stage is finished. ``train`` receives the part of the
+    experiment that has the name of the stage."""
 
     name: str
     needs: tuple[str, ...]
@@ -48,7 +48,7 @@ USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is
 
 @dataclass(frozen=True)
 class Experiment:
-    """The whole configuration of a run. ``preview_prompts`` are drawn in the sample grids during training."""
+    """The whole configuration of a run. ``preview_prompts`` are the prompts of the sample grids during training."""
 
     name: str
     seed: int = 0
@@ -80,7 +80,7 @@ class Experiment:
             self._check_process()
 
     def _check_denoiser(self) -> None:
-        """Raise where the networks of the denoiser do not fit the tokenizer, the autoencoder or the images."""
+        """Raise ValueError if the networks of the denoiser do not fit the tokenizer, the autoencoder or the images."""
         text, tokens, unet = self.denoiser.text_encoder, self.tokenizer, self.denoiser.unet
         if text.vocab_size < tokens.vocab_size:
             raise ValueError(f"denoiser.text_encoder.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
@@ -98,7 +98,7 @@ class Experiment:
             raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has images of one size")
 
     def _check_sizes(self, factor: int, why: str) -> None:
-        """Raise where images have a side that is not a multiple of ``factor``."""
+        """Raise ValueError if a side of the images is not a multiple of ``factor``."""
         if self.data.size % factor:
             raise ValueError(f"data.{self.data.source}.size: {self.data.size}; valid: a multiple of {factor}, {why}")
         odd = [shape for shape in self.data.image_shapes if shape[0] % factor or shape[1] % factor]
@@ -107,7 +107,8 @@ class Experiment:
                              f"valid: a multiple of {factor}, {why}")
 
     def _check_process(self) -> None:
-        """Raise now what sampling would raise after training: a target, grid or sampler that the schedule lacks."""
+        """Raise now the errors that sampling would raise after training: a target, grid or sampler that the schedule
+        does not support."""
         schedule = Schedule(self.denoiser.schedule)
         try:
             check_prediction_type(schedule, self.denoiser.prediction_type)
@@ -126,7 +127,7 @@ class Experiment:
 
     @property
     def system(self) -> SystemConfig:
-        """What sampling needs of this configuration."""
+        """The part of this configuration that sampling needs."""
         stage = self.denoiser
         return SystemConfig(stage.unet, stage.text_encoder, self.autoencoder.model, stage.schedule,
                             stage.prediction_type, self.sampling, self.latent_shape)

@@ -1,8 +1,8 @@
-"""What to do about a step whose gradient is not a number, or far larger than usual: skip it, go back, stop.
+"""Handles steps whose gradient is not finite or far larger than usual: skip the step, roll back, or stop.
 
-One bad batch costs its step. Several in a row mean that the weights are at fault: the run goes back to its last
-checkpoint and goes on with the data behind the bad ones. If that does not help either, it stops. All that is remembered
-is in the checkpoint, so an interrupted run decides as an uninterrupted one.
+A single bad batch costs only its step. Several in a row indicate that the weights are at fault: the run then rolls
+back to its last checkpoint and continues with the data after the bad batches. If that does not help either, it stops.
+The whole state of the guard is in the checkpoint, so an interrupted run decides like an uninterrupted one.
 """
 import math
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ KNOWN = 50  # good steps after which it is known what is usual
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """``spike``: a gradient that many times the usual norm (the geometric mean of about the last hundred) is bad, 0
-    counts only what is not a number; ``skip`` bad steps in a row are left out, the next one rolls back, at most
-    ``rollbacks`` times to the same checkpoint."""
+    """A gradient whose norm is ``spike`` times the usual one (the geometric mean of about the last hundred) is bad;
+    with 0 only gradients that are not finite are bad. Up to ``skip`` bad steps in a row are skipped, and the next one
+    rolls back, at most ``rollbacks`` times to the same checkpoint."""
 
     spike: float = 50.0
     skip: int = 3
@@ -33,7 +33,8 @@ class GuardConfig:
 
 
 class Guard:
-    """Judges steps by the norm of their gradient; ``moved`` is by how many steps the data is ahead of the run."""
+    """Judges steps by the norm of their gradient; ``moved`` is the number of steps by which the data is ahead of the
+    run."""
 
     def __init__(self, config: GuardConfig):
         self.config = config
@@ -41,7 +42,7 @@ class Guard:
         self.known, self.usual = 0, 0.0  # good steps so far, running mean of the logarithm of their norms
 
     def judge(self, norm: float) -> Verdict:
-        """What is to be done about a step with this norm; call it once a step."""
+        """The verdict on a step with this norm; call it once for each step."""
         if self.is_good(norm):
             self.bad = 0
             if norm > 0:
@@ -55,28 +56,28 @@ class Guard:
         return "roll back" if self.rollbacks < self.config.rollbacks else "stop"
 
     def is_good(self, norm: float) -> bool:
-        """Whether the norm is a number, and no spike."""
+        """Whether the norm is finite and no spike."""
         if not math.isfinite(norm):
             return False
         return not self.config.spike or self.known < KNOWN or norm <= self.config.spike * math.exp(self.usual)
 
     def reason(self, norm: float) -> str:
-        """Why a norm is bad, in words."""
+        """The reason why a norm is bad, in words."""
         if not math.isfinite(norm):
             return "the gradient is not finite"
         return f"the gradient has norm {norm:.3g}, {norm / math.exp(self.usual):.0f} times the usual"
 
     def resume_at(self, position: int, step: int, rollbacks: int) -> None:
-        """A checkpoint after ``step`` steps was loaded, for the ``rollbacks``-th time: go on with the data of
-        ``position``."""
+        """Continue with the data of ``position`` from a checkpoint after ``step`` steps, which was loaded for the
+        ``rollbacks``-th time."""
         self.moved, self.rollbacks, self.bad = position - step, rollbacks, 0
 
     def state_dict(self) -> dict[str, float]:
-        """All that `judge` depends on besides its arguments."""
+        """All state that `judge` depends on."""
         return {"moved": self.moved, "bad": self.bad, "rollbacks": self.rollbacks, "known": self.known,
                 "usual": self.usual}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value)

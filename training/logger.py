@@ -1,6 +1,6 @@
-"""What a run says: a progress bar with speed, loss and time left, and a line of JSON for every logged step.
+"""The output of a run: a progress bar with speed, loss and time left, and a line of JSON for every logged step.
 
-The same numbers go to TensorBoard where it is installed.
+TensorBoard, if it is installed, receives the same numbers.
 """
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from training.distributed import ALONE, Processes
 
 
 class Logger:
-    """Progress bar of one stage and metrics.jsonl of the run; use as a context manager. Only the main process speaks
+    """The progress bar of one stage and metrics.jsonl of the run, as a context manager. Only the main process prints
     and writes."""
 
     def __init__(self, path: Path, stage: str, first: int, steps: int, batch: int, processes: Processes = ALONE):
@@ -43,16 +43,16 @@ class Logger:
                 self.board.close()
 
     def add(self, values: dict[str, torch.Tensor]) -> None:
-        """Take in the losses of one step, scalars: those of this process's part of the batch times its share."""
+        """Add the losses of one step: scalars of this process's part of the batch, times its share."""
         for name, value in values.items():
             value = value.detach().double()  # stays on its device: reading it would make the program wait
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
 
     def flush(self, step: int, **extra: Any) -> None:
-        """Write the means since the last flush, the speed since the start, and ``extra``; shows the loss on the bar.
+        """Write the means since the last flush, the speed since the start, and ``extra``; show the loss on the bar.
 
-        All processes call it: each has added its part.
+        All processes call this, because each has added its part.
         """
         means = {}
         if self.count:
@@ -68,12 +68,12 @@ class Logger:
         self.sums, self.count = {}, 0
 
     def event(self, step: int, what: str, done: str) -> None:
-        """Put on record what went wrong in the step before ``step`` steps were done, and what is done about it."""
+        """Record a problem in the step that would have completed ``step`` steps, and the reaction to it."""
         self.write({"step": step, "event": done, "reason": what})
         self.say(f"{self.stage}: {what}: {done}")
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl. Raises CheckpointError when that is not possible."""
+        """Append one line to metrics.jsonl. Raises CheckpointError if that is not possible."""
         if not self.processes.main:
             return
         line = {"stage": self.stage, **{k: round_number(v) for k, v in values.items()}}
@@ -94,7 +94,8 @@ class Logger:
 
 
 def round_number(value: Any) -> Any:
-    """A number as it is written: nine digits; null for what is not a number, which JSON cannot say."""
+    """A number rounded to nine digits for the file; None for a value that is not finite, which JSON cannot
+    represent."""
     if not isinstance(value, float):
         return value
     return float(f"{value:.9g}") if math.isfinite(value) else None
@@ -112,7 +113,7 @@ def flatten_numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float
 
 
 def cut_half_line(path: Path) -> None:
-    """Remove the end of metrics.jsonl if it is not a whole line: a process was killed, or the disk full, meanwhile."""
+    """Remove an incomplete last line of metrics.jsonl, left by a process that was killed or by a full disk."""
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
@@ -121,14 +122,14 @@ def cut_half_line(path: Path) -> None:
 
 
 def open_board(folder: Path, first: int) -> Any:
-    """A writer for TensorBoard that goes on after step ``first``, or None where it is not installed."""
+    """A TensorBoard writer that continues after step ``first``, or None if TensorBoard is not installed."""
     writer = board_class()
     return None if writer is None else writer(str(folder), purge_step=first + 1)
 
 
 @functools.lru_cache(maxsize=None)
 def board_class() -> Any:
-    """TensorBoard's writer, or None, and once a word about it, where it is not installed."""
+    """TensorBoard's writer; if it is not installed, None, and a message the first time."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

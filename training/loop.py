@@ -1,7 +1,7 @@
-"""The training loop every stage shares: one function, read top to bottom.
+"""The training loop that all stages share: one function, to be read from top to bottom.
 
-A step is a function of (state, step number): data order, noise and timesteps come from the seed and the step alone. So
-a resumed run does what an uninterrupted one would have done, and a checkpoint holds no generator state.
+A step is a function of (state, step number): data order, noise and timesteps depend only on the seed and the step.
+So a resumed run does exactly what an uninterrupted run would have done, and a checkpoint holds no generator state.
 """
 import signal
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from training.speed import Clock, forward_flops, peak_flops, peak_memory
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is kept."""
+    """Training cannot continue; the message says why and what is kept."""
 
 
 class Interrupted(Exception):
@@ -36,10 +36,11 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Length and habits of a stage. ``batch`` is that of a step, over all processes and over the ``accumulate`` pieces
-    that each computes one after the other. Intervals are in steps; ``ema_std`` is the width of the weight average as a
-    share of the run; ``precision`` auto is bf16 autocast where the machine has bf16 arithmetic, with fp32 weights.
-    ``workers`` processes read images ahead; ``parallel`` and ``shards``: see `training/distributed.py`."""
+    """Length and settings of the training of a stage. ``batch`` is the size of the batch of a step, over all processes
+    and over the ``accumulate`` pieces that each process computes one after the other. Intervals are in steps.
+    ``ema_std`` is the width of the weight average as a share of the run. ``precision`` auto means bf16 autocast, with
+    fp32 weights, if the machine has bf16 arithmetic. ``workers`` loader processes read images ahead. For ``parallel``
+    and ``shards`` see `training/distributed.py`."""
 
     steps: int = 1000
     batch: int = 64
@@ -76,8 +77,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Task(Generic[M]):
-    """What a stage asks of the loop. ``position`` is the number of the step in the data, which is the step number until
-    a run has gone back (`training/guard.py`)."""
+    """The functions that a stage gives to the loop. ``position`` is the number of the step in the data, which equals
+    the step number until the run rolls back (`training/guard.py`)."""
 
     name: str
     data_at: Callable[[int], Any]  # position -> what this process reads for it
@@ -90,11 +91,12 @@ class Task(Generic[M]):
 
 
 def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int, processes: Processes = ALONE) -> M:
-    """Train ``model`` for ``config.steps`` steps, from the newest checkpoint if there is one; returns the average.
+    """Train ``model`` for ``config.steps`` steps, from the newest checkpoint if there is one; returns the averaged
+    model.
 
-    Raises Interrupted after SIGTERM or Ctrl-C, once the state is saved, TrainingError when skipping bad steps and going
-    back have not helped, CheckpointError when a state cannot be written, and ValueError for a batch that the processes
-    cannot share.
+    Raises Interrupted after SIGTERM or Ctrl-C, once the state is saved, TrainingError if skipping bad steps and
+    rolling back have not helped, CheckpointError if a state cannot be written, and ValueError for a batch that cannot
+    be divided among the processes.
     """
     device = next(model.parameters()).device
     dtype = autocast_dtype(config.precision, device)
@@ -159,7 +161,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate for every group of parameters, each of which takes its own share of it (`training/optim.py`)."""
+    """Set the rate of every group of parameters; each group takes its own share of it (`training/optim.py`)."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
 
@@ -171,10 +173,10 @@ def seed_globally(seed: int, name: str, position: int, part: Part) -> None:
 
 def least_step_seconds(task: Task[M], model: M, config: TrainConfig, processes: Processes,
                        device: torch.device) -> float:
-    """The least seconds that a step can take: its operations over what the machine does in a large matrix product.
+    """The least seconds that a step can take: its operations over the speed of a large matrix product on this machine.
 
-    A step has three times the operations of a forward pass: the backward pass has two matrix products for each (Kaplan
-    et al. 2020, section 2.1).
+    A step has three times the operations of a forward pass, because the backward pass has two matrix products for
+    each one of the forward pass (Kaplan et al. 2020, section 2.1).
     """
     operations = 3 * config.batch * forward_flops(model, partial(task.item, model))
     peak = peak_flops(device, autocast_dtype(config.precision, device) or torch.float32)
@@ -182,16 +184,16 @@ def least_step_seconds(task: Task[M], model: M, config: TrainConfig, processes: 
 
 
 def speed_of_steps(clock: Clock, cost: float, device: torch.device) -> dict[str, Any]:
-    """What the steps since the last call took: seconds of each part, share of the peak, memory."""
+    """Seconds of each part of a step since the last call, the share of the peak speed, and the memory."""
     split = clock.means()
     clock.clear()
     return {"split": split, "share_of_peak": cost / max(sum(split.values()), 1e-9), "memory": peak_memory(device)}
 
 
 def roll_back(state: State, name: str, run: RunFolder, step: int, norm: float, verdict: Verdict) -> int:
-    """Go back to the newest regular checkpoint and on with the data behind the bad steps; returns its number of steps.
+    """Load the newest regular checkpoint, continue with the data after the bad steps, and return its number of steps.
 
-    Raises TrainingError when the guard says stop, or when there is no such checkpoint.
+    Raises TrainingError if the guard says stop, or if there is no such checkpoint.
     """
     guard, rollbacks = state.guard, state.guard.rollbacks
     position, reason, bad = step + guard.moved, guard.reason(norm), guard.bad
@@ -205,7 +207,7 @@ def roll_back(state: State, name: str, run: RunFolder, step: int, norm: float, v
 
 @dataclass(frozen=True)
 class Observer(Generic[M]):
-    """What looks at the averaged model now and then; it changes nothing that training depends on."""
+    """Observes the averaged model at intervals; it changes nothing that training depends on."""
 
     task: Task[M]
     config: TrainConfig
@@ -215,7 +217,7 @@ class Observer(Generic[M]):
     autocast: Callable
 
     def observe(self, ema: PowerEma[M], done: int) -> None:
-        """Validate the average, keep it if it is the best so far, and draw a preview, each at its interval."""
+        """Validate the average, keep it if it is the best so far, and save a preview, each at its interval."""
         last = done == self.config.steps
         validating = done % self.config.validate_every == 0 or last
         previewing = done % self.config.preview_every == 0 or last
@@ -234,7 +236,7 @@ class Observer(Generic[M]):
 def save_state(state: State, name: str, done: int, config: TrainConfig, stopping: bool) -> None:
     """Save a checkpoint at its interval, after the last step, and when the run is asked to stop.
 
-    Raises Interrupted in the last case, once it is saved.
+    In the last case raises Interrupted after saving.
     """
     regular = done % config.checkpoint_every == 0 and state.guard.bad == 0  # it may have to be gone back to
     if regular:
@@ -253,7 +255,8 @@ def averages_of(model: M, config: TrainConfig) -> list[PowerEma[M]]:
 
 def prepare_trainer(task: Task[M], model: M, averages: list[PowerEma[M]], config: TrainConfig,
                     processes: Processes) -> nn.Module:
-    """What is called for the loss: the model, compiled and spread over processes as configured, its averages too."""
+    """The module to call for the loss: the model, compiled and distributed over processes as configured. Its averages
+    are distributed likewise."""
     if config.compile:
         for part in model.children():
             part.compile()
@@ -269,7 +272,8 @@ def prepare_trainer(task: Task[M], model: M, averages: list[PowerEma[M]], config
 
 
 def checkpoints_of(name: str, run: RunFolder, config: TrainConfig, processes: Processes) -> Checkpoints:
-    """Whole files, or folders that every process writes its slice into where the model is spread."""
+    """Checkpoints as single files, or, if the model is distributed, as folders into which every process writes its
+    slice."""
     if config.parallel == "ddp":
         return Checkpoints(run.state(name), config.keep)
     from training.checkpoints.sharded import ShardedCheckpoints
@@ -277,7 +281,7 @@ def checkpoints_of(name: str, run: RunFolder, config: TrainConfig, processes: Pr
 
 
 class StopSignal:
-    """Turns SIGTERM and Ctrl-C into ``requested`` while the block runs; a second one ends the program at once."""
+    """Sets ``requested`` on SIGTERM and Ctrl-C while the block runs; a second signal ends the program at once."""
 
     def __init__(self) -> None:
         self.requested = False

@@ -19,7 +19,7 @@ __all__ = ["Muon", "matrices_and_others", "filters_to_matrix", "orthogonalize", 
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps parameter groups marked ``muon`` by orthogonalized Nesterov momentum, the others by fused AdamW.
+    """Updates parameter groups marked ``muon`` by orthogonalized Nesterov momentum, and the others by fused AdamW.
 
     ``dtype`` is that of the iteration, None for bf16 where the machine has it. A run in fp32 iterates in fp32: in bf16
     a difference in the last bit of a gradient may become one in the third digit of an update.
@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
-        """One update from the gradients; parameters without one are left alone."""
+        """One update from the gradients; parameters without a gradient do not change."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters and group["muon"]:
@@ -72,20 +72,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def filters_to_matrix(values: Tensor, filters: Tensor) -> Tensor:
-    """Values for filters (R, ...) as a matrix (R, C), columns in the order in which the filters lie in memory, so that
-    nothing is copied. The order of the columns changes nothing but the order of those of the result."""
+    """Values for filters (R, ...) as a matrix (R, C), with columns in the order of the filters in memory, so that
+    nothing is copied. The order of the columns affects only the order of the columns of the result."""
     return (values.permute(0, 2, 3, 1) if is_channels_last(filters) else values).flatten(1)
 
 
 def matrix_to_filters(filters: Tensor, matrix: Tensor) -> Tensor:
-    """A matrix (R, C) that `matrix_of` gave for these filters, in their shape."""
+    """A matrix (R, C) from `filters_to_matrix`, in the shape of the filters."""
     if is_channels_last(filters):
         return matrix.unflatten(1, filters.permute(0, 2, 3, 1).shape[1:]).permute(0, 3, 1, 2)
     return matrix.reshape(filters.shape)
 
 
 def is_channels_last(filters: Tensor) -> bool:
-    """Whether these are filters (R, C, H, W) whose channels lie beside one another."""
+    """Whether these are filters (R, C, H, W) in channels-last order."""
     return filters.ndim == 4 and filters.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -12,11 +12,11 @@ from training.polar import Iteration
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """``learning_rate`` is the peak; ``warmup`` in steps; ``decay`` is the share of the run that the final decay of
-    ``wsd`` (warm-up, stable, decay; Hu et al. 2024) takes; ``clip`` bounds the norm of the whole gradient;
-    ``iteration`` is how Muon makes a matrix orthogonal: ``newton_schulz`` as published, ``short`` in half the time
-    (`training/polar.py`). ``slow`` names children of the model whose matrices learn at ``slow_share`` of the rate:
-    what a text encoder says of a word must not change faster than a denoiser learns what it means."""
+    """``learning_rate`` is the peak. ``warmup`` is in steps. ``decay`` is the share of the run that the final decay of
+    ``wsd`` takes (warm-up, stable, decay; Hu et al. 2024). ``clip`` bounds the norm of the whole gradient.
+    ``iteration`` is the method by which Muon orthogonalizes a matrix: ``newton_schulz`` as published, or ``short`` in
+    half the time (`training/polar.py`). ``slow`` names children of the model whose matrices learn at ``slow_share`` of
+    the rate, because the states of a text encoder must not change faster than a denoiser learns their meaning."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
@@ -47,10 +47,10 @@ class OptimConfig:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype | None = None) -> torch.optim.Optimizer:
-    """Muon or fused AdamW; weight decay acts on matrices and filters, not on embeddings, biases and gains.
+    """Muon or fused AdamW; weight decay acts on matrices and filters, but not on embeddings, biases and gains.
 
-    ``share`` of a group is that of the learning rate; ``dtype`` is that of Muon's iteration, None for bf16 where the
-    machine has it. Raises ValueError where ``slow`` names no child of the model.
+    ``share`` of a group is the factor of its learning rate; ``dtype`` is that of Muon's iteration, None for bf16 where
+    the machine has it. Raises ValueError if ``slow`` names no child of the model.
     """
     matrices, others = matrices_and_others(model)
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": config.weight_decay, "share": 1.0},

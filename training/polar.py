@@ -1,9 +1,9 @@
-"""Matrices with all singular values moved close to 1: what Muon steps along.
+"""Orthogonalizes matrices approximately, by moving all singular values close to 1: the update directions of Muon.
 
-The polar factor U V^T of X = U S V^T is approached by odd polynomials of X, each (a I + b G + c G^2) X with G = X X^T,
-so only matrix products are needed: no SVD. Two sets of them: the one that Muon was published with (Jordan et al. 2024),
-and a shorter one, with which networks learn as well (LOG.md). Axis letters: M matrices of one shape,
-R rows, C columns, R <= C once the tall ones are turned.
+The polar factor U V^T of X = U S V^T is approached by odd polynomials of X, each (a I + b G + c G^2) X with G = X
+X^T, so only matrix products are needed and no SVD. There are two sets of polynomials: the one that Muon was published
+with (Jordan et al. 2024), and a shorter one with which networks learn equally well (LOG.md). Axis letters: M matrices
+of one shape, R rows, C columns, R <= C after tall matrices are transposed.
 """
 from collections.abc import Sequence
 from typing import Literal
@@ -32,9 +32,9 @@ MARGIN = 1.02  # on the bound of the largest singular value, for the rounding of
 
 def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short",
                   dtype: torch.dtype | None = None) -> list[Tensor]:
-    """Each matrix (R, C), of whatever shapes, with its singular values near 1; in ``dtype``, or that of `product_dtype`.
+    """Each matrix (R, C), of any shape, with its singular values near 1, in ``dtype`` or in that of `product_dtype`.
 
-    Matrices of one shape, or of its transpose, are one batch: many small products at once reach twice the speed.
+    Matrices of one shape, or of its transpose, form one batch: many small products at once reach twice the speed.
     """
     places: dict[tuple[int, int], list[int]] = {}
     for place, matrix in enumerate(matrices):
@@ -55,12 +55,13 @@ def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short",
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices (M, R, C) after the iteration as published; same shape and type."""
+    """Matrices (M, R, C) after the published iteration, with the same shape and type."""
     return torch.stack(polar_factors(list(matrices), "newton_schulz")).to(matrices.dtype)
 
 
 def apply_polynomials(batches: list[Tensor], iteration: Iteration) -> list[Tensor]:
-    """Batches (M, R, C), one R for all and C from R up, after the polynomials; their Gram matrices are one batch."""
+    """Batches (M, R, C), with one R for all and C from R up, after the polynomials; their Gram matrices form one
+    batch."""
     polynomials = SHORT if iteration == "short" else NEWTON_SCHULZ
     counts = [len(batch) for batch in batches]
     for done in range(0, len(polynomials), TOGETHER):
@@ -76,11 +77,12 @@ def apply_polynomials(batches: list[Tensor], iteration: Iteration) -> list[Tenso
 
 
 def scale_gram(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(G / s^2 (M, R, R), its square, 1 / s (M, 1, 1)) of Gram matrices G of X; s bounds the largest singular value.
+    """(G / s^2 (M, R, R), its square, 1 / s (M, 1, 1)) for Gram matrices G of X; s bounds the largest singular value.
 
-    s is the Frobenius norm of X, as published; ``tight`` the fourth root of that of G^2, by which small singular values
-    start two to six times larger, and which is free: the first polynomial needs G^2. So four polynomials do where
-    five did. Turbo-Muon (Boissin et al. 2025) has the idea, and scales row by row, which changes the polar factor.
+    s is the Frobenius norm of X, as published, or if ``tight`` the fourth root of that of G^2. With the latter small
+    singular values start two to six times larger at no cost, because the first polynomial needs G^2 anyway, so four
+    polynomials suffice in place of five. Turbo-Muon (Boissin et al. 2025) has the same idea, but scales row by row,
+    which changes the polar factor.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).float().sum(dim=-1)[:, None, None]  # |X|^2
     trace = trace.clamp_min(1e-14)  # without a gradient all is 0, and stays so
@@ -94,13 +96,13 @@ def scale_gram(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def polynomial_factor(gram: Tensor, polynomials: Sequence[Polynomial], square: Tensor | None = None) -> Tensor:
-    """The factor (M, R, R) by which polynomials, one after the other, multiply an X with this Gram matrix.
+    """The factor (M, R, R) by which successive polynomials multiply an X with this Gram matrix.
 
-    All of these are polynomials of one symmetric matrix, so they commute, and if X becomes p X, G becomes p p G: the
-    long side of X is touched only at both ends. ``square``, G G where it is known, is overwritten.
+    All factors are polynomials of one symmetric matrix, so they commute, and if X becomes p X, then G becomes p p G:
+    the long side of X is used only at both ends. ``square``, G G if it is known, is overwritten.
 
-    Not more than two at a time: bf16 rounds eigenvalues of G that are nearly 0 to ones below 0, which each polynomial
-    multiplies by a^2, while those of a G made anew from X cannot be below 0.
+    At most two polynomials are combined at a time: bf16 rounds eigenvalues of G near 0 to values below 0, and each
+    polynomial multiplies these by a^2, while the eigenvalues of a G computed anew from X cannot be below 0.
     """
     product = gram
     for number, (a, b, c) in enumerate(polynomials):
@@ -114,5 +116,5 @@ def polynomial_factor(gram: Tensor, polynomials: Sequence[Polynomial], square: T
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The type of the products: bf16 where the machine has it, whose sums are in fp32, else fp32."""
+    """The type of the matrix products: bf16, summed in fp32, if the machine has bf16 arithmetic, else fp32."""
     return autocast_dtype("auto", x.device) or torch.float32

@@ -1,9 +1,9 @@
-"""Averages of any width, made when the run is over: python -m training.posthoc RUN --std 0.08 0.12 [--plot FILE.png]
+"""Averages of any width, computed after the run: python -m training.posthoc RUN --std 0.08 0.12 [--plot FILE.png]
 
-How long an average should be is known only afterwards, and trying lengths by training again costs a run each. A
-weighted sum of kept averages is an average, too: its profile over the steps is the weighted sum of theirs. The weights
-that bring it closest to the profile that is wanted are a least-squares problem with a closed form (Karras et al. 2023,
-EDM2, section 3.2 and appendix C). Each result is a run folder, RUN/posthoc/std_0.08, for sample.py and
+The best length of an average is known only afterwards, and trying lengths by training again costs one run each. A
+weighted sum of kept averages is again an average, whose profile over the steps is the weighted sum of their profiles.
+The weights that bring it closest to a given profile solve a least-squares problem with a closed form (Karras et al.
+2023, EDM2, section 3.2 and appendix C). Each result is a run folder, RUN/posthoc/std_0.08, for sample.py and
 evaluate.py.
 """
 import argparse
@@ -34,8 +34,8 @@ COPIED = ("config.yaml", "manifest.json", "tokenizer.json", "autoencoder.safeten
 
 
 def profile_products(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
-    """Integrals of the product of two profiles p(s) = (gamma + 1) s^gamma / step^(gamma + 1), 0 <= s <= step, for
-    every a (A,) and b (B,): (A, B)."""
+    """Integrals of the product of two profiles p(s) = (gamma + 1) s^gamma / step^(gamma + 1), 0 <= s <= step, for every
+    a (A,) and b (B,): (A, B)."""
     ta, ga, tb, gb = step_a[:, None], gamma_a[:, None], step_b[None], gamma_b[None]
     # EDM2 appendix C: the integral runs up to the smaller step; written so that nothing overflows
     exponent = np.where(ta < tb, gb, -ga)
@@ -44,7 +44,7 @@ def profile_products(step_a: np.ndarray, gamma_a: np.ndarray, step_b: np.ndarray
 
 def snapshot_weights(snapshots: Sequence[Snapshot], std: float, step: int) -> tuple[np.ndarray, float]:
     """Weights (N,) of the snapshots whose sum comes closest to the average of width ``std`` after ``step`` steps, and
-    what is left of its profile: the norm of the difference over the norm, 0 to 1."""
+    the error of its profile: the norm of the difference over the norm, 0 to 1."""
     steps = np.array([s.step for s in snapshots], dtype=np.float64)
     gammas = np.array([gamma_from_std(s.std) for s in snapshots])
     wanted = np.array([step], dtype=np.float64), np.array([gamma_from_std(std)])
@@ -75,9 +75,9 @@ def weighted_sum(snapshots: Sequence[Snapshot], weights: np.ndarray) -> dict[str
 
 
 def load_average(run: RunFolder, networks: Networks, std: float) -> float:
-    """Fill ``networks`` with the average of width ``std`` at the end of the run; returns what is left of its profile.
+    """Load the average of width ``std`` at the end of the run into ``networks``; returns the error of its profile.
 
-    Raises ValueError without snapshots.
+    Raises ValueError if there are no snapshots.
     """
     snapshots = snapshots_in(run.snapshots("denoiser"))
     if not snapshots:
@@ -89,7 +89,7 @@ def load_average(run: RunFolder, networks: Networks, std: float) -> float:
 
 
 def write_run(run: RunFolder, networks: Networks, std: float) -> Path:
-    """A run folder with these networks in place of the ones that the run has left."""
+    """Write a run folder with these networks in place of the final ones of the run, and return its path."""
     folder = run.path / "posthoc" / f"std_{std:g}"
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:
@@ -100,7 +100,7 @@ def write_run(run: RunFolder, networks: Networks, std: float) -> Path:
 
 
 def plot_losses(losses: dict[float, float], trained: float, path: Path) -> None:
-    """The validation loss over the width of the average."""
+    """Plot the validation loss over the width of the average."""
     try:
         from matplotlib import pyplot as plt
     except ImportError:
@@ -116,7 +116,7 @@ def plot_losses(losses: dict[float, float], trained: float, path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Parse the command line, write the averages, print their validation loss."""
+    """Parse the command line, write the averages and print their validation losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder with snapshots of its denoiser")
     parser.add_argument("--std", type=float, nargs="*", default=[], help="widths to write, as shares of the run")

@@ -1,4 +1,4 @@
-"""The stages of an experiment, one after the other: what is finished is skipped, what was interrupted continues."""
+"""Runs the stages of an experiment in order; finished stages are skipped, interrupted ones continue."""
 import hashlib
 import json
 import time
@@ -12,7 +12,7 @@ from training.stages.context import StageContext
 
 
 def run_stages(experiment: Experiment, run: RunFolder, processes: Processes) -> None:
-    """Train what is not finished. Every process calls it."""
+    """Train the stages that are not finished. Every process calls this."""
     key = data_key(experiment.data)
     run.record(seed=experiment.seed, data=key, data_sha256=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
                processes=processes.world)
@@ -34,7 +34,7 @@ def run_stages(experiment: Experiment, run: RunFolder, processes: Processes) -> 
 
 
 def context_of(stage: Stage, experiment: Experiment, run: RunFolder, processes: Processes) -> StageContext:
-    """What a stage is given. Raises ValueError where a split that it reads is empty."""
+    """The inputs of a stage beside its configuration. Raises ValueError if a split that it reads is empty."""
     context = StageContext(run, seed=experiment.seed, device=processes.device(), processes=processes,
                            data_key=data_key(experiment.data), system=experiment.system,
                            preview_prompts=experiment.preview_prompts)

@@ -1,7 +1,7 @@
 """Randomness of training as a function of (seed, purpose, step): no generator state is ever stored.
 
-What is random in a step is drawn for the whole batch, whoever computes which part of it, and then cut: so two processes
-train what one would, and four small batches what one large one would.
+The random numbers of a step are drawn for the whole batch, whichever process computes which part of it, and then
+sliced. So two processes train what one would, and four small batches what one large batch would.
 """
 import hashlib
 from collections.abc import Sequence
@@ -26,7 +26,8 @@ def generator(seed: int, purpose: str, step: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Part:
-    """Items ``start`` .. ``stop`` - 1 of a batch of ``batch``, of which this process read those from ``read`` on."""
+    """Items ``start`` .. ``stop`` - 1 of a batch of ``batch``, of which this process has read those from ``read``
+    on."""
 
     start: int
     stop: int
@@ -38,26 +39,27 @@ class Part:
 
     @property
     def share(self) -> float:
-        """Of the batch; the mean over a batch is the sum of the means over its parts times their shares."""
+        """The share of the batch; the mean over a batch is the sum of the means over its parts times their shares."""
         return len(self) / self.batch
 
     def of_batch(self, values: S) -> S:
-        """The items of this part, out of those of the whole batch (B, ...)."""
+        """The items of this part, out of the items of the whole batch (B, ...)."""
         return values[self.start:self.stop]
 
     def of_read(self, values: S) -> S:
-        """The items of this part, out of those that this process has read."""
+        """The items of this part, out of the items that this process has read."""
         return values[self.start - self.read:self.stop - self.read]
 
     def randn(self, shape: Sequence[int], random: torch.Generator) -> torch.Tensor:
-        """Normal noise of ``shape`` (B of this part, ...): drawn for the whole batch, then cut."""
+        """Normal noise of ``shape`` (B of this part, ...), drawn for the whole batch and then sliced."""
         return self.of_batch(torch.randn(self.batch, *shape[1:], generator=random))
 
 
 def parts_of(batch: int, rank: int = 0, world: int = 1, pieces: int = 1) -> list[Part]:
-    """What process ``rank`` of ``world`` computes of a batch, one of ``pieces`` after the other, sizes within one.
+    """The parts of a batch that process ``rank`` of ``world`` computes in ``pieces``, whose sizes differ by at most
+    one.
 
-    Raises ValueError where a piece would be empty, or the processes would have unequal shares.
+    Raises ValueError if a piece would be empty or the processes would have unequal shares.
     """
     if batch % world or batch // world < pieces:
         raise ValueError(f"batch: {batch} for {world} processes with accumulate: {pieces}; valid: a multiple of "
@@ -68,5 +70,5 @@ def parts_of(batch: int, rank: int = 0, world: int = 1, pieces: int = 1) -> list
 
 
 def whole_batch(batch: int) -> Part:
-    """The whole of a batch."""
+    """The part that is the whole batch."""
     return Part(0, batch, batch)

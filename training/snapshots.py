@@ -1,4 +1,4 @@
-"""Averages of two or more widths, kept every so often, from which one of any width can be made afterwards.
+"""Snapshots of averages of two or more widths, from which an average of any width can be computed afterwards.
 
 Karras et al. 2023 (EDM2, arXiv:2312.02696), section 3.2 and appendix C. See `training/posthoc.py`.
 """
@@ -14,7 +14,7 @@ from training.ema import PowerEma, gamma_from_std
 
 @dataclass(frozen=True)
 class SnapshotConfig:
-    """Averages of the widths ``stds`` are kept every ``every`` steps, and after the last one; 0: never."""
+    """Averages of the widths ``stds`` are kept every ``every`` steps and after the last one; 0 keeps none."""
 
     every: int = 0
     stds: tuple[float, ...] = (0.05, 0.1)
@@ -37,7 +37,8 @@ class Snapshot(NamedTuple):
 
 
 def save_snapshots(folder: Path, averages: list[PowerEma], config: SnapshotConfig, step: int, main: bool) -> None:
-    """Write the averages of the configured widths after ``step`` steps; all processes call it, the main one writes."""
+    """Write the averages of the configured widths after ``step`` steps; all processes call this, and the main one
+    writes."""
     for ema in averages:
         if ema.std in config.stds:
             average = ema.averaged_model()

@@ -1,4 +1,4 @@
-"""What a step costs: its parts by the clock, memory, and the share of what the machine can do."""
+"""The cost of a step: seconds of its parts, memory, and the share of the peak speed of the machine."""
 import functools
 import resource
 import sys
@@ -16,10 +16,10 @@ PARTS = ("data", "forward", "backward", "optimizer", "average")
 
 
 class Clock:
-    """Seconds of the parts of a step. ``start`` and then ``mark(part)`` at the end of each part.
+    """Measures the seconds of the parts of a step: call ``start``, and then ``mark(part)`` at the end of each part.
 
-    A GPU works behind the program's back, so there a part is only measured if the program waits for it. It does in
-    the steps that are started with ``exact``; the others are not counted.
+    A GPU works asynchronously, so a part can only be measured there if the program waits for it. It does so in steps
+    that are started with ``exact``; other steps are not counted on a GPU.
     """
 
     def __init__(self, device: torch.device):
@@ -27,24 +27,24 @@ class Clock:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all parts."""
+        """Forget all measurements."""
         self.seconds, self.steps, self.counting, self.before = dict.fromkeys(PARTS, 0.0), 0, False, 0.0
 
     def start(self, exact: bool = False) -> None:
-        """A step begins."""
+        """Begin a step."""
         self.counting = exact or self.device.type != "cuda"
         self.steps += self.counting
         self.before = self._now()
 
     def mark(self, part: str) -> None:
-        """``part`` of the step ends."""
+        """End ``part`` of the step."""
         if self.counting:
             now = self._now()
             self.seconds[part] += now - self.before
             self.before = now
 
     def means(self) -> dict[str, float]:
-        """Seconds a step of each part, over the steps that were counted since `clear`."""
+        """Mean seconds of each part over the steps that were counted since `clear`."""
         return {part: round(value / max(1, self.steps), 6) for part, value in self.seconds.items()}
 
     def _now(self) -> float:
@@ -55,7 +55,7 @@ class Clock:
 
 @torch.no_grad()
 def forward_flops(network: nn.Module, run: Callable[[], Any]) -> int:
-    """Operations of ``run``, which calls the network once on one item: convolutions, matrix products, attention."""
+    """The operations of ``run``, which calls the network once on one item: convolutions, matrix products, attention."""
     found = 0
 
     def count(part: nn.Module, arguments: tuple, result: torch.Tensor) -> None:
@@ -74,7 +74,8 @@ def forward_flops(network: nn.Module, run: Callable[[], Any]) -> int:
 
 @functools.lru_cache(maxsize=None)
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of some matrix products of this type: what this machine can do at most."""
+    """Operations a second of the fastest of some large matrix products of this type, taken as the peak of this
+    machine."""
     side, best = (8192 if device.type == "cuda" else 1024), float("inf")
     a = torch.ones(side, side, device=device, dtype=dtype)
     for _ in range(4):  # the first one is slower
@@ -87,7 +88,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> float:
-    """The most memory so far in bytes: of tensors on a GPU, of the whole process on a CPU."""
+    """The peak memory so far in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -95,7 +96,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def duration(seconds: float) -> str:
-    """In words: ``4 min 10 s``."""
+    """Seconds in words: ``4 min 10 s``."""
     seconds = round(seconds)
     for unit, size, below, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
         if seconds >= unit:

@@ -1,1 +1,1 @@
-"""Published weights in and out: names of tensors, configurations, files, folders and single files."""
+"""Reading and writing published weights: tensor names, configurations, files, folders and single files."""

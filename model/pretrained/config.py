@@ -1,7 +1,8 @@
-"""The config.json of published networks as our configurations, and back.
+"""Converts the config.json of published networks to our configurations and back.
 
-Published configurations have more switches than the networks here. Every one must stand where these networks are equal
-to the published ones; another value is refused by name. A key that is absent has the default of the class it is for.
+Published configurations have more switches than the networks here. Every switch must have the value at which these
+networks equal the published ones; another value is refused by name. An absent key has the default of the published
+class.
 """
 
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def check_keys(config: Json, where: str, fixed: dict[str, tuple], known: tuple[s
 
 
 def one_value(config: Json, key: str, default: Any, where: str) -> Any:
-    """The value of a key that may be a list with an entry a level; raises ValueError where the levels differ."""
+    """The value of a key that may be a list with one entry for each level; raises ValueError if the levels differ."""
     value = config.get(key, default)
     if isinstance(value, (list, tuple)):
         if len(set(value)) != 1:
@@ -68,7 +69,8 @@ def one_value(config: Json, key: str, default: Any, where: str) -> Any:
 
 
 def unet_config(config: Json, where: str = "unet") -> UNetConfig:
-    """The configuration of a diffusers `UNet2DConditionModel` as ours; raises ValueError for what is not supported."""
+    """Our configuration for that of a diffusers `UNet2DConditionModel`; raises ValueError naming what is not
+    supported."""
     check_keys(config, where, UNET_FIXED, UNET_READ + UNET_IDLE)
     channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     down = list(config.get("down_block_types", [DOWN[1]] * 3 + [DOWN[0]]))
@@ -91,9 +93,9 @@ def unet_config(config: Json, where: str = "unet") -> UNetConfig:
 
 
 def unet_heads(config: Json, channels: tuple[int, ...], attention: tuple[bool, ...], where: str) -> dict[str, Any]:
-    """`heads` when they are as many at every level, else `head_width`; raises ValueError where neither is.
+    """`heads` if their number is equal at every level, else `head_width`; raises ValueError if neither is constant.
 
-    What diffusers calls `attention_head_dim` is the number of heads.
+    The key that diffusers calls `attention_head_dim` holds the number of heads.
     """
     key = "num_attention_heads" if config.get("num_attention_heads") is not None else "attention_head_dim"
     value = config.get(key, 8)
@@ -110,7 +112,8 @@ def unet_heads(config: Json, channels: tuple[int, ...], attention: tuple[bool, .
 
 
 def unet_json(config: UNetConfig, sample_size: tuple[int, int]) -> dict[str, Any]:
-    """The inverse of `unet_config`; sample_size is (h, w) of the latents. Raises ValueError for what they lack."""
+    """The inverse of `unet_config`; sample_size is (h, w) of the latents. Raises ValueError for settings diffusers
+    lacks."""
     if config.qk_norm or not config.mid_attention:
         raise ValueError(f"qk_norm {config.qk_norm}, mid_attention {config.mid_attention}; valid for diffusers: "
                          "False, True")
@@ -128,7 +131,7 @@ def unet_json(config: UNetConfig, sample_size: tuple[int, int]) -> dict[str, Any
 
 
 def autoencoder_config(config: Json, where: str = "vae") -> AutoencoderConfig:
-    """The configuration of a diffusers `AutoencoderKL` as ours; raises ValueError for what is not supported."""
+    """Our configuration for that of a diffusers `AutoencoderKL`; raises ValueError naming what is not supported."""
     check_keys(config, where, AUTOENCODER_FIXED, AUTOENCODER_READ + AUTOENCODER_IDLE)
     channels = tuple(config.get("block_out_channels", (64,)))
     for key, name in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
@@ -154,7 +157,7 @@ def latent_scale_of(config: Json, where: str = "vae") -> tuple[float, float]:
 
 
 def scaling_factor(std: float) -> float:
-    """1 / std, with as few digits as give the same std in fp32: 0.18215 as it was published."""
+    """1 / std with the fewest digits that give the same std in fp32: 0.18215 as it was published."""
     short = float(f"{1 / std:.6g}")
     return short if torch.tensor(1 / short) == torch.tensor(std) else 1 / std
 
@@ -162,7 +165,7 @@ def scaling_factor(std: float) -> float:
 def autoencoder_json(config: AutoencoderConfig, std: float, size: int) -> dict[str, Any]:
     """The inverse of `autoencoder_config` and, for latents of mean 0, of `latent_scale_of`; size of images in pixels.
 
-    No shift_factor is written: Stable Diffusion's pipeline of diffusers does not look at it.
+    No shift_factor is written, because the Stable Diffusion pipeline of diffusers ignores it.
     """
     levels = len(config.channels)
     return {
@@ -176,7 +179,7 @@ def autoencoder_json(config: AutoencoderConfig, std: float, size: int) -> dict[s
 
 
 def text_encoder_config(config: Json, where: str = "text_encoder") -> TextEncoderConfig:
-    """The configuration of a transformers `CLIPTextModel` as ours; raises ValueError for what is not supported."""
+    """Our configuration for that of a transformers `CLIPTextModel`; raises ValueError naming what is not supported."""
     kinds = ("clip_text_model", "clip")
     if config.get("model_type", kinds[0]) not in kinds:
         raise ValueError(f"{where}: model_type {config['model_type']!r} is not supported; valid: {kinds[0]!r}")
@@ -198,7 +201,7 @@ def check_transformer(config: Json, where: str) -> None:
 
 
 def text_encoder_json(config: TextEncoderConfig, start_id: int, end_id: int, pad_id: int) -> dict[str, Any]:
-    """The inverse of `text_encoder_config`; raises ValueError for what a `CLIPTextModel` cannot be."""
+    """The inverse of `text_encoder_config`; raises ValueError for settings that a `CLIPTextModel` lacks."""
     if not config.causal or config.skip_last:
         raise ValueError(f"causal {config.causal}, skip_last {config.skip_last}; valid for transformers: True, 0")
     return {
@@ -211,7 +214,7 @@ def text_encoder_json(config: TextEncoderConfig, start_id: int, end_id: int, pad
 
 
 def clip_config(config: Json, pixels: Json, where: str = "clip") -> ClipConfig:
-    """The configurations of a transformers `CLIPModel` and of its `CLIPImageProcessor` as ours."""
+    """Our configuration for those of a transformers `CLIPModel` and of its `CLIPImageProcessor`."""
     if config.get("model_type") != "clip":
         raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not supported; valid: 'clip'")
     image = config.get("vision_config") or {}

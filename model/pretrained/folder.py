@@ -1,8 +1,8 @@
-"""Folders in the layouts of diffusers and transformers as networks, and back.
+"""Reads networks from folders in the layouts of diffusers and transformers, and writes diffusers folders.
 
-A diffusers folder has one folder a part: unet/, vae/, text_encoder/, each a config.json with its weights, scheduler/
-with one JSON file, and tokenizer/. The networks are read and written here; what stands in scheduler/ and tokenizer/ is
-handed on, because neither is a network.
+A diffusers folder has one folder for each part: unet/, vae/ and text_encoder/ hold a config.json and weights,
+scheduler/ holds one JSON file, and tokenizer/ the vocabulary. Networks are read and written here. The contents of
+scheduler/ and tokenizer/ are passed on, because neither is a network.
 """
 
 import json
@@ -49,10 +49,10 @@ PIPELINES = ("StableDiffusionPipeline",)
 
 @dataclass(frozen=True)
 class Published:
-    """A text-to-image system as it was published.
+    """A published text-to-image system.
 
-    scheduler: its scheduler_config.json. tokenizer: the folder of its vocabulary, None where the file has none.
-    latent_size: (h, w) it was trained at. files: its weights, a part each.
+    scheduler: its scheduler_config.json. tokenizer: the folder of its vocabulary, None if the file has none.
+    latent_size: (h, w) it was trained at. files: the weight files of each part.
     """
 
     unet: UNet
@@ -65,7 +65,7 @@ class Published:
 
 
 def check_parts(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder: TextEncoderConfig) -> None:
-    """Raises ValueError unless the UNet denoises the latents, and reads the states, of the other two."""
+    """Raises ValueError unless the UNet fits the latents of the autoencoder and the states of the text encoder."""
     for key in ("in_channels", "out_channels"):
         if getattr(unet, key) != autoencoder.latent_channels:  # 9 in: for inpainting, sees a mask and an image as well
             raise ValueError(f"unet: {key} {getattr(unet, key)} is not supported; valid: {autoencoder.latent_channels},"
@@ -78,8 +78,8 @@ def check_parts(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder: 
 def read_diffusers_folder(path: str | Path) -> Published:
     """The system in a folder that diffusers wrote.
 
-    Raises FileNotFoundError for a file that is missing, ValueError naming what is damaged, what a configuration asks
-    for and these networks lack, and every tensor that is missing, unexpected or of another shape.
+    Raises FileNotFoundError for a missing file, and ValueError naming what is damaged, which setting these networks
+    do not support, and every tensor that is missing, unexpected or of another shape.
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
@@ -113,7 +113,7 @@ def read_diffusers_folder(path: str | Path) -> Published:
 
 
 def read_clip_folder(path: str | Path) -> Clip:
-    """The `CLIPModel` in a folder that transformers wrote; raises as `read_diffusers_folder`."""
+    """The `CLIPModel` in a folder that transformers wrote; raises the errors of `read_diffusers_folder`."""
     path = Path(path)
     processor = path / "preprocessor_config.json"
     pixels = read_json(processor) if processor.is_file() else {}
@@ -123,7 +123,7 @@ def read_clip_folder(path: str | Path) -> Clip:
 
 
 def read_config(folder: Path, convert: Callable[[dict[str, Any], str], T]) -> tuple[dict[str, Any], T]:
-    """config.json of a folder, and what `convert(data, where)` makes of it; errors name the file."""
+    """The config.json of a folder, and the result of `convert(data, where)` for it; errors name the file."""
     data = read_json(folder / "config.json")
     try:
         return data, convert(data, str(folder / "config.json"))
@@ -135,7 +135,7 @@ def read_config(folder: Path, convert: Callable[[dict[str, Any], str], T]) -> tu
 
 
 def read_weights(files: list[Path], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What `convert` makes of the tensors of `files`; errors name the first file."""
+    """The result of `convert` for the tensors of `files`; errors name the first file."""
     try:
         return convert(read_tensors(*files))
     except ValueError as error:
@@ -147,11 +147,11 @@ def write_diffusers_folder(
     path: str | Path, unet: UNet, autoencoder: Autoencoder, text_encoder: TextEncoder, scheduler: Mapping[str, Any],
     write_tokenizer: Callable[[Path], tuple[int, int, int]], latent_size: tuple[int, int],
 ) -> None:
-    """Write a folder that `diffusers.StableDiffusionPipeline.from_pretrained` reads; whole or not at all.
+    """Write a folder that `diffusers.StableDiffusionPipeline.from_pretrained` reads; it appears whole or not at all.
 
-    scheduler: the content of scheduler_config.json. write_tokenizer(folder): writes the files of tokenizer/ and returns
-    the ids of its start, end and padding tokens. Raises FileExistsError when there is something at `path`, ValueError
-    when a network has no counterpart there.
+    scheduler: the content of scheduler_config.json. write_tokenizer(folder): writes the files of tokenizer/ and
+    returns the ids of its start, end and padding tokens. Raises FileExistsError if `path` exists, and ValueError for a
+    network that has no counterpart in diffusers.
     """
     path = Path(path)
     if path.exists():
@@ -180,7 +180,7 @@ def write_diffusers_folder(
 
 
 def write_part(folder: Path, stem: str, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """config.json and STEM.safetensors of one network."""
+    """Write config.json and STEM.safetensors of one network."""
     folder.mkdir()
     write_json(folder / "config.json", config)
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()},
@@ -192,7 +192,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def model_index(scheduler: str) -> dict[str, Any]:
-    """Which class reads which folder."""
+    """The content of model_index.json, which names the class that reads each folder."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,

@@ -1,7 +1,8 @@
-"""Published weights as ours, and back: the names and shapes of diffusers and transformers beside those used here.
+"""Converts published weights to ours and back: the names and shapes of diffusers and transformers beside those used
+here.
 
-One table a network, from our names to theirs. It is read in both directions, and every tensor must be accounted for.
-The files around the weights are read in `pretrained_folder.py`, the older single files in `pretrained_single.py`.
+Each network has one table from our names to theirs. It is used in both directions, and every tensor must be
+accounted for. The files around the weights are read in `folder.py`, the older single files in `single_file.py`.
 """
 
 import re
@@ -118,11 +119,12 @@ def with_latent_scale(state: State, config: AutoencoderConfig, std: float, mean:
 
 
 def with_one_scale(state: Mapping[str, Tensor]) -> State:
-    """`state` of an autoencoder with mean 0 and one std: all that Stable Diffusion's pipeline of diffusers reads.
+    """`state` of an autoencoder with mean 0 and one std, which is all that the Stable Diffusion pipeline of diffusers
+    reads.
 
-    Any other mean and std are moved into the 1x1 convolutions beside them, and what is left is mean 0, std 1. Latents
-    of unit scale and images stay the same up to rounding; raw latents become those of unit scale, so the limits of
-    their log variance, [-30, 20], move by 2 log std.
+    Any other mean and std are moved into the 1x1 convolutions beside them, and mean 0 and std 1 remain. Latents of
+    unit scale and images stay the same up to rounding; raw latents become those of unit scale, so the limits of their
+    log variance, [-30, 20], move by 2 log std.
     """
     mean, std = state["latent_mean"].double(), state["latent_std"].double()  # (C,)
     if bool((mean == 0).all()) and bool((std == std[0]).all()):
@@ -143,10 +145,10 @@ def with_one_scale(state: Mapping[str, Tensor]) -> State:
 
 
 def autoencoder_to_diffusers(state: Mapping[str, Tensor], config: AutoencoderConfig) -> State:
-    """The inverse of `autoencoder_from_diffusers`, bit for bit where latents have mean 0 and one std.
+    """The inverse of `autoencoder_from_diffusers`, bit for bit if the latents have mean 0 and one std.
 
-    Where not, that of `with_one_scale`. Its latent_std is 1 / scaling_factor of their configuration. Raises ValueError
-    when there is a space-to-depth stem.
+    Otherwise it is the inverse for the weights of `with_one_scale`. Its latent_std is 1 / scaling_factor of their
+    configuration. Raises ValueError for a space-to-depth stem.
     """
     if config.stem != 1:
         raise ValueError(f"stem: {config.stem}; valid for diffusers: 1")
@@ -185,20 +187,21 @@ def clip_to_transformers(state: Mapping[str, Tensor], config: ClipConfig) -> Sta
 
 
 def parameter_shapes(network: type[nn.Module], config: object) -> dict[str, torch.Size]:
-    """Name and shape of every parameter, without allocating one."""
+    """Name and shape of every parameter of a network, without allocating one."""
     with torch.device("meta"):
         return {name: parameter.shape for name, parameter in network(config).named_parameters()}
 
 
 def rename(name: str, renames: Renames) -> str:
-    """`name` after every rule in turn."""
+    """`name` after every rule was applied in turn."""
     for pattern, replacement in renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def their_names(name: str, renames: Renames) -> list[str]:
-    """The tensors of theirs that, stacked along the first axis, are ours: one, or the parts of a fused projection."""
+    """Names of their tensors that, stacked along the first axis, are our tensor: one, or the parts of a fused
+    projection."""
     name = rename(name, renames)
     letters = re.search(r"\w(\|\w)+", name)  # "to_q|k|v.weight" -> to_q.weight, to_k.weight, to_v.weight
     if letters is None:

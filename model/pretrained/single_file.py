@@ -1,12 +1,12 @@
-"""Single files of Stable Diffusion 1.x and 2.x, in the layout of the code they were trained with.
+"""Reads single files of Stable Diffusion 1.x and 2.x, in the layout of the code that they were trained with.
 
     model.diffusion_model.*            the UNet, blocks counted through all levels
     first_stage_model.*                the autoencoder, its attention as 1x1 convolutions
     cond_stage_model.transformer.*     1.x: the text encoder of CLIP, as in transformers
     cond_stage_model.model.*           2.x: that of OpenCLIP, with one matrix for queries, keys and values
 
-Rombach et al. 2022. There is no configuration in the file. Shapes tell most of it; what they cannot tell (heads, groups
-of the norms, activation) is as published for 1.x or 2.x, whichever text encoder is found.
+Rombach et al. 2022. The file holds no configuration. Shapes determine most of it; the rest (heads, groups of the
+norms, activation) is as published for 1.x or 2.x, whichever text encoder is found.
 """
 
 import re
@@ -49,9 +49,10 @@ SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 
 def read_single_file(path: str | Path, prediction_type: str | None = None) -> Published:
     """The system in a single file (.safetensors; .ckpt if it holds nothing but tensors).
 
-    prediction_type: what the UNet predicts. 1.x predicts "epsilon"; of 2.x there are both kinds and the file does not
-    say which: "v_prediction" at 768 pixels, "epsilon" at 512. Raises ValueError without it, for another layout, for a
-    damaged file, and naming every tensor that is missing, unexpected or of another shape.
+    prediction_type: the target that the UNet predicts. 1.x predicts "epsilon". For 2.x there are both kinds,
+    "v_prediction" at 768 pixels and "epsilon" at 512, and the file does not record which. Raises ValueError without it
+    for 2.x, for another layout, for a damaged file, and naming every tensor that is missing, unexpected or of another
+    shape.
     """
     path = Path(path)
     state = read_tensors(path)
@@ -92,7 +93,7 @@ def from_single_state(state: State, path: Path, prediction_type: str | None) -> 
 
 
 def tensors_with_prefix(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The tensors whose names begin with `prefix`, under their whole names."""
+    """The tensors whose names begin with `prefix`, under their full names."""
     return {name: tensor for name, tensor in state.items() if name.startswith(prefix) and not UNUSED.match(name)}
 
 
@@ -104,14 +105,14 @@ def check_all_known(state: Mapping[str, Tensor], text: str) -> None:
 
 
 def count_in_names(state: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand at the group of `pattern` in the names: blocks, layers, levels."""
+    """How many different numbers match the group of `pattern` in the names: the number of blocks, layers or levels."""
     return len({match[1] for name in state if (match := re.match(pattern, name))})
 
 
 # ---- UNet
 
 def unet_config(state: Mapping[str, Tensor], second: bool) -> UNetConfig:
-    """The shape of the UNet, from the shapes of its tensors."""
+    """The configuration of the UNet, derived from the shapes of its tensors."""
     channels: list[int] = []
     attention: list[bool] = []
     blocks, index, new_level = 0, 1, True
@@ -144,7 +145,7 @@ def unet_config(state: Mapping[str, Tensor], second: bool) -> UNetConfig:
 
 
 def unet_table(config: UNetConfig) -> Renames:
-    """From our names to theirs, which count residual blocks and changes of resolution through all levels."""
+    """The table from our names to theirs, which number residual blocks and changes of resolution through all levels."""
     table = [(r"^conv_in\.", "input_blocks.0.0."), (r"^time\.linear1\.", "time_embed.0."),
              (r"^time\.linear2\.", "time_embed.2."), (r"^norm_out\.", "out.0."), (r"^conv_out\.", "out.2."),
              (r"^mid\.resblocks\.0\.", "middle_block.0."), (r"^mid\.transformers\.0\.", "middle_block.1."),
@@ -189,7 +190,7 @@ UNET_LAYERS: Renames = (
 # ---- autoencoder
 
 def autoencoder_config(state: Mapping[str, Tensor]) -> AutoencoderConfig:
-    """The shape of the autoencoder, from the shapes of its tensors."""
+    """The configuration of the autoencoder, derived from the shapes of its tensors."""
     encoder = f"{VAE}encoder."
     levels = count_in_names(state, re.escape(encoder) + r"down\.(\d+)\.block\.")
     return AutoencoderConfig(
@@ -202,7 +203,8 @@ def autoencoder_config(state: Mapping[str, Tensor]) -> AutoencoderConfig:
 
 
 def autoencoder_table(config: AutoencoderConfig) -> Renames:
-    """From our names to theirs; their decoder counts levels from the finest, ours in the order in which they run."""
+    """The table from our names to theirs; their decoder counts levels from the finest, ours in the order of
+    execution."""
     last = len(config.channels) - 1
     up = tuple((rf"^decoder\.up\.{place}\.", f"decoder.up:{last - place}.") for place in range(last + 1))
     return (
@@ -222,7 +224,7 @@ def autoencoder_table(config: AutoencoderConfig) -> Renames:
 
 
 def squeeze_attention(state: Mapping[str, Tensor]) -> State:
-    """The 1x1 convolutions (C, C, 1, 1) of the attention as matrices (C, C)."""
+    """The tensors with the 1x1 convolutions (C, C, 1, 1) of the attention as matrices (C, C)."""
     return {name: tensor[:, :, 0, 0] if re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) and tensor.ndim == 4
             else tensor for name, tensor in state.items()}
 
@@ -259,7 +261,7 @@ OPENCLIP_TABLE: Renames = (
 
 
 def read_openclip(state: Mapping[str, Tensor]) -> TextEncoder:
-    """The text encoder of 2.x, without its last layer: the UNet was trained on the states before it."""
+    """The text encoder of 2.x without its last layer, because the UNet was trained on the states before it."""
     mine = tensors_with_prefix(state, OPENCLIP)
     layers = count_in_names(mine, re.escape(OPENCLIP) + r"transformer\.resblocks\.(\d+)\.") - 1
     unused = (f"{OPENCLIP}transformer.resblocks.{layers}.", f"{OPENCLIP}text_projection", f"{OPENCLIP}logit_scale",

@@ -1,4 +1,4 @@
-"""Tensors and JSON from files that others wrote. Nothing in them is executed: pickles are read with `weights_only`."""
+"""Reads tensors and JSON from files of others. Nothing in them is executed: pickles are read with `weights_only`."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ LAYOUTS = ("a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, schedule
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Which kind of checkpoint lies at `path`; raises FileNotFoundError or ValueError when it is none of them."""
+    """The kind of checkpoint at `path`; raises FileNotFoundError or ValueError if there is none."""
     path = Path(path)
     if path.is_file():
         if path.suffix in (".safetensors", ".ckpt", ".pt", ".pth", ".bin"):
@@ -47,8 +47,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, *stems: str) -> list[Path]:
-    """The files that hold the weights of a network: STEM.safetensors, its shards by STEM.safetensors.index.json, or
-    the same as .bin. Raises FileNotFoundError when there is none, ValueError for shards outside the folder."""
+    """The files that hold the weights of a network: STEM.safetensors, its shards by STEM.safetensors.index.json, or the
+    same as .bin. Raises FileNotFoundError if there is none, and ValueError for shards outside the folder."""
     for suffix in SUFFIXES:
         for stem in stems:
             path = folder / f"{stem}{suffix}"
@@ -76,7 +76,7 @@ def shards(index: Path) -> list[Path]:
 
 
 def read_tensors(*paths: Path) -> dict[str, Tensor]:
-    """The tensors of all files together; raises ValueError naming one that is damaged or holds anything else."""
+    """The tensors of all files together; raises ValueError naming a file that is damaged or holds anything else."""
     tensors: dict[str, Tensor] = {}
     for path in paths:
         part = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
@@ -94,7 +94,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .bin or .ckpt, below its `state_dict` if it has one; numbers beside them are left out."""
+    """Tensors of a .bin or .ckpt, below its `state_dict` if it has one; other values beside them are ignored."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for what it will not or cannot read
@@ -107,7 +107,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def network_from_state(network: type[N], config: object, state: dict[str, Tensor]) -> N:
-    """`network(config)` made of `state` in fp32, in evaluation mode; nothing is allocated twice."""
+    """`network(config)` with the weights of `state` in fp32, in evaluation mode; nothing is allocated twice."""
     with torch.device("meta"):
         module = network(config)  # type: ignore[call-arg]
     module.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
