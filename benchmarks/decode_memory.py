@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.decode_memory [--size 1024] [--batch 1] [--ways plain sliced tiled]
 
-Weights are random, which changes neither. Each way runs in a process of its own, one after the other; memory is the
-peak of its resident set during the decode minus what was resident before, so weights and libraries do not count. A way
-that does not fit is told as such. Seconds are those of the processor, whatever else it does meanwhile. Linux only.
+Weights are random, which changes neither. Each way runs in its own process, one after the other. Memory is the peak
+of the resident set during the decode minus the resident memory before, so weights and libraries do not count. A way
+that does not fit into memory is reported as such. Seconds are processor time, so other programs hardly affect them.
+Linux only.
 """
 
 import argparse

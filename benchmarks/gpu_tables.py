@@ -36,7 +36,7 @@ Case = tuple[str, Callable[[], list[Row]]]
 
 
 class Table:
-    """Rows, and what went wrong, written to NAME.json and NAME.md whenever there is something new."""
+    """Rows and notes on failures, written to NAME.json and NAME.md whenever something is added."""
 
     def __init__(self, name: str, out: Path, device: str):
         self.name, self.out, self.device, self.machine = name, out, device, machine(device)
@@ -45,7 +45,7 @@ class Table:
         out.mkdir(parents=True, exist_ok=True)
 
     def add(self, rows: list[Row], note: str = "") -> None:
-        """Append and write."""
+        """Append rows and a note, and write the files."""
         self.rows += rows
         self.notes += [note] if note else []
         text = f"{described(self.machine)}.\n\n{table(self.rows)}\n" + "".join(f"\n- {line}" for line in self.notes)
@@ -55,7 +55,7 @@ class Table:
 
 
 def peak_of(device: str) -> str:
-    """The most memory of tensors since the last call, in words."""
+    """The peak memory of tensors since the last call, in words."""
     if device != "cuda":
         return "memory is only measured on a GPU"
     used = torch.cuda.max_memory_allocated() / 2**30
@@ -76,7 +76,7 @@ def compiled(system: TextToImage) -> TextToImage:
 
 
 def sampling_cases(dry: bool, device: str, sampled: Table) -> Iterator[Case]:
-    """Batch 1 and 8; the decoder apart."""
+    """The loop and the decoder at batch 1 and 8."""
     config, side, steps = (TINY, 8, 2) if dry else (UNetConfig.sd1(), 64, 50)
     rounds = 2 if dry else 5
     shape = AutoencoderConfig.sd()
@@ -103,7 +103,7 @@ def sampling_cases(dry: bool, device: str, sampled: Table) -> Iterator[Case]:
 
 def loop_rows(config: UNetConfig, side: int, steps: int, batch: int, rounds: int, device: str,
               sampled: Table) -> list[Row]:
-    """The denoising loop of both stacks from the same weights; what cannot be built is left out."""
+    """The denoising loop of both implementations from the same weights; a way that fails is left out."""
     system = system_of(config, steps, side, device)
     generator = torch.Generator().manual_seed(1)
     x_T = torch.randn(batch, 4, side, side, generator=generator).to(device)
@@ -172,7 +172,7 @@ def training_cases(dry: bool, device: str, made: Table) -> Iterator[Case]:
 
 def training_rows(name: str, config: UNetConfig, side: int, batch: int, compile_too: bool, rounds: int,
                   made: Table) -> list[Row]:
-    """The step of the denoiser from latents and a context that are there already."""
+    """A training step of the denoiser from given latents and a given context."""
     device = made.device
     torch.manual_seed(0)
     unet = place_on(UNet(config), device).train()
@@ -204,7 +204,7 @@ def training_rows(name: str, config: UNetConfig, side: int, batch: int, compile_
 # ---- both
 
 def main(arguments: list[str]) -> int:
-    """One table; 1 when no row of it could be measured."""
+    """Measure one table; returns 1 if no row of it could be measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=("sampling", "training"))
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of the results (%(default)s)")

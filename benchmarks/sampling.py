@@ -42,7 +42,7 @@ EXACT, LOSSY = 1e-3, 0.2  # the largest difference of final latents in standard 
 
 
 def system_of(config: UNetConfig, steps: int, side: int, device: str) -> TextToImage:
-    """A system with a denoiser of random weights, no layer at zero, and an autoencoder that is not looked at."""
+    """A system whose denoiser has random weights and no layer at zero, and an autoencoder that is not used."""
     torch.manual_seed(0)
     unet = UNet(config)
     for parameter in unet.parameters():
@@ -69,7 +69,7 @@ def theirs_of(ours: UNet, side: int) -> nn.Module:
 
 @torch.no_grad()
 def diffusers_loop(unet: nn.Module, context: Tensor, x_T: Tensor, steps: int, scale: float) -> Tensor:
-    """x_0 as the pipeline of diffusers computes it: its denoising loop, without the parts that it does not take."""
+    """x_0 from the denoising loop of the pipeline of diffusers, without guidance options that it does not use."""
     from diffusers import DDIMScheduler
     scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
                               set_alpha_to_one=True, timestep_spacing="trailing")
@@ -85,7 +85,7 @@ def diffusers_loop(unet: nn.Module, context: Tensor, x_T: Tensor, steps: int, sc
 
 
 def calls_of(system: TextToImage, context: Tensor, x_T: Tensor, compile_too: bool) -> dict[str, Callable[[], Tensor]]:
-    """Every way to the same latents, by name."""
+    """All ways to compute the same latents, by name."""
     config, count = system.config.sampling, len(x_T)
     theirs = theirs_of(system.unet, x_T.shape[-1])
     tuned = copy.deepcopy(theirs).bfloat16()
@@ -139,7 +139,8 @@ def measured(name: str, config: UNetConfig, batch: int, steps: int, side: int, o
 
 
 def against_tuned(rows: list[Row]) -> str:
-    """Fast, and compiled, against the best that diffusers reaches with bf16, by medians of one run."""
+    """The fastest of ours, fast or compiled, against the best that diffusers reaches with bf16, by medians of one
+    run."""
     medians = {row.call: row.median for row in rows}
     best = min((name for name in medians if name.startswith("diffusers bf16")), key=medians.__getitem__)
     ours = min((name for name in medians if name.startswith("ours, fast")), key=medians.__getitem__)

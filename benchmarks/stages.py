@@ -1,4 +1,4 @@
-"""Training steps of two revisions in turns: what `python -m benchmarks.training` and `.autoencoder` share."""
+"""Training steps of two revisions in turns, shared by `python -m benchmarks.training` and `.autoencoder`."""
 import argparse
 import json
 import os
@@ -17,7 +17,7 @@ HERE, AGAIN, AGAINST = "this code", "this code (again)", "against"
 
 
 class Run:
-    """A training run in a process of its own that takes one step at a time (`benchmarks/steps.py`)."""
+    """A training run in its own process that takes one step at a time (`benchmarks/steps.py`)."""
 
     def __init__(self, checkout: Path, stage: str, config: Path, overrides: list[str], folder: Path):
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
@@ -28,7 +28,7 @@ class Run:
         self.answer()  # it stands before its first step
 
     def answer(self) -> dict[str, Any]:
-        """What it says next. Raises RuntimeError when it has ended."""
+        """The next answer of the process. Raises RuntimeError if it has ended."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -37,14 +37,14 @@ class Run:
         return json.loads(line)
 
     def step(self) -> dict[str, Any]:
-        """Take one step: its seconds, or the metrics of the run after its last one."""
+        """Take one step; returns its seconds or, after the last step, the metrics of the run."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self.process.kill()
         self.process.wait()
 
@@ -65,7 +65,7 @@ def timed_steps(runs: dict[str, Run], steps: int) -> tuple[dict[str, list[float]
 
 
 def settings(stage: str, steps: int, quick: bool) -> list[str]:
-    """Overrides: a short run of one stage, logged and validated at its end, after the least that has to be before."""
+    """Overrides for a short run of one stage that logs and validates at its end, after the least work before it."""
     found = [f"stages=[{'tokenizer, autoencoder' + (', denoiser' if stage == 'denoiser' else '')}]",
              "data.shapes.train=2048", "data.shapes.validation=256"]
     for name in ("autoencoder", "denoiser"):
@@ -81,7 +81,8 @@ def settings(stage: str, steps: int, quick: bool) -> list[str]:
 
 
 def rows_of(stage: str, seconds: dict[str, list[float]], batch: int, shares: dict[str, float]) -> list[Row]:
-    """A row for each run; the ratio of this code is against the other one, that of its second run against its first.
+    """A row for each run; the ratio of this code is against the other revision, that of its second run against its
+    first.
 
     ``shares`` of the peak are those that the runs have logged themselves.
     """
@@ -97,12 +98,12 @@ def rows_of(stage: str, seconds: dict[str, list[float]], batch: int, shares: dic
 
 
 def waited(split: dict[str, float]) -> float:
-    """How many times as long a step took with the wait for its turn, which the program takes for reading data."""
+    """How many times as long a step took because it waited for its turn, which the run counts as reading data."""
     return sum(split.values()) / max(1e-9, sum(split.values()) - split["data"])
 
 
 def main(stage: str, arguments: list[str] | None = None, description: str | None = None) -> None:
-    """The command of a stage."""
+    """The command line of a stage."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, rounds=40)
     parser.add_argument("--config", default="configs/shapes.yaml", help="(%(default)s)")

@@ -1,11 +1,11 @@
-"""Timing that every benchmark shares: calls taken in turns, an A/A row, equality before speed, the machine described.
+"""Timing shared by all benchmarks: calls in turns, an A/A row, equality before speed, a description of the machine.
 
     rows = compare("batch 1", {"ours": ours, "diffusers": theirs}, against="diffusers", rounds=9)
     save("sampling", rows, "build/benchmarks", command="python -m benchmarks.sampling")
 
-One call of each in turn, in an order that is turned round from one round to the next, so that a machine that gets
-slower or busier does so for all of them. The first call is timed twice a round: what its two rows differ by is what
-the machine alone makes of one and the same code, and no ratio inside that means anything.
+Each round times one call of each, in an order that changes from round to round, so that a machine that becomes
+slower or busier affects all of them. The first call is timed twice a round. The difference between its two rows is what
+the machine alone does to the same code, and ratios within it mean nothing.
 """
 import argparse
 import gc
@@ -33,8 +33,8 @@ LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Row:
-    """Seconds of one call; ``ratio`` is how many times as fast as the one it is compared with, paired by round, with
-    an interval that holds the true median in at least 95 of 100 cases (fewer below six rounds)."""
+    """Seconds of one call. ``ratio`` is the speed relative to the call it is compared with, paired by round, with an
+    interval that contains the true median in at least 95 of 100 cases (fewer below six rounds)."""
 
     case: str
     call: str
@@ -52,9 +52,9 @@ class Row:
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1, least: float = 0.0,
                 device: torch.device | str = "cpu") -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of every call by name, one a round; seconds of its first call).
+    """(seconds of every call by name, one for each round; seconds of its first call).
 
-    ``least``: a call that takes less time than so many seconds is repeated that often within a round.
+    ``least``: a call that takes fewer seconds than this is repeated within a round until it takes about as long.
     """
     device = torch.device(device)
     firsts = {name: timed(call, device) for name, call in calls.items()}
@@ -78,7 +78,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 
 
 
 def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
-    """Seconds of one of ``repeats`` calls, until the device has finished."""
+    """Seconds of one of ``repeats`` calls, measured until the device has finished."""
     synchronize(device)
     began = time.perf_counter()
     for _ in range(repeats):
@@ -88,15 +88,15 @@ def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> fl
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device has been given to do."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call makes and takes: images and operations (0: not known), and the types of its matrix products by the
-    name of the call (fp32 where a call is not named), for images a second and the share of the peak."""
+    """The work of one call: images and operations (0 if not known), and the types of matrix products by the name of the
+    call (fp32 for a call that is not named), for images a second and the share of the peak."""
 
     images: float = 0.0
     flops: float = 0.0
@@ -105,7 +105,7 @@ class Work:
 
 def compare(case: str, calls: dict[str, Callable[[], Any]], against: str, rounds: int = 7, work: Work = Work(),
             device: torch.device | str = "cpu", least: float = 0.0) -> list[Row]:
-    """A row for each call, and for the first of them again; ratios are against the call named ``against``."""
+    """A row for each call, and a second one for the first call; ratios are against the call named ``against``."""
     first = next(iter(calls))
     seconds, firsts = interleaved({**calls, first + AGAIN: calls[first]}, rounds, least=least, device=device)
     rows = []
@@ -139,7 +139,7 @@ def ratio_of(base: Sequence[float], values: Sequence[float]) -> tuple[float, flo
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third."""
+    """The first and the third quartile."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -159,7 +159,8 @@ def rms(ours: Tensor, reference: Tensor) -> float:
 
 
 def require_equal(case: str, ours: Tensor, theirs: Tensor, tolerance: float) -> float:
-    """The difference of two results; raises ValueError above the tolerance, for then their speeds say nothing."""
+    """The difference of two results; raises ValueError above the tolerance, because speeds of different results do not
+    compare."""
     found = difference(ours, theirs)
     if not found <= tolerance:
         raise ValueError(f"{case}: the results differ by {found:.2g} standard deviations; valid: up to {tolerance:g}, "
@@ -181,7 +182,7 @@ def processor() -> tuple[str, list[str]]:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a speed depends on, and what a large matrix product reaches."""
+    """The properties of the machine on which speeds depend, and the speed of a large matrix product."""
     device = torch.device(device)
     name, units = processor()
     versions = {}
@@ -227,7 +228,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def save(name: str, rows: Sequence[Row], out: str | Path, command: str, device: torch.device | str = "cpu",
          **notes: Any) -> str:
-    """Write NAME.json and NAME.md; the text of the latter. ``notes``: what else there is to say, by name."""
+    """Write NAME.json and NAME.md and return the text of the latter; ``notes`` are further entries by name."""
     found = machine(device)
     text = f"{described(found)}.\n\n    {command}\n\n{table(rows)}\n"
     text += "".join(f"\n{key}: {value}\n" for key, value in notes.items())
@@ -240,7 +241,7 @@ def save(name: str, rows: Sequence[Row], out: str | Path, command: str, device: 
 
 
 def add_flags(parser: argparse.ArgumentParser, rounds: int = 7) -> None:
-    """The flags that every benchmark has."""
+    """Add the flags that all benchmarks share."""
     parser.add_argument("--rounds", type=int, default=rounds, help="timed calls of each (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="small and few: whether it works, not how fast it is")
     parser.add_argument("--out", default="build/benchmarks", help="folder of the JSON and the table (%(default)s)")

@@ -1,1 +1,1 @@
-"""What an interrupted stage needs to continue, written so that it is whole or absent."""
+"""Checkpoints: the state from which an interrupted stage continues, on disk whole or not at all."""

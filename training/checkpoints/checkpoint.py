@@ -1,7 +1,7 @@
-"""Files that are either whole or absent: weights as safetensors, and what a resume needs.
+"""The states from which a stage resumes, and the best weights so far, in files that are whole or absent.
 
-A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the one before. A state
-file has its SHA-256 beside it; one that is cut short or damaged is refused by name and the one before it is used.
+A file is written under a temporary name, flushed to the disk and renamed, so a crash leaves the previous file. A
+state has its SHA-256 beside it. A truncated or damaged state is refused by name, and the previous one is used.
 """
 import json
 import shutil
@@ -17,7 +17,7 @@ from files.whole import sha256_of, whole_file, write_text
 
 
 class Best:
-    """The best weights so far by a metric: one file, whose metadata says the step and the value."""
+    """The best weights so far by a metric, in one file whose metadata hold the step and the value."""
 
     def __init__(self, path: Path, metric: str, direction: Literal["min", "max"]):
         self.path, self.metric, self.sign = path, metric, 1 if direction == "max" else -1
@@ -30,7 +30,8 @@ class Best:
                 print(f"warning: {path} is damaged ({error}); the next validation replaces it")
 
     def offer(self, module: nn.Module, step: int, measured: dict[str, float]) -> bool:
-        """Keep the weights of ``module``, after ``step`` steps, if ``measured`` is better; whether it is kept."""
+        """Save the weights of ``module`` after ``step`` steps if ``measured`` is better; returns whether they were
+        saved."""
         value = measured.get(self.metric, float("nan"))
         better = value == value and (self.value is None or self.sign * value > self.sign * self.value)
         if better:
@@ -40,10 +41,10 @@ class Best:
 
 
 class Checkpoints:
-    """The states of a stage, ``step_00001000.pt`` with its hash in ``step_00001000.json``; the newest ``keep`` stay.
+    """The states of a stage, ``step_00001000.pt`` with its hash in ``step_00001000.json``; the newest ``keep`` remain.
 
-    States are saved at regular intervals, and whenever a run is asked to stop. The newest regular one stays in any
-    case: a run that goes back goes back to it, whether or not it was stopped in between.
+    States are saved at regular intervals and whenever a run is asked to stop. The newest regular state always
+    remains, because a run rolls back to it whether or not it was stopped in between.
     """
 
     suffix = ".pt"
@@ -52,8 +53,11 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any] | None = None, regular: bool = True) -> Path:
-        """Write ``state`` after ``step`` steps and what there is to say ``about`` it, then remove what is older than
-        those that stay, and what is ahead of ``step``: it was refused, or the run would have gone on from there."""
+        """Write ``state`` after ``step`` steps, with ``about`` beside it. Then remove states that are no longer kept,
+        and states of later steps: those were refused, or the run would have continued from them.
+
+        Raises CheckpointError if the state cannot be written.
+        """
         path = self.path(step)
         try:
             with whole_file(path) as temporary:
@@ -70,8 +74,8 @@ class Checkpoints:
         return path
 
     def latest(self, regular: bool = False) -> dict[str, Any] | None:
-        """The newest state that is whole, or None; with ``regular`` the newest regular one. A
-        damaged one is named on the terminal and passed over."""
+        """The newest undamaged state, or None; with ``regular`` the newest regular one. Damaged states are named on the
+        terminal and skipped."""
         for path in self.files(regular):
             try:
                 return self.read(path)
@@ -80,13 +84,14 @@ class Checkpoints:
         return None
 
     def read(self, path: Path) -> dict[str, Any]:
-        """The state in a file; raises what is wrong with it."""
+        """The state in a file; raises an error if the file is damaged."""
         if sha256_of(path) != self.about(path)["sha256"]:
             raise ValueError("its bytes do not match its SHA-256")
         return torch.load(path, map_location="cpu", weights_only=True)
 
     def prune(self, newest: Path) -> None:
-        """Remove what is ahead of ``newest``, what need not stay behind it, and what killed processes left."""
+        """Remove states of later steps than ``newest``, older states that need not remain, and files of killed
+        processes."""
         files = self.files()
         place = files.index(newest)
         stay = {*files[place:place + self.keep], *[path for path in files[place:] if self.is_regular(path)][:1]}
@@ -96,32 +101,32 @@ class Checkpoints:
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
     def remove(self, path: Path) -> None:
-        """Delete one state; its hash goes last, so that a half-deleted one is refused."""
+        """Delete one state. Its hash is deleted last, so that a half-deleted state is refused."""
         path.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)
 
     def path(self, step: int) -> Path:
-        """Where the state after ``step`` steps lies."""
+        """Path of the state after ``step`` steps."""
         return self.folder / f"step_{step:08d}{self.suffix}"
 
     def about(self, path: Path) -> dict[str, Any]:
-        """What was written beside a state; raises what is wrong with it."""
+        """The record beside a state; raises an error if it is missing or damaged."""
         return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
     def is_regular(self, path: Path) -> bool:
-        """Whether a state was saved because the interval was over."""
+        """Whether a state was saved at its regular interval."""
         try:
             return bool(self.about(path)["regular"])
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def files(self, regular: bool = False) -> list[Path]:
-        """The states that are there, newest first."""
+        """The existing states, newest first."""
         files = sorted(self.folder.glob(f"step_*{self.suffix}"), reverse=True)
         return [path for path in files if self.is_regular(path)] if regular else files
 
 
 def warn_refused(path: Path, error: Exception) -> None:
-    """Say that a checkpoint is not used, and why, in one line."""
+    """Print in one line that a checkpoint is not used, and why."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     print(f"warning: checkpoint {path} is refused ({reason}); using the one before")

@@ -1,9 +1,9 @@
-"""Checkpoints that every process writes its slice of, and that any number of processes reads again.
+"""Checkpoints to which every process writes its slice, and which any number of processes can read.
 
-The format is that of torch.distributed.checkpoint: a folder with one file a process and an index, which says where each
-piece of each tensor lies. Around it are the same promises as for whole files: written under another name and renamed,
-with the SHA-256 of every file, refused by name when damaged. The index is a pickle, as PyTorch writes it, so these are
-for those who wrote them; what a run leaves for others are safetensors.
+The format is that of torch.distributed.checkpoint: a folder with one file for each process and an index of the
+location of each piece of each tensor. The guarantees are those of single files: folders are written under another name
+and renamed, every file has a SHA-256, and damaged folders are refused by name. The index is a pickle, as PyTorch writes
+it, so read only checkpoints of your own; the final files of a run are safetensors.
 """
 import json
 import os
@@ -28,7 +28,7 @@ COMPLETE = "complete.json"
 
 
 class ShardedCheckpoints(Checkpoints):
-    """The states of a stage, one folder ``step_00001000.dcp`` each; every method is called by all processes."""
+    """The states of a stage, one folder ``step_00001000.dcp`` each; all processes call every method."""
 
     suffix = ".dcp"
 
@@ -37,7 +37,7 @@ class ShardedCheckpoints(Checkpoints):
         self.processes = processes
 
     def save(self, step: int, state: dict[str, Any], about: dict[str, Any] | None = None, regular: bool = True) -> Path:
-        """As `Checkpoints.save`; ``state`` has ``tensors``, flat, and ``values``, plain data."""
+        """As `Checkpoints.save`; ``state`` has ``tensors``, a flat dictionary, and ``values``, plain data."""
         path, temporary = self.path(step), self.folder / f".step_{step:08d}.part"
         if self.processes.main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -58,7 +58,7 @@ class ShardedCheckpoints(Checkpoints):
         return path
 
     def _complete(self, temporary: Path, path: Path, about: dict[str, Any]) -> None:
-        """Hash what was written, every process its own files, and give the folder its name."""
+        """Hash the files, every process its own, and give the folder its final name."""
         own = {file.name: sha256_of(file) for file in temporary.glob(f"__{self.processes.rank}_*")}
         hashes: list[Any] = [own]
         if self.processes.world > 1:
@@ -80,8 +80,8 @@ class ShardedCheckpoints(Checkpoints):
         self.prune(path)
 
     def latest(self, regular: bool = False, like: dict[str, Tensor] | None = None) -> dict[str, Any] | None:
-        """As `Checkpoints.latest`; ``like`` holds tensors of the shapes, and spread as, those to be read; what the
-        optimizer keeps is spread as its parameters."""
+        """As `Checkpoints.latest`; ``like`` holds tensors of the shapes and distribution of those to be read. The state
+        of the optimizer is distributed like its parameters."""
         found = self._newest(regular) if self.processes.main else None
         found = self.processes.from_main(found)
         if found is None:
@@ -104,7 +104,7 @@ class ShardedCheckpoints(Checkpoints):
         return None
 
     def _templates(self, path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Empty tensors for all that a checkpoint holds: ``optimizer/NAME/FIELD`` is spread as ``model/NAME``."""
+        """Empty tensors for everything in a checkpoint; ``optimizer/NAME/FIELD`` is distributed like ``model/NAME``."""
         found = {}
         for key, about in dcp.FileSystemReader(path).read_metadata().state_dict_metadata.items():
             kind, _, name = key.partition("/")
@@ -116,17 +116,17 @@ class ShardedCheckpoints(Checkpoints):
         return found
 
     def about(self, path: Path) -> dict[str, Any]:
-        """What was written beside the tensors; raises what is wrong with it."""
+        """The record beside the tensors; raises an error if it is missing or damaged."""
         return json.loads((path / COMPLETE).read_text(encoding="utf-8"))
 
     def remove(self, path: Path) -> None:
-        """Delete one state; a half-deleted one is refused."""
+        """Delete one state; a half-deleted state is refused."""
         (path / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(path)
 
 
 def _first(error: BaseException) -> str:
-    """What went wrong, out of the page that the library makes of it."""
+    """The first line of the actual error in the long report of the library."""
     if isinstance(error, CheckpointException) and error.failures:
         inner = next(iter(error.failures.values()))
         error = inner[0] if isinstance(inner, tuple) else inner
@@ -134,14 +134,14 @@ def _first(error: BaseException) -> str:
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What the optimizer keeps, under ``optimizer/NAME/FIELD``, names being those of the parameters."""
+    """The state of the optimizer under ``optimizer/NAME/FIELD``, where NAME is that of a parameter."""
     return {f"optimizer/{name}/{key}": value for name, parameter in model.named_parameters()
             for key, value in optimizer.state.get(parameter, {}).items()}
 
 
 def load_optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer,
                            tensors: dict[str, Tensor]) -> None:
-    """Go on from what `optimizer_tensors` gave."""
+    """Restore the state that `optimizer_tensors` returned."""
     fields: Fields = {}
     for key, value in tensors.items():
         kind, _, rest = key.partition("/")

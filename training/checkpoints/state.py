@@ -1,7 +1,7 @@
-"""All that a run depends on besides its configuration, in one place: what a checkpoint holds.
+"""The content of a checkpoint: all that a run depends on besides its configuration.
 
-Weights, averages, optimizer, guard, and whatever a stage has beside them. The step number gives the rest: the learning
-rate, the position in the data, and every random number.
+It consists of weights, averages, optimizer, guard, and further state of the stage. The step number determines the
+rest: the learning rate, the position in the data, and every random number.
 """
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from training.guard import Guard
 
 
 class Stateful(Protocol):
-    """Something besides the model that the loss depends on and that changes from step to step."""
+    """An object besides the model that the loss depends on and that changes from step to step."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -26,7 +26,8 @@ class Stateful(Protocol):
 
 @dataclass
 class State:
-    """Saves and restores a stage. All processes call every method; whole files are written by the main one."""
+    """Saves and restores the state of a stage. All processes call every method; the main process writes single
+    files."""
 
     model: nn.Module
     averages: list[PowerEma]
@@ -39,11 +40,12 @@ class State:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is spread over processes."""
+        """Whether the model is distributed over processes."""
         return self.averages[0].sharded
 
     def save(self, step: int, regular: bool) -> None:
-        """Write a checkpoint after ``step`` steps, at its regular time or not. Raises CheckpointError."""
+        """Write a checkpoint after ``step`` steps; ``regular`` says whether its interval is over. Raises
+        CheckpointError."""
         if self.sharded:
             from training.checkpoints.sharded import optimizer_tensors
             tensors = {**self._tensors(), **optimizer_tensors(self.model, self.optimizer)}
@@ -57,7 +59,8 @@ class State:
                 **{name: part.state_dict() for name, part in self.beside.items()}}, self.about(), regular)
 
     def restore(self, regular: bool = False) -> int | None:
-        """Load the newest whole checkpoint, or the newest regular one; returns its steps, None if there is none."""
+        """Load the newest undamaged checkpoint, or the newest regular one; returns its number of steps, or None if
+        there is none."""
         state = self._sharded_state(regular) if self.sharded else self._whole_state(regular)
         if state is None:
             return None
@@ -98,7 +101,7 @@ class State:
         return state
 
     def _tensors(self) -> dict[str, Any]:
-        """Weights and averages, flat."""
+        """Weights and averages as a flat dictionary."""
         found = {f"model/{name}": tensor for name, tensor in self.model.state_dict().items()}
         for ema in self.averages:
             found |= {f"average_{ema.std:g}/{name}": tensor for name, tensor in ema.state_dict().items()}

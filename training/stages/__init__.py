@@ -1,1 +1,1 @@
-"""One file a stage of training, and what only that stage needs."""
+"""The stages of training, one file each, and what they share."""

@@ -17,8 +17,9 @@ LARGEST = 1e4  # adaptive weight, as in the published code
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """``weight`` 0 is off. Up to step ``start`` nothing is judged: a discriminator has nothing to say about images
-    that are grey. ``loss`` is what the discriminator minimises. Its Adam has a constant rate."""
+    """``weight`` 0 switches the term off. Before step ``start`` nothing is judged, because a discriminator learns
+    nothing useful from grey images. ``loss`` is the objective of the discriminator, whose Adam has a constant learning
+    rate."""
 
     weight: float = 0.0
     start: int = 1000
@@ -38,14 +39,16 @@ class AdversarialConfig:
 
 
 def discriminator_loss(real: torch.Tensor, decoded: torch.Tensor, kind: str) -> torch.Tensor:
-    """Logits (B, 1, h, w) of real and of decoded images -> a scalar, least when real > 0 > decoded."""
+    """The loss of the discriminator, a scalar, from logits (B, 1, h, w) of real and of decoded images; least if real >
+    0 > decoded."""
     if kind == "hinge":  # Lim and Ye 2017: content once the margin of 1 is kept
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + decoded).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(decoded).mean())  # Goodfellow et al. 2014: -log sigmoid
 
 
 def adaptive_weight(reconstruction: torch.Tensor, generator: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """lambda, by which the generator's loss pulls the decoder's last filters as hard as the reconstruction does.
+    """lambda, with which the gradient of the generator's loss at the decoder's last filters is as large as that of the
+    reconstruction.
 
     ``reconstruction`` and ``generator`` are losses that depend on ``last``; a scalar in [0, 1e4] without gradient.
     """
@@ -56,7 +59,7 @@ def adaptive_weight(reconstruction: torch.Tensor, generator: torch.Tensor, last:
 
 
 class Adversary:
-    """A discriminator and its optimizer; their state belongs into the checkpoints of the stage."""
+    """A discriminator and its optimizer; their state belongs in the checkpoints of the stage."""
 
     def __init__(self, config: AdversarialConfig, device: torch.device):
         self.config = config
@@ -71,7 +74,8 @@ class Adversary:
         return f"{c.loss}, weight {c.weight:g} times the adaptive one, from step {c.start}, {c.model.layers} layers"
 
     def learn(self, images: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
-        """One step of the discriminator on images (B, 3, H, W) and their reconstructions; its loss, a scalar."""
+        """Take one step of the discriminator on images (B, 3, H, W) and their reconstructions; returns its loss, a
+        scalar."""
         self.discriminator.requires_grad_(True)
         real, fake = self.discriminator(images), self.discriminator(decoded.detach())  # (B, 1, h, w)
         loss = discriminator_loss(real.float(), fake.float(), self.config.loss)
@@ -88,9 +92,10 @@ class Adversary:
 
     def terms(self, images: torch.Tensor, decoded: torch.Tensor, reconstruction: torch.Tensor, last: torch.Tensor,
               step: int) -> dict[str, torch.Tensor]:
-        """What training step ``step`` adds to the loss, as ``adversarial``, and what is logged beside it, scalars.
+        """The term that training step ``step`` adds to the loss, as ``adversarial``, and the scalars that are logged
+        beside it.
 
-        The discriminator learns first, on the images of this step, then judges them (Goodfellow et al. 2014,
+        The discriminator first learns from the images of this step and then judges them (Goodfellow et al. 2014,
         algorithm 1). ``last`` holds the last filters of the decoder; ``reconstruction`` is the loss without KL.
         """
         if step < self.config.start:
@@ -102,10 +107,10 @@ class Adversary:
         return {"adversarial": weight * generator, "discriminator": learnt, "adaptive_weight": weight}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `terms` depends on besides its arguments."""
+        """All state that `terms` depends on."""
         return {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])

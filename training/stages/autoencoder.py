@@ -1,8 +1,8 @@
 """The autoencoder stage: images -> latents -> images (Rombach et al. 2022, section 3.1 and appendix G).
 
-The loss has terms of pixels, of perception and of a discriminator beside the KL. When the weights are trained, the mean
-and scale of the latents are measured on training images and kept with them, so that everything behind this stage sees
-latents of zero mean and unit variance. Axis letters: B batch, C latent channels, H W image size.
+The loss has pixel, perceptual and adversarial terms beside the KL. After training, the mean and scale of the latents
+are measured on training images and stored with the weights, so that all later stages use latents of zero mean and unit
+variance. Axis letters: B batch, C latent channels, H W image size.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +34,9 @@ COLUMNS = 8  # images beside each other in a comparison
 
 @dataclass(frozen=True)
 class AutoencoderStage:
-    """``l1``, ``l2``, ``edge`` and ``kl`` weigh the terms of the loss; ``edge`` compares finite differences of the
-    images, which keeps outlines sharp where L2 alone blurs them. ``perceptual`` and ``adversarial`` have weights of
-    their own. ``validation`` images are measured; ``features`` are those of the reconstruction distance."""
+    """``l1``, ``l2``, ``edge`` and ``kl`` are the weights of terms of the loss; ``edge`` compares finite differences of
+    the images, which keeps outlines sharp that L2 alone blurs. ``perceptual`` and ``adversarial`` have weights of their
+    own. ``validation`` is the number of held-out images; ``features`` are those of the reconstruction distance."""
 
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -71,7 +71,8 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: Aut
 
 @dataclass(frozen=True)
 class AutoencoderLoss:
-    """The objective of the stage. With an adversary, calling it is also the training step of that."""
+    """The objective of the stage. If there is an adversary, calling the objective also takes a training step of the
+    adversary."""
 
     config: AutoencoderStage
     perceptual: Distance | None = None
@@ -81,7 +82,8 @@ class AutoencoderLoss:
                  part: Part | None = None) -> dict[str, torch.Tensor]:
         """``loss``, the weighted sum for images (B, 3, H, W), and its terms without their weights, scalars.
 
-        Only ``loss`` has a gradient. ``part`` says which part of a batch the images are, None: all of it.
+        Only ``loss`` has a gradient. ``part`` is the part of a batch that the images are; None stands for the whole
+        batch.
         """
         raw = model.moments(images)
         posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
@@ -102,7 +104,7 @@ class AutoencoderLoss:
 
 @torch.no_grad()
 def reconstructions(model: Autoencoder, images: torch.Tensor, batch: int, device: torch.device) -> torch.Tensor:
-    """Images (B, 3, H, W) decoded from the means of their posteriors, same shape, on the CPU."""
+    """Images (B, 3, H, W) decoded from the means of their posteriors, with the same shape, on the CPU."""
     return torch.cat([model.decode_raw(model.moments(part.to(device)).mean).float().cpu()
                       for part in images.split(batch)])
 
@@ -113,7 +115,7 @@ def reconstruction_quality(decoded: torch.Tensor, images: torch.Tensor) -> dict[
 
 
 def reconstruction_distance(decoded: torch.Tensor, images: torch.Tensor, features: Features, batch: int) -> float:
-    """Frechet distance of the features of decoded images and of their originals, both (B, 3, H, W) in [-1, 1]."""
+    """Frechet distance between the features of decoded images and of their originals, both (B, 3, H, W) in [-1, 1]."""
     one, two = Moments(features.width), Moments(features.width)
     for moments, images in ((one, decoded), (two, images)):
         for part in images.split(batch):
@@ -123,8 +125,8 @@ def reconstruction_distance(decoded: torch.Tensor, images: torch.Tensor, feature
 
 def save_comparison(images: torch.Tensor, decoded: torch.Tensor, path: Path,
                     others: Literal["first", "middle"]) -> None:
-    """A grid of originals above reconstructions with their PSNR: the worst of all, then the first ones, which are the
-    same at every step, or the middle of the ranking."""
+    """Save a grid of originals above their reconstructions with the PSNR: the worst of all, and below them either the
+    first ones, which are the same at every step, or the middle of the ranking."""
     each = psnr(decoded, images)  # (B,)
     ranking, columns = each.argsort(), min(COLUMNS, len(images))
     start = (len(images) - columns) // 2
@@ -139,7 +141,7 @@ def save_comparison(images: torch.Tensor, decoded: torch.Tensor, path: Path,
 
 
 def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
-    """Train, measure the latent scale, write autoencoder.safetensors and what held-out images say of it."""
+    """Train, measure the latent scale, and write autoencoder.safetensors and its quality on held-out images."""
     source, validation, run, seed = context.source, context.validation, context.run, context.seed
     device, processes = context.device, context.processes
     torch.manual_seed(seed)  # initial weights

@@ -1,8 +1,8 @@
-"""The clip stage: an evaluator that the generator has never seen (Radford et al. 2021, section 2.3).
+"""The clip stage: an evaluator that is independent of the generator (Radford et al. 2021, section 2.3).
 
-A CLIP trained contrastively on the training split, with a tokenizer, a seed and an order of the data of its own, so
-that what the denoiser and its text encoder get wrong is not what the judge gets wrong, too. Nothing of it is used in
-training or sampling. Axis letters: B pairs, H W size of the images, L tokens, E width of the shared space.
+A CLIP is trained contrastively on the training split, with its own tokenizer, seed and order of the data, so that it
+does not share the mistakes of the denoiser and its text encoder. It is not used in training or sampling. Axis letters:
+B pairs, H W size of the images, L tokens, E width of the shared space.
 """
 import json
 from dataclasses import dataclass, field
@@ -36,17 +36,17 @@ WORDS = 10_000  # items from whose captions wrong words are taken
 
 
 def small_clip() -> ClipConfig:
-    """1.7 M parameters: enough for images of 48 pixels and captions of a few hundred words."""
+    """A configuration of 1.7 M parameters, enough for images of 48 pixels and captions of a few hundred words."""
     return ClipConfig(ImageEncoderConfig(size=48, patch=6, width=128, layers=4, heads=4, mlp_width=512),
                       TextEncoderConfig(1024, 40, width=128, layers=3, heads=4, mlp_width=512, causal=False), width=128)
 
 
 @dataclass(frozen=True)
 class ClipStage:
-    """``seed`` is the evaluator's own, not that of the run: runs with different seeds are judged by the same one.
-    ``validation`` held-out pairs are measured, and are each other's wrong answers. ``parts`` is the share of captions
-    of which one part is learned instead of the whole, ``wrong_words`` adds each caption with one word exchanged as a
-    wrong answer (training/stages/clip_texts.py)."""
+    """``seed`` is the evaluator's own and not that of the run, so that the same evaluator judges runs with different
+    seeds. ``validation`` is the number of held-out pairs, which serve as wrong answers for each other. ``parts`` is the
+    share of captions of which one part is learned instead of the whole. ``wrong_words`` adds each caption with one word
+    exchanged as a wrong answer (training/stages/clip_texts.py)."""
 
     model: ClipConfig = field(default_factory=small_clip)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024, length=40))
@@ -76,8 +76,8 @@ class ClipStage:
 
 
 def train_clip(config: ClipStage, context: StageContext) -> None:
-    """Fit the tokenizer, train, write clip_tokenizer.json, clip.safetensors and what held-out pairs say of them. Raises
-    ValueError for several processes: each would have only its own part of the wrong answers."""
+    """Fit the tokenizer, train, and write clip_tokenizer.json, clip.safetensors and their quality on held-out pairs.
+    Raises ValueError for several processes, because each would have only its own part of the wrong answers."""
     source, validation, run = context.source, context.validation, context.run
     device, processes = context.device, context.processes
     if processes.world > 1:
@@ -136,5 +136,5 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
 
 
 def substitutes_of(source: Source) -> Substitutes:
-    """Words that stand for each other in the captions of a source."""
+    """The words that can replace each other in the captions of a source."""
     return Substitutes(caption for i in range(min(len(source), WORDS)) for caption in source.captions(i))

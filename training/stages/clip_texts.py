@@ -1,9 +1,10 @@
-"""What a CLIP may learn from a caption besides its whole: its parts, and the same with one word wrong.
+"""Texts from which a CLIP learns besides whole captions: parts of captions, and captions with one wrong word.
 
-A contrastive loss is content with the words that occur (Yuksekgonul et al. 2023, "When and why vision-language models
-behave like bags-of-words"). Parts of captions, each a positive of the whole image, teach which things there are
-(Zheng et al. 2024, "DreamLIP", section 3.2); a caption with one word exchanged, as a wrong answer more, teaches which
-belongs to which (NegCLIP, section 4 of the former; here the word comes from the same context, not from a tagger).
+A contrastive loss needs little more than the words that occur (Yuksekgonul et al. 2023, "When and why
+vision-language models behave like bags-of-words"). Parts of captions, each a positive of the whole image, teach which
+things there are (Zheng et al. 2024, "DreamLIP", section 3.2). A caption with one word exchanged, as an additional wrong
+answer, teaches which attributes belong to which thing (NegCLIP, section 4 of the former; here the word comes from the
+same context and not from a tagger).
 """
 import re
 from collections.abc import Iterable, Sequence
@@ -19,13 +20,13 @@ COMMON = 3  # times that a word must stand in a context to be one of its words
 
 
 def caption_parts(caption: str) -> list[str]:
-    """What stands between the joints of a caption, two words at least each; the caption itself where there are none."""
+    """The parts of a caption between its joints that have at least two words; the caption itself if there are none."""
     parts = [part.strip() for part in JOINTS.split(caption)]
     return [part for part in parts if len(part.split()) > 1] or [caption]
 
 
 class Substitutes:
-    """Words that stand in the same contexts, a context being the word before and the word after."""
+    """Words that occur in the same contexts, where a context is the word before and the word after."""
 
     def __init__(self, captions: Iterable[str]):
         counts: dict[tuple[str, str], dict[str, int]] = {}
@@ -40,7 +41,7 @@ class Substitutes:
         self.words = {context: words for context, words in kept.items() if len(words) > 1}
 
     def wrong(self, caption: str, rng: np.random.Generator) -> str:
-        """The caption with one word exchanged; the caption itself where no word has a substitute."""
+        """The caption with one word exchanged; the caption itself if no word has a substitute."""
         words = caption.split()
         around = [EDGE, *words, EDGE]
         places = [place for place, word in enumerate(words)
@@ -55,7 +56,8 @@ class Substitutes:
 
 
 def cut_to_parts(captions: Sequence[str], share: float, rng: np.random.Generator) -> list[str]:
-    """The captions, a ``share`` of them cut down to one of their parts, half of those without the article before it."""
+    """The captions, a ``share`` of them cut down to one of their parts, and half of those without the article in
+    front."""
     found = []
     for caption, draw in zip(captions, rng.random(len(captions))):
         parts = caption_parts(caption) if draw < share else [caption]
@@ -66,8 +68,8 @@ def cut_to_parts(captions: Sequence[str], share: float, rng: np.random.Generator
 
 
 def texts_in_captions(captions: Sequence[str], texts: Sequence[str]) -> torch.Tensor:
-    """bool (B, T): which texts stand in which captions, word for word. Such a text is no wrong answer for the image:
-    of a hundred scenes some have "a red star" in them beside that whose part it is."""
+    """bool (B, T): which texts occur in which captions, word for word. Such a text is no wrong answer for the image,
+    since of a hundred scenes several contain "a red star" besides the one it was taken from."""
     padded = [f" {re.sub(r'[,:;.]', ' ', text)} ".replace("  ", " ") for text in captions]
     sought = {text: f" {re.sub(r'[,:;.]', ' ', text).strip()} ".replace("  ", " ") for text in texts}
     return torch.tensor([[sought[text] in caption for text in texts] for caption in padded])

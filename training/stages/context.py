@@ -1,4 +1,4 @@
-"""What every stage of training is given beside its own part of the configuration."""
+"""The inputs that every stage of training receives beside its own part of the configuration."""
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,15 +20,16 @@ class NoImages:
         raise IndexError(f"image {index} of none")
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """There are none."""
+        """Raises IndexError: there are none."""
         raise IndexError(f"captions of image {index} of none")
 
 
 @dataclass(frozen=True)
 class StageContext:
-    """``source`` is the training split as a run sees it, ``validation`` the held-out split with images of one size;
-    ``data_key`` says what the images depend on, for the names of caches. ``system`` is what the run becomes, and
-    ``preview_prompts`` are what its sample grids show, held-out captions where there are none."""
+    """``source`` is the training split as a run sees it, and ``validation`` the held-out split with images of one size.
+    ``data_key`` holds everything that the images depend on, for the names of caches. ``system`` is the system that the
+    run produces. ``preview_prompts`` are the prompts of its sample grids; if there are none, held-out captions are
+    used."""
 
     run: RunFolder
     source: Source = field(default_factory=NoImages)

@@ -34,12 +34,12 @@ SHOWN = 16  # samples of a preview
 @dataclass(frozen=True)
 class DenoiserStage:
     """Networks, diffusion process and training of the denoiser. ``caption_dropout`` is the share of captions replaced
-    by the empty one, for classifier-free guidance (Ho and Salimans 2022); ``images`` is how many images of the
-    source are used, null for all; ``cache`` encodes them once, before the first step, as they are without chance, and
-    false encodes them in every step; ``validation`` is how many held-out pairs the validation loss takes.
-    ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024);
-    ``noise_candidates`` are drawn for every image and the nearest is taken (`nearest_noise`); ``grounding`` supervises
-    the UNet by the scene, of sources that say where in an image things are."""
+    by the empty one, for classifier-free guidance (Ho and Salimans 2022). ``images`` is the number of images of the
+    source that are used, null for all. ``cache`` encodes them once before the first step, without random crops or
+    mirroring; false encodes them in every step. ``validation`` is the number of held-out pairs for the validation loss.
+    ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024).
+    ``noise_candidates`` noises are drawn for every image, and the nearest is taken (`nearest_noise`). ``grounding``
+    supervises the UNet with the scene, for sources that know the positions of objects."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -77,7 +77,7 @@ class DenoiserStage:
 
 
 def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Networks:
-    """The networks with their initial weights."""
+    """The networks of the stage with their initial weights."""
     torch.manual_seed(seed)
     unet, text_encoder = UNet(config.unet), TextEncoder(config.text_encoder)
     words = nn.Linear(config.unet.channels[-1], config.text_encoder.vocab_size) if config.grounding.words else None
@@ -85,7 +85,7 @@ def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Netw
 
 
 class Denoising:
-    """The objective of the stage: losses of pairs, and what is measured on held-out ones."""
+    """The objective of the stage: losses of pairs, and measurements on held-out pairs."""
 
     def __init__(self, config: DenoiserStage, tokenizer: Tokenizer, seed: int, device: torch.device):
         self.config, self.tokenizer, self.seed, self.device = config, tokenizer, seed, device
@@ -93,7 +93,7 @@ class Denoising:
 
     def losses(self, networks: Networks, x_0: torch.Tensor, captions: list[str], t: torch.Tensor,
                eps: torch.Tensor) -> torch.Tensor:
-        """(B,) of latents x_0 and noise eps (B, C, H, W), captions and times t (B,)."""
+        """Losses (B,) of latents x_0 and noise eps (B, C, H, W), captions, and times t (B,)."""
         ids, mask = self.tokenizer.encode(captions)  # (B, L)
         ids, mask = (tensor.to(self.device) for tensor in trim_padding(ids, mask, MULTIPLE))
         context = networks.text_encoder(ids, mask)  # (B, L, D)
@@ -105,7 +105,7 @@ class Denoising:
                               self.config.prediction_type, self.config.weighting)  # (B,)
 
     def loss_at(self, networks: Networks, read: PairBatch, position: int, part: Part) -> dict[str, torch.Tensor]:
-        """The mean loss of a part of a batch; what is random is drawn for the whole batch, then cut."""
+        """The mean loss of a part of a batch; random numbers are drawn for the whole batch and then sliced."""
         random = generator(self.seed, "denoiser", position)
         mean = part.of_read(read.mean)
         x_0 = Posterior(mean, part.of_read(read.logvar)).sample(part.randn(mean.shape, random))
@@ -121,7 +121,7 @@ class Denoising:
 
     def grounded_loss(self, networks: Networks, x_0: torch.Tensor, captions: list[str], places: list[list[Place]],
                       t: torch.Tensor, eps: torch.Tensor, left: float) -> dict[str, torch.Tensor]:
-        """The mean loss with the terms of the known scene, of whose weights there is so much ``left``."""
+        """The mean loss with the terms of the known scene, whose weights are multiplied by ``left``."""
         config, terms = self.config.grounding, {}
         with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
@@ -136,8 +136,9 @@ class Denoising:
 
     @torch.no_grad()
     def validate(self, networks: Networks, read: PairBatch) -> dict[str, float]:
-        """The mean loss of held-out pairs, and those of the noise levels in fifths, least noise first. Noise and times
-        are the same every time, and the times a Sobol sequence, so that they cover all levels evenly."""
+        """The mean loss of held-out pairs, and the mean losses of five ranges of the noise level, least noise
+        first. Noise and times are the same every time; the times are a Sobol sequence, so that they cover all
+        levels evenly."""
         random = generator(self.seed, "validation", 0)
         x_0 = Posterior(read.mean, read.logvar).sample(torch.randn(read.mean.shape, generator=random))
         t = sample_timesteps(len(x_0), "sobol", self.schedule, random)
@@ -190,7 +191,7 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
 
 
 def save_preview(system: TextToImage, prompts: list[str], path: Path, step: int) -> None:
-    """A labelled grid of what the averaged weights draw after ``step`` steps."""
+    """Save a labelled grid of samples of the averaged weights after ``step`` steps."""
     sampling = system.config.sampling
     save_grid(system.images(prompts, range(len(prompts))), path, prompts,
               title=f"step {step}, guidance {sampling.guidance.scale:g}, {sampling.steps} {sampling.sampler} steps, "
@@ -198,7 +199,7 @@ def save_preview(system: TextToImage, prompts: list[str], path: Path, step: int)
 
 
 def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> Pairs:
-    """The pairs that are trained on: from a cache of latents, or read and encoded in every step."""
+    """The training pairs: from a cache of latents, or read and encoded in every step."""
     source, train = context.source, config.train
     count = min(config.images or len(source), len(source))
     if config.cache:
@@ -208,6 +209,6 @@ def training_pairs(config: DenoiserStage, context: StageContext, encode: Encode)
 
 
 def held_out_pairs(config: DenoiserStage, context: StageContext, encode: Encode) -> PairBatch:
-    """The pairs on which the validation loss is measured: the first of the split, whole and without chance."""
+    """The pairs for the validation loss: the first of the split, without dropped captions."""
     count = min(config.validation, len(context.validation))
     return CachedPairs(context, "validation", count, encode, config.train.batch).first(count)

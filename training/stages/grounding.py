@@ -1,11 +1,11 @@
-"""Attention supervised by the known scene: places where an object is drawn attend to the words that name it.
+"""Supervision of attention by the known scene: places where an object is drawn attend to the words that name it.
 
-After TokenCompose (Wang et al. 2024), which takes segmentation masks of a published model; here the scene is known, and
-the loss is the cross-entropy of the other side: not where a word is looked at, but which words a place looks at. The
-denoising loss alone says little of that, because a place whose colour and kind are already to be seen in the noise
-needs no words. Some heads are left free, for words that belong to no object. The second term asks the features of such
-a place for its words, which is where attention has to bring them. Axis letters: B batch, h heads, N places of a feature
-map, L tokens, V vocabulary, C channels, H W size.
+After TokenCompose (Wang et al. 2024), which takes segmentation masks of a published model. Here the scene is known,
+and the loss is the cross-entropy in the other direction: it does not ask at which places a word is looked at, but at
+which words a place looks. The denoising loss alone teaches little of that, because a place whose colour and kind can
+already be seen in the noise needs no words. Some heads stay free for words that belong to no object. The second term
+predicts the words from the features of such a place, to which attention has to bring them. Axis letters: B batch, h
+heads, N places of a feature map, L tokens, V vocabulary, C channels, H W size.
 """
 import contextlib
 import math
@@ -25,8 +25,8 @@ Place = tuple[int, int, float, float, float]  # characters of the words from, to
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """``attention`` and ``words`` weigh the two terms at the first step, 0 is off; they fall to 0 along a line at the
-    share ``until`` of the run. ``heads`` of every cross-attention are supervised, those with the lowest numbers."""
+    """``attention`` and ``words`` are the weights of the two terms at the first step, 0 for off; they fall linearly to
+    0 at the share ``until`` of the run. The first ``heads`` heads of every cross-attention are supervised."""
 
     attention: float = 0.0
     words: float = 0.0
@@ -44,17 +44,17 @@ class GroundingConfig:
 
     @property
     def on(self) -> bool:
-        """Whether there is anything to supervise."""
+        """Whether any term is used."""
         return self.attention > 0 or self.words > 0
 
     def left_at(self, share: float) -> float:
-        """What is left of the weights when this share of the run is done."""
+        """The factor of the weights after this share of the run."""
         return max(0.0, 1.0 - share / self.until)
 
 
 @contextlib.contextmanager
 def keep_attention(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
-    """Inside, every layer that runs adds its attention (B, h, N, L) to the list, with its gradient."""
+    """Inside this block every layer that runs appends its attention (B, h, N, L), with its gradient, to the list."""
     maps: list[Tensor] = []
     for layer in layers:
         layer.watch = maps.append
@@ -67,7 +67,7 @@ def keep_attention(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
 
 @contextlib.contextmanager
 def keep_output(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the module adds its output to the list whenever it runs."""
+    """Inside this block the module appends its output to the list whenever it runs."""
     kept: list[Tensor] = []
     hook = module.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
     try:
@@ -78,9 +78,9 @@ def keep_output(module: nn.Module) -> Iterator[list[Tensor]]:
 
 def named_tokens(tokenizer: Tokenizer, captions: Sequence[str], places: Sequence[Sequence[Place]], height: int,
                  width: int, length: int) -> Tensor:
-    """bool (B, N, L): whether the token is of the words that name what is drawn at the place; N = height x width.
+    """bool (B, N, L): whether the token belongs to the words that name the object at the place; N = height x width.
 
-    Of objects that overlap the later one in the list is in front. A place without an object has no token.
+    Where objects overlap, the later one in the list is in front. A place without an object has no token.
     """
     y, x = np.divmod(np.arange(height * width), width)
     x, y = (x + 0.5) / width, (y + 0.5) / height  # (N,)
@@ -99,9 +99,9 @@ def attention_loss(maps: Sequence[Tensor], tokenizer: Tokenizer, captions: Seque
                    places: Sequence[Sequence[Place]], size: Sequence[int], heads: int) -> Tensor:
     """-log of the attention that places of an object pay to its words, mean over words, places, heads and layers.
 
-    maps (B, h, N, L) of each layer, at any halvings of the latent's size; a scalar, 0 where no object is named. It is
-    least where every word has the same share: the share of all of them together would be had by looking at the colour
-    alone, and kinds of shapes would stay unheard.
+    maps (B, h, N, L) of each layer, at any halvings of the latent's size; a scalar, 0 if no object is named. It is
+    least if every word has the same share. The joint share of all words could be raised by looking at the colour alone,
+    and kinds of shapes would be ignored.
     """
     targets: dict[int, Tensor] = {}
     losses = []
@@ -121,8 +121,8 @@ def attention_loss(maps: Sequence[Tensor], tokenizer: Tokenizer, captions: Seque
 
 def words_loss(features: Tensor, head: nn.Linear, tokenizer: Tokenizer, captions: Sequence[str],
                places: Sequence[Sequence[Place]]) -> Tensor:
-    """Cross-entropy of the words that ``head`` (C -> V) reads off the features (B, C, H, W) of places where something
-    is drawn, against the words that name it, each with the same share; a scalar, 0 where no object is named."""
+    """Cross-entropy of the words that ``head`` (C -> V) predicts from the features (B, C, H, W) of places where an
+    object is drawn, against the words that name it, each with the same share; a scalar, 0 if no object is named."""
     ids, _ = tokenizer.encode(list(captions))  # (B, L)
     height, width = features.shape[2:]
     wanted = named_tokens(tokenizer, captions, places, height, width, ids.shape[1])  # (B, N, L)

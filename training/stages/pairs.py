@@ -1,4 +1,4 @@
-"""What the denoiser stage reads for a step: posteriors of latents and captions, from a cache or from the images.
+"""The input of the denoiser stage for a step: posteriors of latents and captions, from a cache or from the images.
 
 Axis letters: B images of this process, C latent channels, H W latent size.
 """
@@ -20,7 +20,7 @@ from training.stages.grounding import Place
 
 
 class PairBatch(NamedTuple):
-    """Mean and log-variance of latents, (B, C, H, W) each, on the CPU, and a caption each, "" where it is dropped."""
+    """Mean and log-variance of latents, each (B, C, H, W), on the CPU, and one caption each, "" if it is dropped."""
 
     mean: torch.Tensor
     logvar: torch.Tensor
@@ -29,7 +29,7 @@ class PairBatch(NamedTuple):
 
 
 class Pairs(Protocol):
-    """Images with captions, as what a denoiser is trained on."""
+    """Latents of images with captions, on which a denoiser is trained."""
 
     def __len__(self) -> int: ...
 
@@ -42,7 +42,7 @@ Encode = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images (
 
 
 def latent_encoder(autoencoder: Autoencoder, device: torch.device) -> Encode:
-    """Images in [-1, 1] to the posterior of their latents, on the CPU."""
+    """A function from images in [-1, 1] to the mean and log-variance of their latents on the CPU."""
     @torch.no_grad()
     def encode(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         posterior = autoencoder.encode(images.to(device))
@@ -51,7 +51,7 @@ def latent_encoder(autoencoder: Autoencoder, device: torch.device) -> Encode:
 
 
 class CachedPairs:
-    """Latents of the first ``count`` images of a split, encoded once, before the first step; captions are drawn anew in
+    """Latents of the first ``count`` images of a split, encoded once before the first step; captions are drawn anew in
     every epoch."""
 
     def __init__(self, context: StageContext, split: Literal["train", "validation"], count: int, encode: Encode,
@@ -83,22 +83,23 @@ class CachedPairs:
         return PairBatch(mean, logvar, captions, self.places_of(places.indices, captions))
 
     def places_of(self, indices: np.ndarray, captions: list[str]) -> list[list[Place]] | None:
-        """Which words of each caption name what is drawn where; None where nobody asks."""
+        """Which words of each caption name the object at which place; None if places are not used."""
         if not self.with_places:
             return None
         return [self.source.places(int(index), caption)  # type: ignore[attr-defined]
                 for index, caption in zip(indices, captions)]
 
     def first(self, count: int) -> PairBatch:
-        """The first ``count`` pairs as in epoch 0."""
+        """The first ``count`` pairs, with the captions of epoch 0."""
         return self.of(Places(np.zeros(count, dtype=np.int64), np.arange(count)))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because no file is open."""
 
 
 class ReadPairs:
-    """Images read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if any."""
+    """Images read and encoded in every step, cropped and mirrored anew in every epoch, in aspect buckets if there are
+    any."""
 
     def __init__(self, context: StageContext, count: int, encode: Encode, batch: int, dropout: float, workers: int):
         buckets: Any = getattr(context.source, "buckets", None)
@@ -116,5 +117,5 @@ class ReadPairs:
         return PairBatch(*self.encode(to_unit(batch.images)), batch.captions)
 
     def close(self) -> None:
-        """End the readers."""
+        """End the loader workers."""
         self.loader.close()

@@ -1,4 +1,4 @@
-"""The perceptual term of the autoencoder's loss: LPIPS where its weights are given, else a Laplacian pyramid.
+"""The perceptual term of the autoencoder's loss: LPIPS if its weights are given, else a Laplacian pyramid.
 
 Axis letters: B batch, H W size of the images.
 """
@@ -21,8 +21,8 @@ Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # decoded, imag
 
 @dataclass(frozen=True)
 class PerceptualConfig:
-    """``weight`` 0 is off. ``lpips`` reads ``files``: one with both VGG16 and the heads of LPIPS, or one for each.
-    ``pyramid`` needs none."""
+    """``weight`` 0 switches the term off. ``lpips`` reads ``files``: one with both VGG16 and the heads of LPIPS, or one
+    for each. ``pyramid`` needs no files."""
 
     weight: float = 0.0
     kind: Literal["pyramid", "lpips"] = "pyramid"
@@ -38,7 +38,8 @@ class PerceptualConfig:
 
 
 def perceptual_distance(config: PerceptualConfig, device: torch.device) -> tuple[Distance | None, str]:
-    """What measures the term, None where it is off, and a line for the manifest. Raises ValueError for bad files."""
+    """The distance function of the term, None if it is off, and a line for the manifest. Raises ValueError for bad
+    files."""
     if config.weight == 0:
         return None, "off"
     if config.kind == "pyramid":
@@ -49,9 +50,10 @@ def perceptual_distance(config: PerceptualConfig, device: torch.device) -> tuple
 
 
 def laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
-    """Images (B, 3, H, W) as detail at full size, at half, a quarter, ... and the rest (Burt and Adelson 1983).
+    """Images (B, 3, H, W) as details at full size, half, a quarter and so on, and the remainder (Burt and Adelson
+    1983).
 
-    Enlarging and adding from the last to the first gives the images back: `pyramid_sum`.
+    `pyramid_sum` restores the images by enlarging and adding from the last to the first.
     """
     levels: list[torch.Tensor] = []
     while len(levels) < LEVELS - 1 and min(images.shape[2:]) >= 2 * COARSEST:
@@ -70,7 +72,7 @@ def pyramid_sum(levels: list[torch.Tensor]) -> torch.Tensor:
 
 
 def downsample(images: torch.Tensor) -> torch.Tensor:
-    """Blurred by the binomial filter (1 4 6 4 1) / 16 along both sides, then every second pixel."""
+    """Images blurred by the binomial filter (1 4 6 4 1) / 16 along both sides, then reduced to every second pixel."""
     channels = images.shape[1]
     taps = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0], dtype=images.dtype, device=images.device) / 16
     filters = torch.outer(taps, taps).expand(channels, 1, 5, 5)
@@ -78,16 +80,16 @@ def downsample(images: torch.Tensor) -> torch.Tensor:
 
 
 def upsample_to(images: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Twice the size, bilinearly: the height and width of ``like``."""
+    """Images enlarged bilinearly to the height and width of ``like``."""
     return F.interpolate(images, like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def pyramid_distance(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference of each level of the Laplacian pyramids, summed over levels (B,); both (B, 3, H, W).
 
-    L1 counts pixels, so a lost shape costs what faint noise everywhere does. Noise is gone after the first level; a
-    shape differs at every scale up to its own, and is counted at each (the Lap_1 of Bojanowski et al. 2018: with means
-    over values its weights 4^j become 1).
+    L1 counts pixels, so a lost shape costs as much as faint noise everywhere. Noise vanishes after the first level,
+    but a shape differs at every scale up to its own and is counted at each (the Lap_1 of Bojanowski et al. 2018: with
+    means over values its weights 4^j become 1).
     """
     with torch.autocast(images.device.type, enabled=False):  # bf16 would round small differences away
         levels = laplacian_pyramid(decoded.float() - images)  # the pyramid is linear: that of the difference

@@ -8,12 +8,12 @@ CORPUS = 50_000  # items whose captions a tokenizer is fitted to
 
 
 def fit_tokenizer(source: Source, config: TokenizerConfig) -> Tokenizer:
-    """The byte-pair encoding of the captions of the first items of a source."""
+    """A byte-pair encoding fitted to the captions of the first items of a source."""
     return Tokenizer.train((caption for i in range(min(len(source), CORPUS)) for caption in source.captions(i)), config)
 
 
 def train_tokenizer(config: TokenizerConfig, context: StageContext) -> None:
-    """Fit the encoding and write tokenizer.json; warns of captions that it cuts."""
+    """Fit the encoding and write tokenizer.json; warns about captions that it cuts."""
     if not context.processes.main:
         return
     tokenizer = fit_tokenizer(context.source, config)
