@@ -25,9 +25,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config", help="a file in configs/, or the config.yaml of a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value",
                         help="any key of the config; run=DIR names the run folder (runs/NAME)")
-    parser.add_argument("--check", action="store_true", help="say what speaks for and against the run, train nothing")
+    parser.add_argument("--check", action="store_true", help="report what speaks for and against the run; no training")
     keep_freed_memory()
-    # flags first, of which none has a value: argparse wants the overrides in one piece
+    # flags, none of which has a value, go first, because argparse needs the overrides in one piece
     options = parser.parse_args(sorted(arguments, key=lambda text: not text.startswith("-")))
     folders = [text.partition("=")[2] for text in options.overrides if text.startswith("run=")]
     overrides = [text for text in options.overrides if not text.startswith("run=")]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from files.whole import sha256_of, whole_file, write_text
 from files.weights import CheckpointError, load_weights, save_weights
+from files.whole import sha256_of, whole_file, write_text
 from training.checkpoints import checkpoint
 from training.checkpoints.checkpoint import Checkpoints
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import nn
 
 from data.catalog import build_source
@@ -34,10 +35,10 @@ from training.stages.pairs import PairBatch
 from training.stages.perceptual_loss import perceptual_distance
 
 PAIRS = 8
-FALL = {"autoencoder": 0.5, "denoiser": 0.8}  # share of the first loss below which learning by heart counts as proven
-PATIENCE = 30.0  # seconds for each measurement
-CAPTIONS = 2000  # that the tokenizer is tried on
-STILL = 0.05  # mean and deviation of latents may be off by that much times ten before it is worth a word
+FALL = {"autoencoder": 0.5, "denoiser": 0.8}  # share of the first loss below which overfitting counts as proven
+PATIENCE = 30.0  # largest number of seconds of a measurement
+CAPTIONS = 2000  # captions that the tokenizer is tested on
+STILL = 0.05  # mean and deviation of latents may be off by ten times this much without an objection
 
 Step = Callable[[int], torch.Tensor]  # loss of a step
 
@@ -45,7 +46,7 @@ Step = Callable[[int], torch.Tensor]  # loss of a step
 def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     """Print a report on a run of ``experiment`` into ``path``; whether nothing speaks against the run."""
     run = RunFolder(path)
-    source = build_source(experiment.data.squares, "train")  # as squares: what is timed here has one size
+    source = build_source(experiment.data.squares, "train")  # without aspect buckets, since the timing needs one size
     validation = build_source(experiment.data.squares, "validation")
     for name, split in (("train", source), ("validation", validation)):
         if not len(split):
@@ -173,7 +174,8 @@ def check_latents(model: Autoencoder, source: Source, device: torch.device, trai
         model.measure([images])
         return True
     posterior = model.encode(images)
-    both = posterior.sample(torch.randn(posterior.mean.shape, device=device)).transpose(0, 1).flatten(1)  # (C, B h w)
+    both = posterior.sample(torch.randn(posterior.mean.shape, device=device))  # (B, C, h, w)
+    both = rearrange(both, "b c h w -> c (b h w)")
     mean, std = both.mean(dim=1), both.std(dim=1)
     good = bool((mean.abs() < 10 * STILL).all() and ((std - 1).abs() < 10 * STILL).all())
     print(f"latents: by channel, mean {mean.min():.2f} to {mean.max():.2f}, deviation {std.min():.2f} to "

@@ -29,8 +29,8 @@ from model.unet import Level
 
 Parallel = Literal["ddp", "fsdp", "hybrid"]
 
-# How long processes wait for each other: for the main one to fill a cache, and to validate and draw samples. A process
-# that dies breaks its connections and ends the job at once, whatever is said here.
+# How long processes wait for each other: while the main one fills a cache, and while it validates and samples. If a
+# process dies, its connections break, and the job ends at once whatever these limits are.
 LONG, PATIENCE = datetime.timedelta(days=30), datetime.timedelta(hours=2)
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "NCCL",
         "Socket Timeout", "Timed out waiting", "failed to recv", "connectFullMesh", "unhandled system error")
@@ -50,7 +50,7 @@ class Processes:
     local_rank: int = 0
     local_world: int = 1
     store: Any = None
-    turns: Iterator[int] = field(default_factory=itertools.count)  # all processes do the same in the same order
+    turns: Iterator[int] = field(default_factory=itertools.count)  # numbers the messages, equally in all processes
 
     @property
     def main(self) -> bool:
@@ -110,19 +110,19 @@ def process_group() -> Iterator[Processes]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    # a filter of one pixel has two equal orders in memory; DDP says so at every start, and it costs nothing here
+    # a filter of one pixel has two equal orders in memory; DDP warns of it at every start, but it costs nothing here
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    local_slice = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     if torch.cuda.is_available():
-        torch.cuda.set_device(local_slice)
+        torch.cuda.set_device(local_rank)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         store, rank, world = next(rendezvous("env://"))
-        # after a restart the store still has the addresses of the processes before
+        # after a restart the store still holds the addresses of the former processes
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-        processes = Processes(rank, world, local_slice, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
+        processes = Processes(rank, world, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", world)), store)
         yield processes
         processes.wait()  # the store may end with the main process
     except (RuntimeError, OSError) as error:
@@ -168,10 +168,10 @@ def distribute(loss: Loss, parallel: Parallel, shards: int, processes: Processes
         if processes.world == 1:
             return loss
         return DistributedDataParallel(loss, gradient_as_bucket_view=True)
-    from torch.distributed.device_mesh import init_device_mesh  # these take 0.7 s, for those who shard
+    from torch.distributed.device_mesh import init_device_mesh  # these imports take 0.7 s, so they are made only here
     from torch.distributed.fsdp import fully_shard
 
-    if not dist.is_initialized():  # sharding over one process: the same code, the same files
+    if not dist.is_initialized():  # one process is sharded by the same code into the same files
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0,
                                 world_size=1)
     shape: tuple[int, ...] = (processes.world,)
@@ -181,7 +181,7 @@ def distribute(loss: Loss, parallel: Parallel, shards: int, processes: Processes
             raise ValueError(f"shards: {shards} for {processes.world} processes; valid: a divisor of {processes.world}")
         shape = (processes.world // shards, shards)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape):])
-    for parameter in loss.parameters():  # a slice of rows is only one piece of memory in this order
+    for parameter in loss.parameters():  # only in this order is a slice of rows one piece of memory
         parameter.data = parameter.data.contiguous()
     for unit in sharding_units(loss.model):
         fully_shard(unit, mesh=mesh)  # type: ignore[arg-type]

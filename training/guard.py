@@ -10,8 +10,8 @@ from typing import Literal
 
 Verdict = Literal["good", "skip", "roll back", "stop"]
 
-MEMORY = 0.99  # of the mean of the logarithms: about the last hundred steps
-KNOWN = 50  # good steps after which it is known what is usual
+MEMORY = 0.99  # decay of the mean of the logarithms: about the last hundred steps
+KNOWN = 50  # good steps after which the usual norm is known
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,13 @@ class Task(Generic[M]):
     the step number until the run rolls back (`training/guard.py`)."""
 
     name: str
-    data_at: Callable[[int], Any]  # position -> what this process reads for it
+    data_at: Callable[[int], Any]  # position -> the data of this process
     loss_at: Callable[[M, Any, int, Part], dict[str, torch.Tensor]]  # (model, data, position, part) -> means, "loss"
     validate: Callable[[M], dict[str, float]]  # of the averaged model
     preview: Callable[[M, int], None]  # of the averaged model after that many steps
-    best: tuple[str, Literal["min", "max"]]  # the metric of ``validate`` by which the best weights are kept
+    best: tuple[str, Literal["min", "max"]]  # the metric of ``validate`` that chooses the best weights
     item: Callable[[M], Any]  # calls the model on one item, to count its operations
-    beside: Mapping[str, Stateful] = field(default_factory=dict)  # ``loss_at`` alone changes it, checkpoints keep it
+    beside: Mapping[str, Stateful] = field(default_factory=dict)  # changed by ``loss_at`` only, kept in checkpoints
 
 
 def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int, processes: Processes = ALONE) -> M:
@@ -115,7 +115,7 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
     with Logger(run.metrics, task.name, step, config.steps, config.batch, processes) as log, StopSignal() as stop:
         observer = Observer(task, config, log, best, processes.main, autocast)
         while step < config.steps:
-            position, done = step + guard.moved, step + 1  # the place in the data, the steps when this one is done
+            position, done = step + guard.moved, step + 1  # the place in the data, the steps after this one
             rate = learning_rate(step, config.steps, config.optim)
             set_learning_rate(optimizer, rate)
             clock.start(exact=done % config.log_every == 0 or done == config.steps)
@@ -127,12 +127,13 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
                 seed_globally(seed, task.name, position, part)  # dropout draws from the global generator
                 with skip_gradient_sync(trainer, part is not parts[-1]):
                     with autocast():
-                        found = trainer(data, position, part)  # forward and loss
+                        losses_of_part = trainer(data, position, part)  # calls task.loss_at
                     clock.mark("forward")
-                    (found["loss"] * (part.share * processes.world)).backward()  # processes are averaged, parts added
+                    loss = losses_of_part["loss"] * (part.share * processes.world)  # processes are averaged
+                    loss.backward()
                     clock.mark("backward")
-                for name, loss in found.items():
-                    losses[name] = losses.get(name, 0.0) + loss.detach() * part.share
+                for name, value in losses_of_part.items():
+                    losses[name] = losses.get(name, 0.0) + value.detach() * part.share
             norm = float(whole_tensor(nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)))
             verdict = guard.judge(norm)
             if verdict == "good":
@@ -238,9 +239,9 @@ def save_state(state: State, name: str, done: int, config: TrainConfig, stopping
 
     In the last case raises Interrupted after saving.
     """
-    regular = done % config.checkpoint_every == 0 and state.guard.bad == 0  # it may have to be gone back to
+    regular = done % config.checkpoint_every == 0 and state.guard.bad == 0  # a run may roll back to it
     if regular:
-        state.guard.rollbacks = 0  # counts those to the same checkpoint
+        state.guard.rollbacks = 0  # counts rollbacks to the same checkpoint
     if regular or done == config.steps or stopping:
         state.save(done, regular)
     if stopping:
@@ -265,7 +266,7 @@ def prepare_trainer(task: Task[M], model: M, averages: list[PowerEma[M]], config
     if config.parallel != "ddp":
         if task.beside:
             raise ValueError(f"parallel: {config.parallel}; valid for this stage: ddp, {', '.join(task.beside)} beside "
-                             "the model is not spread over processes")
+                             "the model is not distributed over processes")
         for ema in averages:
             ema.shard(model)
     return trainer

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -49,7 +50,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_lerp_([local_slice(m) for m in momenta], [local_slice(g) for g in gradients],
                              1 - group["momentum"])
-        # a matrix that is spread over processes is put together: its directions are those of the whole
+        # a distributed matrix is gathered, because its singular directions are those of the whole matrix
         updates = [filters_to_matrix(whole_tensor(gradient.lerp(momentum, group["momentum"])), p)  # Nesterov, (R, C)
                    for p, gradient, momentum in zip(parameters, gradients, momenta)]
         directions = polar_factors(updates, group["iteration"], self.dtype)
@@ -74,13 +75,14 @@ class Muon(torch.optim.Optimizer):
 def filters_to_matrix(values: Tensor, filters: Tensor) -> Tensor:
     """Values for filters (R, ...) as a matrix (R, C), with columns in the order of the filters in memory, so that
     nothing is copied. The order of the columns affects only the order of the columns of the result."""
-    return (values.permute(0, 2, 3, 1) if is_channels_last(filters) else values).flatten(1)
+    order = "r c h w -> r (h w c)" if is_channels_last(filters) else "r ... -> r (...)"
+    return rearrange(values, order)
 
 
 def matrix_to_filters(filters: Tensor, matrix: Tensor) -> Tensor:
     """A matrix (R, C) from `filters_to_matrix`, in the shape of the filters."""
     if is_channels_last(filters):
-        return matrix.unflatten(1, filters.permute(0, 2, 3, 1).shape[1:]).permute(0, 3, 1, 2)
+        return rearrange(matrix, "r (h w c) -> r c h w", h=filters.shape[2], w=filters.shape[3])
     return matrix.reshape(filters.shape)
 
 

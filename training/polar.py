@@ -16,7 +16,7 @@ from model.device import autocast_dtype
 Polynomial = tuple[float, float, float]  # a, b, c
 Iteration = Literal["newton_schulz", "short"]
 
-# five times the same: singular values in (0, 1] end between about 0.7 and 1.2
+# one polynomial, five times: singular values in (0, 1] end between about 0.7 and 1.2
 NEWTON_SCHULZ: tuple[Polynomial, ...] = 5 * ((3.4445, -4.7750, 2.0315),)
 
 # Each is the best odd quintic for what the one before leaves (Amsel et al. 2025, Polar Express, algorithm 1), for
@@ -26,8 +26,8 @@ NEWTON_SCHULZ: tuple[Polynomial, ...] = 5 * ((3.4445, -4.7750, 2.0315),)
 SHORT: tuple[Polynomial, ...] = (
     (8.0150, -21.7825, 15.7434), (3.7426, -2.3629, 0.3967), (3.4676, -2.3325, 0.4173), (2.6763, -1.8585, 0.3873))
 
-TOGETHER = 2  # polynomials gathered before X is touched, see `gathered`
-MARGIN = 1.02  # on the bound of the largest singular value, for the rounding of bf16: beyond 1 the quintics shoot up
+TOGETHER = 2  # polynomials that are combined before X is multiplied, see `polynomial_factor`
+MARGIN = 1.02  # on the bound of the largest singular value, for rounding in bf16: the quintics grow fast beyond 1
 
 
 def polar_factors(matrices: Sequence[Tensor], iteration: Iteration = "short",
@@ -85,7 +85,7 @@ def scale_gram(gram: Tensor, tight: bool) -> tuple[Tensor, Tensor, Tensor]:
     which changes the polar factor.
     """
     trace = gram.diagonal(dim1=-2, dim2=-1).float().sum(dim=-1)[:, None, None]  # |X|^2
-    trace = trace.clamp_min(1e-14)  # without a gradient all is 0, and stays so
+    trace = trace.clamp_min(1e-14)  # without a gradient everything is 0, and stays 0
     gram = gram / trace.to(gram.dtype)
     square = gram @ gram
     if not tight:

@@ -63,7 +63,7 @@ class Checkpoints:
             with whole_file(path) as temporary:
                 torch.save({"step": step, **state}, temporary)
                 digest = sha256_of(temporary)
-            # the state is only valid with its hash: a crash between the two leaves the state before as newest
+            # a state is only valid with its hash, so after a crash between the two the previous state is the newest
             about = {"step": step, "regular": regular, "sha256": digest, **(about or {})}
             write_text(path.with_suffix(".json"), json.dumps(about))
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
@@ -79,7 +79,7 @@ class Checkpoints:
         for path in self.files(regular):
             try:
                 return self.read(path)
-            except Exception as error:  # whatever is wrong with it, the one before is tried
+            except Exception as error:  # whatever the error, the previous state is tried
                 warn_refused(path, error)
         return None
 
@@ -97,7 +97,7 @@ class Checkpoints:
         stay = {*files[place:place + self.keep], *[path for path in files[place:] if self.is_regular(path)][:1]}
         for path in set(files) - stay:
             self.remove(path)
-        for part in self.folder.glob(".step_*.part"):  # of a process that was killed while it wrote
+        for part in self.folder.glob(".step_*.part"):  # left by a process that was killed while writing
             shutil.rmtree(part) if part.is_dir() else part.unlink()
 
     def remove(self, path: Path) -> None:

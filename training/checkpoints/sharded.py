@@ -22,7 +22,7 @@ from files.whole import sha256_of, write_text
 from training.checkpoints.checkpoint import Checkpoints, warn_refused
 from training.distributed import Processes
 
-Fields = dict[str, dict[str, Tensor]]  # parameter -> what the optimizer keeps for it
+Fields = dict[str, dict[str, Tensor]]  # parameter -> its state in the optimizer
 
 COMPLETE = "complete.json"
 
@@ -69,7 +69,7 @@ class ShardedCheckpoints(Checkpoints):
         files = {name: digest for part in hashes for name, digest in part.items()}
         files[".metadata"] = sha256_of(temporary / ".metadata")
         write_text(temporary / COMPLETE, json.dumps({**about, "sha256": files}))
-        if path.exists():  # of the same step, refused or the run would have gone on from it
+        if path.exists():  # a refused state of the same step: the run would have continued from it
             self.remove(path)
         os.replace(temporary, path)
         handle = os.open(path.parent, os.O_RDONLY)

@@ -73,7 +73,7 @@ class State:
         step = self.processes.from_main(None if state is None else state["step"])
         if step is None:
             return None
-        if state is None:  # the others read what the main process has found to be whole
+        if state is None:  # the others read the state that the main process found undamaged
             state = self.checkpoints.read(self.checkpoints.path(step))
         self.model.load_state_dict(state["model"])
         self.averages[0].load_state_dict(state["average"])

@@ -82,7 +82,7 @@ class Adversary:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # else what follows in this step would see the bf16 copies of the weights before
+        torch.clear_autocast_cache()  # or the rest of this step would use bf16 copies of the former weights
         return loss.detach()
 
     def generator_loss(self, decoded: torch.Tensor) -> torch.Tensor:

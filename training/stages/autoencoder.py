@@ -28,8 +28,8 @@ from training.stages.adversarial_loss import AdversarialConfig, Adversary
 from training.stages.context import StageContext
 from training.stages.perceptual_loss import Distance, PerceptualConfig, perceptual_distance
 
-MEASURED = 2048  # training images from which the latent mean and scale are taken
-COLUMNS = 8  # images beside each other in a comparison
+MEASURED = 2048  # training images for the latent mean and scale
+COLUMNS = 8  # images in a row of a comparison
 
 
 @dataclass(frozen=True)

@@ -93,17 +93,17 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
     captions = [validation.captions(i)[0] for i in range(count)]
 
     def logits(model: Clip, images: Tensor, texts: list[str]) -> Tensor:
-        model.limit_scale()  # after each step is before the next
+        model.limit_scale()  # before a step, which is after the previous one
         ids, mask = (tensor.to(device) for tensor in trim_padding(*tokenizer.encode(texts)))  # (B, L)
         return model(model.resize_images(images.to(device)), ids, mask)  # (B, B)
 
     def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
         rng = np.random.default_rng([config.seed, position])
-        told = part.of_read(read.captions)
-        texts = cut_to_parts(told, config.parts, rng)
+        captions_read = part.of_read(read.captions)
+        texts = cut_to_parts(captions_read, config.parts, rng)
         wrong = [substitutes.wrong(text, rng) for text in texts] if substitutes else []
         table = logits(model, to_unit(part.of_read(read.images)), texts + wrong)  # (B, B) or (B, 2B)
-        return {"loss": contrastive_loss(table.float(), texts_in_captions(told, texts + wrong))}
+        return {"loss": contrastive_loss(table.float(), texts_in_captions(captions_read, texts + wrong))}
 
     @torch.no_grad()
     def validate(model: Clip) -> dict[str, float]:
@@ -114,9 +114,9 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
 
     def preview(model: Clip, step: int) -> None:
         vectors = ClipVectors(model, tokenizer, "")
-        shown = min(SHOWN, count)
-        nearest = (vectors(held_out[:shown]) @ vectors.texts(captions).T).argmax(dim=1).tolist()
-        save_grid(held_out[:shown], run.path / "samples" / f"clip_{step:06d}.png", [captions[i] for i in nearest],
+        pairs = min(SHOWN, count)
+        nearest = (vectors(held_out[:pairs]) @ vectors.texts(captions).T).argmax(dim=1).tolist()
+        save_grid(held_out[:pairs], run.path / "samples" / f"clip_{step:06d}.png", [captions[i] for i in nearest],
                   title=f"step {step}: the caption of {count} held-out ones that each image finds")
 
     substitutes = substitutes_of(source) if config.wrong_words else None
@@ -127,7 +127,7 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
         average = fit(task, model, config.train, run, config.seed, processes)
     average.limit_scale()
     write_text(run.path / "clip_tokenizer.json", tokenizer.to_json())
-    # last: its presence says that the stage is finished; with its shape, so that other runs can be judged by it
+    # written last, because its presence marks the stage as finished; it holds its configuration for use in other runs
     save_weights(average, run.weights("clip"), {"model": json.dumps(to_dict(config.model))})
     measured = validate(average)
     run.record(clip={"validation_loss": round(measured["loss"], 5), "recall_1": round(measured["recall_1"], 4),

@@ -15,8 +15,8 @@ import torch
 JOINTS = re.compile(r"(?:,|:|;| and| with| in| inside| on| above| below| beside| next to| under| over| of"
                     r"| (?:to the )?(?:left|right) of)(?= )")
 EDGE = ""  # the word before the first and after the last
-SMALL = frozenset("a an the one some this that its his her their".split())  # one for another: nothing becomes wrong
-COMMON = 3  # times that a word must stand in a context to be one of its words
+SMALL = frozenset("a an the one some this that its his her their".split())  # exchanging these makes nothing wrong
+COMMON = 3  # occurrences in a context that make a word one of its words
 
 
 def caption_parts(caption: str) -> list[str]:

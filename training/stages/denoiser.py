@@ -26,8 +26,8 @@ from training.stages.context import StageContext
 from training.stages.grounding import GroundingConfig, Place, attention_loss, keep_attention, keep_output, words_loss
 from training.stages.pairs import CachedPairs, Encode, PairBatch, Pairs, ReadPairs, latent_encoder
 
-MULTIPLE = 16  # of the length of the captions of a batch: fp32 values in the widest vector of a CPU
-BINS = 5  # of the noise level, in which the validation loss is given apart
+MULTIPLE = 16  # caption lengths of a batch are rounded up to it: fp32 values in the widest vector of a CPU
+BINS = 5  # ranges of the noise level, for each of which the validation loss is given
 SHOWN = 16  # samples of a preview
 
 
@@ -115,7 +115,7 @@ class Denoising:
         eps = nearest_noise(torch.stack(candidates), x_0) if len(candidates) > 1 else candidates[0]
         captions, places = part.of_read(read.captions), part.of_read(read.places) if read.places else None
         left = self.config.grounding.left_at(position / self.config.train.steps)
-        if places is None or not (left or networks.words):  # the words' layer has a gradient in every step, as DDP asks
+        if places is None or not (left or networks.words):  # DDP needs a gradient of the words' layer in every step
             return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
         return self.grounded_loss(networks, x_0, captions, places, t, eps, left)
 
@@ -183,7 +183,7 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
         pairs.close()
     if processes.main:
         save_weights(average.text_encoder, run.weights("text_encoder"))
-        save_weights(average.unet, run.weights("denoiser"))  # last: its presence says that the stage is finished
+        save_weights(average.unet, run.weights("denoiser"))  # last: its presence marks the stage as finished
         run.record(denoiser={"validation_loss": round(denoising.validate(average, held_out)["loss"], 5),
                              "parameters": sum(p.numel() for p in networks.unet.parameters()),
                              "text_parameters": sum(p.numel() for p in networks.text_encoder.parameters()),

@@ -113,7 +113,7 @@ def attention_loss(maps: Sequence[Tensor], tokenizer: Tokenizer, captions: Seque
                                           length).to(attention.device)
         wanted = targets[count]  # (B, N, L)
         share = wanted / wanted.sum(dim=-1, keepdim=True).clamp(min=1)  # (B, N, L), of each word
-        paid = attention[:, :heads].float().clamp(min=1e-4).log()  # a place that pays nothing must not outweigh others
+        paid = attention[:, :heads].float().clamp(min=1e-4).log()  # bounded: no place outweighs the others
         count_named = wanted.any(dim=-1).sum() * paid.shape[1]
         losses.append(-(paid * share[:, None]).sum() / count_named.clamp(min=1))
     return torch.stack(losses).mean()
@@ -131,6 +131,6 @@ def words_loss(features: Tensor, head: nn.Linear, tokenizer: Tokenizer, captions
         return features.new_zeros(())
     share = wanted[rows, spots].float()  # (M, L)
     share = (share / share.sum(dim=-1, keepdim=True)).to(features.device)
-    said = head(to_tokens(features)[rows.to(features.device), spots.to(features.device)])  # (M, V)
-    read = said.float().log_softmax(dim=-1).gather(1, ids[rows].to(features.device))  # (M, L)
+    logits = head(to_tokens(features)[rows.to(features.device), spots.to(features.device)])  # (M, V)
+    read = logits.float().log_softmax(dim=-1).gather(1, ids[rows].to(features.device))  # (M, L)
     return -(read * share).sum() / len(rows)

@@ -25,7 +25,7 @@ class PairBatch(NamedTuple):
     mean: torch.Tensor
     logvar: torch.Tensor
     captions: list[str]
-    places: list[list[Place]] | None = None  # which words name what is drawn where, where the source knows it
+    places: list[list[Place]] | None = None  # which words name the object at which place, if the source knows it
 
 
 class Pairs(Protocol):
@@ -33,7 +33,7 @@ class Pairs(Protocol):
 
     def __len__(self) -> int: ...
 
-    def at(self, step: int) -> PairBatch: ...  # what this process reads for a step
+    def at(self, step: int) -> PairBatch: ...  # the data of this process for a step
 
     def close(self) -> None: ...
 

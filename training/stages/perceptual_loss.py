@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from files.whole import sha256_of
 from model.lpips import load_lpips
 
-LEVELS = 5  # of the pyramid at most
-COARSEST = 4  # no level has a side of fewer pixels
+LEVELS = 5  # largest number of levels of the pyramid
+COARSEST = 4  # smallest side of a level in pixels
 
 Distance = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # decoded, images (B, 3, H, W) -> (B,)
 
