@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.sampling import CONFIG, TINY, theirs_of
-from benchmarks.timing import add_flags, compared, require_equal, save
+from benchmarks.timing import Work, add_flags, compare, require_equal, save
 from model.allocator import keep_freed_memory
 from model.device import placed
 from model.unet import UNet, UNetConfig
@@ -110,8 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
         context = torch.zeros(1, TOKENS, config.context_width, device=options.device)
         flops = forward_flops(unet, lambda: unet(one, one[:, 0, 0, 0], context))
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    rows = compared(f"{case}, batch {batch}, {options.precision}", calls, "diffusers", options.rounds, batch,
-                    3 * batch * flops, dict.fromkeys(calls, dtype), options.device)
+    rows = compare(f"{case}, batch {batch}, {options.precision}", calls, "diffusers", options.rounds,
+                   Work(batch, 3 * batch * flops, dict.fromkeys(calls, dtype)), options.device)
     command = " ".join(["python -m benchmarks.training_diffusers", *(sys.argv[1:] if arguments is None else arguments)])
     print(save("training_diffusers", rows, options.out, command, options.device))
 

@@ -13,6 +13,7 @@ from model.text_encoder import TextEncoderConfig
 from model.unet import UNetConfig
 from training.loop import TrainConfig
 from training.seed import whole_batch
+from training.stages.context import StageContext
 from training.stages.denoiser import DenoiserStage, Denoising, new_networks
 from training.stages.grounding import (
     GroundingConfig,
@@ -146,7 +147,7 @@ def test_a_step_has_the_term_with_its_gradient_and_leaves_the_layers_alone(stage
             posterior = autoencoder.encode(images)
         return posterior.mean, posterior.logvar
 
-    pairs = CachedPairs(source, 16, encode, run, {}, 4, 0, places=True)
+    pairs = CachedPairs(StageContext(run, source), "train", 16, encode, 4, places=True)
     networks = new_networks(stage, 0, torch.device("cpu"))
     denoising = Denoising(stage, tokenizer, 0, torch.device("cpu"))
     read = pairs.at(0)
@@ -169,8 +170,8 @@ def test_a_step_has_the_term_with_its_gradient_and_leaves_the_layers_alone(stage
 
 
 def test_sources_and_settings_that_cannot_are_refused(stage, source):
-    with pytest.raises(ValueError, match="grounding: on; valid for list: attention 0"):
-        CachedPairs([], 0, lambda x: x, RunFolder("."), {}, 4, 0, places=True)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="grounding: on; valid for NoImages: attention 0"):
+        CachedPairs(StageContext(RunFolder(".")), "train", 0, lambda images: (images, images), 4, places=True)
     for settings in ({"cache": False}, {"unet": replace(stage.unet, gradient_checkpointing=True)},
                      {"train": replace(stage.train, compile=True)}):
         with pytest.raises(ValueError, match="grounding: .*; valid with cache: false"):
