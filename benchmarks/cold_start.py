@@ -29,7 +29,7 @@ PROMPT = "a small red circle above a large blue square"
 
 
 def image_of(run: str, steps: int, speed: str, out: Path, marks: list[tuple[str, float]]) -> None:
-    """One image by the parts of `sample.py`; (part, when it ended) is appended to ``marks``."""
+    """Sample one image by the parts of `sample.py`; append (part, its end time) to ``marks``."""
     def mark(part: str) -> None:
         marks.append((part, time.time()))
 
@@ -62,7 +62,7 @@ def image_of(run: str, steps: int, speed: str, out: Path, marks: list[tuple[str,
 
 
 def here(run: str, steps: int, speed: str, began: float) -> None:
-    """In this process: milliseconds of every part, cold and warm, as JSON."""
+    """Print as JSON the milliseconds of every part in this process, cold and warm."""
     marks = [("interpreter", time.time())]
     with tempfile.TemporaryDirectory() as folder:
         image_of(run, steps, speed, Path(folder), marks)
@@ -72,12 +72,12 @@ def here(run: str, steps: int, speed: str, began: float) -> None:
 
 
 def environment() -> dict[str, str]:
-    """That of this process, with this checkout to import from."""
+    """The environment of this process, with this checkout on the import path."""
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def seconds_of(command: list[str]) -> float:
-    """Wall-clock of a command that must succeed."""
+    """Wall-clock seconds of a command that must succeed."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     if done.returncode:
@@ -98,7 +98,7 @@ def imports(top: int = 12) -> list[tuple[str, float]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Print and write the table."""
+    """Measure, print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="a run folder")
     parser.add_argument("--steps", type=int, default=20, help="sampler steps (%(default)s)")
@@ -132,10 +132,11 @@ def main(arguments: list[str]) -> int:
 def report(options: argparse.Namespace, whole: float, helped: float,
            parts: list[dict[str, dict[str, float]]]) -> int:
     """Print and write the table of medians."""
-    from benchmarks.timing import described, machine
+    from benchmarks.timing import describe_machine, machine
     middle = {kind: {part: statistics.median(one[kind][part] for one in parts) for part in parts[0][kind]}
               for kind in ("cold", "warm")}
-    lines = [f"{described(machine())}.", "", f"`sample.py`, one image of {options.steps} steps, {options.speed}: "
+    lines = [f"{describe_machine(machine())}.", "",
+             f"`sample.py`, one image of {options.steps} steps, {options.speed}: "
              f"{whole:.2f} s; warm {sum(middle['warm'].values()) / 1000:.2f} s; `sample.py --help`: {helped:.2f} s.",
              "", "| part | cold, ms | warm, ms |", "|---|---|---|"]
     lines += [f"| {part} | {middle['cold'][part]:.0f} | {middle['warm'].get(part, 0):.0f} |" for part in PARTS]

@@ -26,7 +26,7 @@ DOLLARS = 2.0  # a GPU and hour: the price that the second source calculates wit
 
 @dataclass(frozen=True)
 class Row:
-    """A published speed: images a second and GPU of the UNet of SD-2 base, latents computed before."""
+    """A published speed: images a second for each GPU of the UNet of SD-2 base with latents computed before."""
 
     source: str
     gpu: str
@@ -80,7 +80,7 @@ def step_seconds(machine: Machine, gpus: int, batch: float, forward: float, para
     return max(compute + machine.fixed + max(0.0, exchange - compute * 2 / 3), batch / machine.loader)
 
 
-def fitted_machines() -> dict[tuple[str, int], Machine]:
+def fit_machines() -> dict[tuple[str, int], Machine]:
     """By source and size of the images, from the rows that say so.
 
     H100 and H200: rate and fixed time of a step from two rows; the network is the one on the data sheet, eight links of
@@ -103,20 +103,20 @@ def fitted_machines() -> dict[tuple[str, int], Machine]:
     return {key: replace(m, outside=outside) if key[0] == MOSAIC else m for key, m in found.items()}
 
 
-def compared() -> list[tuple[Row, float]]:
-    """Every published row with the speed that the model gives it."""
-    machines = fitted_machines()
+def compare_rows() -> list[tuple[Row, float]]:
+    """Every published row with the speed that the model predicts for it."""
+    machines = fit_machines()
     return [(row, row.batch / step_seconds(machines[row.source, row.size], row.gpus, row.batch,
                                            forward_of_sd2(row.size))) for row in ROWS]
 
 
 def print_rows() -> None:
-    """The published rows, the model, and its error on each."""
+    """Print the published rows, the predictions, and their errors."""
     print(f"{'source':<22}{'GPUs':>12}{'size':>6}{'batch/GPU':>11}{'images/s/GPU':>14}{'model':>8}{'error':>9}")
-    for row, speed in compared():
+    for row, speed in compare_rows():
         print(f"{row.source:<22}{row.gpus:>7} {row.gpu}{row.size:>6}{row.batch:>11g}{row.speed:>14.1f}{speed:>8.1f}"
               f"{100 * (speed / row.speed - 1):>+8.1f} %{'  fitted' if row.fitted else ''}")
-    for (source, size), m in fitted_machines().items():
+    for (source, size), m in fit_machines().items():
         print(f"{source}, {size} px: {m.rate / 1e12:.0f} TFLOP/s, {1000 * m.fixed:.1f} ms a step besides, network "
               f"{m.outside / 1e9:.0f} GB/s")
 
@@ -132,14 +132,14 @@ def scaling(machine: Machine, forward: float, parameters: int, total: int) -> li
 
 
 def print_config(path: str) -> None:
-    """What the denoiser of a config would cost on GPUs like the fitted H100s: simulated."""
+    """Print the simulated cost of the denoiser of a config on GPUs like the fitted H100s."""
     experiment = load_experiment(path)
     parts = summaries(experiment.autoencoder.model, experiment.denoiser.text_encoder, experiment.denoiser.unet,
                       experiment.data.size)
     both = [*parts["denoiser"], *parts["text encoder"]]
     forward, parameters = float(sum(s.flops for s in both)), sum(s.parameters for s in both)
     train = experiment.denoiser.train
-    machine = fitted_machines()[MLPERF, 512]
+    machine = fit_machines()[MLPERF, 512]
     kept = sum(s.activations for s in both) * train.batch / train.accumulate / 2 / 1e9
     print(f"\n{path}: {parameters / 1e6:.0f} million parameters, {3 * forward / 1e9:,.0f} GFLOP an image, batch "
           f"{train.batch}, {train.steps:,} steps; weights, average, gradients, optimizer "
@@ -152,10 +152,10 @@ def print_config(path: str) -> None:
 
 
 def plot(path: Path) -> None:
-    """Published rows and the model over the number of GPUs."""
+    """Plot published rows and the model over the number of GPUs."""
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    for number, (key, machine) in enumerate(fitted_machines().items()):
+    for number, (key, machine) in enumerate(fit_machines().items()):
         rows = [row for row in ROWS if (row.source, row.size) == key]
         label = f"{rows[-1].gpu}, {key[1]} px"
         axes.plot([r.gpus for r in rows], [r.speed for r in rows], "o", color=f"C{number}", label=f"{label}, published")
@@ -168,7 +168,7 @@ def plot(path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Print the rows, and what a config would cost."""
+    """Print the rows, and the cost of a config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a file in configs/, whose denoiser is simulated")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the rows")

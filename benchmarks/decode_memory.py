@@ -24,7 +24,7 @@ WAYS = {"plain": lambda autoencoder, latents: autoencoder.decode(latents), "slic
         "tiled": decode_tiled}
 
 
-def resident(key: str) -> int:
+def resident_bytes(key: str) -> int:
     """Bytes of this process that lie in memory: VmRSS now, VmHWM at most since `forget_peak`."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(f"{key}:"))
@@ -36,7 +36,7 @@ def forget_peak() -> None:
         file.write("5")
 
 
-def measured(way: str, size: int, batch: int) -> dict[str, float]:
+def measure(way: str, size: int, batch: int) -> dict[str, float]:
     """GiB, and seconds of the processor, of decoding `batch` images of size x size pixels in this process."""
     torch.manual_seed(0)
     autoencoder = freeze(place_on(Autoencoder(AutoencoderConfig.sd()), "cpu"))
@@ -45,11 +45,11 @@ def measured(way: str, size: int, batch: int) -> dict[str, float]:
     with torch.inference_mode():
         autoencoder.decode(torch.zeros(1, autoencoder.latent_channels, 8, 8))  # loads what the first call loads
         forget_peak()
-        before, began = resident("VmRSS"), time.process_time()
+        before, began = resident_bytes("VmRSS"), time.process_time()
         images = WAYS[way](autoencoder, latents)
         seconds = time.process_time() - began
     assert images.shape == (batch, 3, size, size) and bool(images.isfinite().all())
-    return {"GiB": (resident("VmHWM") - before) / 2**30, "seconds": seconds}
+    return {"GiB": (resident_bytes("VmHWM") - before) / 2**30, "seconds": seconds}
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--here", action="store_true", help="in this process: one way, its numbers as JSON")
     options = parser.parse_args()
     if options.here:
-        print(json.dumps(measured(options.ways[0], options.size, options.batch)))
+        print(json.dumps(measure(options.ways[0], options.size, options.batch)))
         return
     print(f"{options.batch} x {options.size} x {options.size} pixels, {torch.get_num_threads()} threads")
     for way in options.ways:

@@ -24,7 +24,7 @@ SHOWN = 7  # candidates of a question in the image
 BLUR, NOISE = 2.5, 60  # standard deviations: pixels, levels of 255
 
 
-def spoilt(image: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
+def degraded_images(image: torch.Tensor, generator: torch.Generator) -> list[torch.Tensor]:
     """uint8 (3, S, S) -> the image, blurred, and with noise."""
     blurred = gaussian_blur(image.float()[None], [13, 13], [BLUR, BLUR])[0]
     noisy = image + NOISE * torch.randn(image.shape, generator=generator)
@@ -64,7 +64,7 @@ def main() -> None:
     guesses, seconds = [], 0.0
     for place, index in enumerate(tqdm(chosen, unit="image")):
         stranger = chosen[(place + len(chosen) // 2) % len(chosen)]
-        shown = [*spoilt(source[index]["image"], generator), source[stranger]["image"]]
+        shown = [*degraded_images(source[index]["image"], generator), source[stranger]["image"]]
         started = time.perf_counter()
         asked: list[Question] = promises.questions(index)
         found = count_nearer_answers(asked, [image.numpy() for image in shown])

@@ -30,7 +30,7 @@ KEPT = (".yaml", ".json", ".jsonl", ".safetensors", ".md", ".html", ".png", ".pt
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part: its exit status (None: it was stopped at its limit) and how long it took."""
+    """The outcome of a part: its exit status (None: stopped at its limit) and its duration."""
 
     part: str
     status: int | None
@@ -71,7 +71,7 @@ def run_part(part: str, command: list[str], limit: float, log: Path, grace: floa
 
 
 def commands(options: argparse.Namespace, out: Path) -> dict[str, list[str]]:
-    """The parts, in their order."""
+    """The command of each part, in their order."""
     python, dry = sys.executable, ["--dry"] if options.dry else []
     tests = [python, "-m", "pytest", "-m", "cuda", "-v", "tests/test_cuda.py" if options.dry else "tests"]
     found = {"tests": tests}
@@ -104,7 +104,7 @@ def all_parts(options: argparse.Namespace, out: Path) -> list[Outcome]:
 
 
 def write_report(outcomes: list[Outcome], out: Path, options: argparse.Namespace) -> None:
-    """report.md: what became of each part, and the tables."""
+    """Write report.md: the outcome of each part, and the tables."""
     text = (f"# {options.minutes:g} minutes{' (dry run)' if options.dry else ''}\n\n"
             "| part | outcome | time | last line |\n|---|---|---|---|\n"
             + "".join(f"{outcome.line}\n" for outcome in outcomes))
@@ -117,7 +117,8 @@ def write_report(outcomes: list[Outcome], out: Path, options: argparse.Namespace
 # ---- files of at most PIECE bytes
 
 def cut(folder: Path, piece: int = PIECE) -> list[Path]:
-    """Cut every larger file of a folder into NAME.000, NAME.001 ... beside NAME.pieces.json; what was cut."""
+    """Cut every larger file of a folder into NAME.000, NAME.001 ... beside NAME.pieces.json; returns the files that
+    were cut."""
     done = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > piece):
         digest, count = hashlib.sha256(), 0
@@ -134,7 +135,7 @@ def cut(folder: Path, piece: int = PIECE) -> list[Path]:
 
 
 def join(folder: Path) -> list[Path]:
-    """Put together what `cut` has cut. Raises ValueError for a piece that is missing or damaged."""
+    """Join the files that `cut` has cut. Raises ValueError for a piece that is missing or damaged."""
     done = []
     for about in sorted(folder.rglob("*.pieces.json")):
         found = json.loads(about.read_text(encoding="utf-8"))
@@ -152,8 +153,9 @@ def join(folder: Path) -> list[Path]:
     return done
 
 
-def slimmed(run: Path) -> None:
-    """Leave of a run folder what sampling and a resume need: caches are made again, and of states the newest."""
+def remove_caches(run: Path) -> None:
+    """Remove from a run folder everything that neither sampling nor a resume needs: caches, and all states but the
+    newest."""
     for path in sorted(run.rglob("*")):
         if path.is_file() and ("cache" in path.relative_to(run).parts or path.suffix not in KEPT):
             path.unlink()
@@ -180,7 +182,7 @@ def main(arguments: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     outcomes = all_parts(options, out)
     if (out / "run").exists():
-        slimmed(out / "run")
+        remove_caches(out / "run")
     for path in cut(out):
         print(f"{path} was cut into pieces of at most {PIECE / 2**20:.0f} MB")
     print((out / "report.md").read_text(encoding="utf-8"))

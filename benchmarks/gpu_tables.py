@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.sampling import TINY, TOKENS, diffusers_loop, system_of, theirs_of
-from benchmarks.timing import Row, Work, compare, described, machine, rms, synchronize, table
+from benchmarks.timing import Row, Work, compare, describe_machine, format_table, machine, rms, synchronize
 from diffusion.loss import diffusion_loss
 from diffusion.schedule import Schedule, ScheduleConfig
 from model.autoencoder import Autoencoder, AutoencoderConfig
@@ -48,7 +48,8 @@ class Table:
         """Append rows and a note, and write the files."""
         self.rows += rows
         self.notes += [note] if note else []
-        text = f"{described(self.machine)}.\n\n{table(self.rows)}\n" + "".join(f"\n- {line}" for line in self.notes)
+        text = f"{describe_machine(self.machine)}.\n\n{format_table(self.rows)}\n"
+        text += "".join(f"\n- {line}" for line in self.notes)
         (self.out / f"{self.name}.md").write_text(text + "\n", encoding="utf-8")
         data = {"machine": self.machine, "rows": [asdict(row) for row in self.rows], "notes": self.notes}
         (self.out / f"{self.name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

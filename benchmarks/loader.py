@@ -54,7 +54,7 @@ def write_images(root: Path, count: int) -> None:
 
 
 def cpu_seconds() -> float:
-    """Processor's time of this process."""
+    """Processor time of this process in seconds."""
     own = resource.getrusage(resource.RUSAGE_SELF)
     return own.ru_utime + own.ru_stime
 
@@ -92,7 +92,7 @@ def show_memory(name: str, source: Source, workers: int, samples: int) -> None:
           + " ".join(f"{value:.0f}" for value in found), flush=True)
 
 
-def timed(name: str, batches: Iterator[int], what: str) -> None:
+def show_speed(name: str, batches: Iterator[int], what: str) -> None:
     """Print images/s of an iterator that yields the number of images done at a time; the first is a warm-up."""
     next(batches)
     began, used = time.perf_counter(), cpu_seconds()
@@ -104,8 +104,8 @@ def timed(name: str, batches: Iterator[int], what: str) -> None:
 
 @torch.no_grad()
 def show_latents(run: Path, folder: Path, count: int) -> None:
-    """Print images/s of latents: images read and encoded, against the cache of the same images; and of a training
-    step of the run's denoiser, which is what they feed."""
+    """Print images/s of latents, read and encoded, against the cache of the same images, and images/s of a training
+    step of the run's denoiser, which they supply."""
     experiment = load_experiment(run / "config.yaml", [])
     source = build_source(experiment.data, "train")
     autoencoder = Autoencoder(experiment.autoencoder.model).eval()
@@ -129,8 +129,8 @@ def show_latents(run: Path, folder: Path, count: int) -> None:
             cache.moments(order.indices(step, BATCH))
             yield BATCH
 
-    timed("latents, encoded anew", uncached(), "")
-    timed("latents, from the cache", cached(), "")
+    show_speed("latents, encoded anew", uncached(), "")
+    show_speed("latents, from the cache", cached(), "")
     show_step(experiment.denoiser, cache, order)
 
 
@@ -147,7 +147,7 @@ def show_step(config, cache: LatentCache, order: Order) -> None:
             unet(x_t, torch.full((BATCH,), 500), text(ids, mask), mask).square().mean().backward()
             yield BATCH
 
-    timed("denoiser, a training step", steps(), " (forward and backward)")
+    show_speed("denoiser, a training step", steps(), " (forward and backward)")
 
 
 def main() -> None:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.decode_memory import forget_peak, resident
+from benchmarks.decode_memory import forget_peak, resident_bytes
 from benchmarks.sampling import CONFIG, TINY, TOKENS, diffusers_loop, system_of, theirs_of
-from benchmarks.timing import add_flags, described, machine
+from benchmarks.timing import add_flags, describe_machine, machine
 
 WAYS = ("ours", "ours, fast", "diffusers fp32")
 
 
 def level(samples: int) -> list[tuple[int, float]]:
-    """(images so far, MiB resident) at eleven points of a run of many."""
+    """(images so far, resident MiB) at eleven points of a run of many samples."""
     system, found = system_of(TINY, 4, 8, "cpu"), []
     context = torch.randn(2, TOKENS, TINY.context_width)
     with torch.inference_mode():
@@ -32,12 +32,12 @@ def level(samples: int) -> list[tuple[int, float]]:
             system.latents_from_context(context, None, 1, lambda: torch.randn(1, 4, 8, 8), system.config.sampling)
             if k % max(1, samples // 10) == 0:
                 gc.collect()
-                found.append((k, resident("VmRSS") / 2**20))
+                found.append((k, resident_bytes("VmRSS") / 2**20))
     return found
 
 
 def peak(way: str, batch: int, quick: bool) -> dict[str, float]:
-    """MiB that a run of two steps needs beside the weights, and those of the weights."""
+    """MiB that a run of two steps needs beside the weights, and MiB of the weights."""
     config, side = (TINY, 8) if quick else (CONFIG, 16)
     system = system_of(config, 2, side, "cpu")
     x_T = torch.randn(batch, 4, side, side)
@@ -58,14 +58,14 @@ def peak(way: str, batch: int, quick: bool) -> dict[str, float]:
         def run() -> None:
             one.latents_from_context(context, None, batch, lambda: x_T, one.config.sampling)
     gc.collect()
-    small = resident("VmRSS")
+    small = resident_bytes("VmRSS")
     forget_peak()
     run()
-    return {"run": (resident("VmHWM") - small) / 2**20, "weights": weights / 2**20}
+    return {"run": (resident_bytes("VmHWM") - small) / 2**20, "weights": weights / 2**20}
 
 
 def main(arguments: list[str]) -> int:
-    """Print and write the table; 1 when the level rises by more than 1 %."""
+    """Print and write the table; returns 1 if the level rises by more than 1 %."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser)
     parser.add_argument("--samples", type=int, default=1000, help="images of the level (%(default)s)")
@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
         options.samples = 50
     points = level(options.samples)
     first, last = points[len(points) // 5][1], points[-1][1]
-    lines = [f"{described(machine())}.", "", f"Level: {first:.1f} MiB after {points[len(points) // 5][0]} images, "
+    lines = [f"{describe_machine(machine())}.", "",
+             f"Level: {first:.1f} MiB after {points[len(points) // 5][0]} images, "
              f"{last:.1f} MiB after {points[-1][0]}.", "", "| batch | call | weights | beside them, at most |",
              "|---|---|---|---|"]
     rows = []

@@ -39,22 +39,22 @@ def parts(source: Shapes, first: int, last: int) -> Iterator[Tensor]:
         yield images.float() / 127.5 - 1
 
 
-def blurred(images: Tensor, sigma: float = 1.0) -> Tensor:
-    """Under a Gaussian of ``sigma`` pixels."""
+def blur(images: Tensor, sigma: float = 1.0) -> Tensor:
+    """Images blurred by a Gaussian of ``sigma`` pixels."""
     x = torch.arange(-4, 5, dtype=torch.float32)
     row = torch.softmax(-x.square() / (2 * sigma**2), dim=0).view(1, 1, 1, -1).expand(3, 1, 1, 9)
     padded = F.pad(images, (4, 4, 4, 4), mode="replicate")
     return F.conv2d(F.conv2d(padded, row, groups=3), row.transpose(2, 3), groups=3)
 
 
-def noisy(images: Tensor, levels: float = 12.0) -> Tensor:
-    """With normal noise of ``levels`` of 255."""
+def add_noise(images: Tensor, levels: float = 12.0) -> Tensor:
+    """Images with normal noise of ``levels`` of 255."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
     return (images + noise * levels / 127.5).clamp(-1, 1)
 
 
-def jpeg(images: Tensor, quality: int) -> Tensor:
-    """Written as JPEG and read back."""
+def compress_jpeg(images: Tensor, quality: int) -> Tensor:
+    """Images written as JPEG and read back."""
     found = []
     for image in ((images + 1) * 127.5).round().to(torch.uint8):
         file = io.BytesIO()
@@ -63,12 +63,12 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     return torch.stack(found).float() / 127.5 - 1
 
 
-def enlarged_otherwise(images: Tensor) -> Tensor:
-    """Brought to the extractor's size by a bilinear filter instead of its own cubic one."""
+def enlarge_bilinearly(images: Tensor) -> Tensor:
+    """Images resized to the extractor's size by a bilinear filter instead of its own cubic one."""
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", align_corners=False)
 
 
-def gathered(vectors: Tensor) -> FeatureSet:
+def feature_set(vectors: Tensor) -> FeatureSet:
     """The statistics of vectors (N, D)."""
     return FeatureSet(vectors.shape[1]).update(vectors)
 
@@ -84,10 +84,10 @@ def what_catches_what(features: Features, pool: Tensor, source: Shapes, count: i
     images, held_out = rest[:count], rest[count:]
     black = [i for i in range(half, 20 * half) if source.scene(i)["background"] == "black"][:count]
     dark = torch.stack([source[i]["image"] for i in black]).float() / 127.5 - 1
-    sets = {"real images": images, "blur, 1 pixel": blurred(images), "noise, 12 levels": noisy(images),
-            "JPEG, quality 75": jpeg(images, 75), "JPEG, quality 30": jpeg(images, 30),
-            "enlarged bilinearly": enlarged_otherwise(images), "black backgrounds only": dark,
-            "training images": training[:count], "the same with noise, 2 levels": noisy(training[:count], 2.0)}
+    sets = {"real images": images, "blur, 1 pixel": blur(images), "noise, 12 levels": add_noise(images),
+            "JPEG, quality 75": compress_jpeg(images, 75), "JPEG, quality 30": compress_jpeg(images, 30),
+            "enlarged bilinearly": enlarge_bilinearly(images), "black backgrounds only": dark,
+            "training images": training[:count], "the same with noise, 2 levels": add_noise(training[:count], 2.0)}
     rows = []
     for name, spoilt in sets.items():
         vectors = features(spoilt)
@@ -112,7 +112,7 @@ def by_count(pool: Tensor) -> list[tuple[int, tuple]]:
     found, half, count = [], len(pool) // 2, 50
     while count <= half:
         one, two = pool[:count], pool[half:half + count]
-        found.append((count, (*frechet_estimate(gathered(one), gathered(two)), kid(one, two).scaled(1000))))
+        found.append((count, (*frechet_estimate(feature_set(one), feature_set(two)), kid(one, two).scaled(1000))))
         print(count, *found[-1][1], flush=True)
         count *= 2
     return found
@@ -150,8 +150,8 @@ def cost(features: Features, count: int) -> None:
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     found = features_of(parts(source, 0, count), features)
     middle = resource.getrusage(resource.RUSAGE_SELF)
-    half = gathered(found.vectors[:len(found.vectors) // 2])
-    other = gathered(found.vectors[len(found.vectors) // 2:])
+    half = feature_set(found.vectors[:len(found.vectors) // 2])
+    other = feature_set(found.vectors[len(found.vectors) // 2:])
     print(*frechet_estimate(half, other), kid(half.vectors, other.vectors), prdc(half.vectors, other.vectors))
     after = resource.getrusage(resource.RUSAGE_SELF)
     print(f"{count} images: features {middle.ru_utime - before.ru_utime:.0f} s, distances "

@@ -112,8 +112,8 @@ def calls_of(system: TextToImage, context: Tensor, x_T: Tensor, compile_too: boo
     return calls
 
 
-def measured(name: str, config: UNetConfig, batch: int, steps: int, side: int, options: argparse.Namespace
-             ) -> tuple[list[Row], dict[str, Any]]:
+def measure(name: str, config: UNetConfig, batch: int, steps: int, side: int, options: argparse.Namespace
+            ) -> tuple[list[Row], dict[str, Any]]:
     """Rows of one UNet and batch, against diffusers in fp32 and in its best bf16; how far the results are apart."""
     system = system_of(config, steps, side, options.device)
     generator = torch.Generator().manual_seed(1)
@@ -163,7 +163,7 @@ def main(arguments: list[str]) -> int:
     keep_freed_memory()  # as `sample.py` does; both sides gain by it
     rows, apart, tuned = [], {}, {}
     for case in cases:
-        found, differences = measured(*case, options)
+        found, differences = measure(*case, options)
         rows += found
         apart[found[0].case] = {name: f"{value:.2g}" for name, value in differences.items()}
         tuned[found[0].case] = against_tuned(found)

@@ -97,7 +97,7 @@ def rows_of(stage: str, seconds: dict[str, list[float]], batch: int, shares: dic
     return rows
 
 
-def waited(split: dict[str, float]) -> float:
+def wait_factor(split: dict[str, float]) -> float:
     """How many times as long a step took because it waited for its turn, which the run counts as reading data."""
     return sum(split.values()) / max(1e-9, sum(split.values()) - split["data"])
 
@@ -130,7 +130,7 @@ def main(stage: str, arguments: list[str] | None = None, description: str | None
               for name, lines in metrics.items()}
     split = {name: {part: f"{1000 * value:.1f} ms" for part, value in line["split"].items() if part != "data"}
              for name, line in logged.items()}
-    shares = {name: line["share_of_peak"] * waited(line["split"]) for name, line in logged.items()}
+    shares = {name: line["share_of_peak"] * wait_factor(line["split"]) for name, line in logged.items()}
     losses = {name: {key: round(value, 5) for line in lines for key, value in line.items()
                      if key.startswith("validation_")} for name, lines in metrics.items()}
     command = " ".join(["python -m benchmarks." + {"denoiser": "training"}.get(stage, stage),

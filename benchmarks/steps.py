@@ -14,7 +14,7 @@ import time
 
 
 def main(stage: str, arguments: list[str]) -> None:
-    """Run train.py with its loop held; the last line of what it says has the metrics of the stage."""
+    """Run train.py with its loop under control; its last line of output holds the metrics of the stage."""
     sys.path.insert(0, os.getcwd())
     said, sys.stdout = os.fdopen(os.dup(1), "w", buffering=1), sys.stderr
     os.dup2(2, 1)  # what the program prints is not part of the conversation

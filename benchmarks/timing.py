@@ -50,15 +50,15 @@ class Row:
     first: float | None = None  # seconds of the first call, with compilation
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1, least: float = 0.0,
-                device: torch.device | str = "cpu") -> tuple[dict[str, list[float]], dict[str, float]]:
+def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1, least: float = 0.0,
+                  device: torch.device | str = "cpu") -> tuple[dict[str, list[float]], dict[str, float]]:
     """(seconds of every call by name, one for each round; seconds of its first call).
 
     ``least``: a call that takes fewer seconds than this is repeated within a round until it takes about as long.
     """
     device = torch.device(device)
-    firsts = {name: timed(call, device) for name, call in calls.items()}
-    warm = {name: min([timed(call, device) for _ in range(max(1, warmup))]) for name, call in calls.items()}
+    firsts = {name: seconds_of_call(call, device) for name, call in calls.items()}
+    warm = {name: min([seconds_of_call(call, device) for _ in range(max(1, warmup))]) for name, call in calls.items()}
     repeats = {name: max(1, math.ceil(least / max(seconds, 1e-9))) for name, seconds in warm.items()}
     names = list(calls)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -69,7 +69,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 
             turn = number % len(names)
             order = names[turn:] + names[:turn]
             for name in order if number % 2 == 0 else reversed(order):
-                seconds[name].append(timed(calls[name], device, repeats[name]))
+                seconds[name].append(seconds_of_call(calls[name], device, repeats[name]))
             gc.collect()
     finally:
         if collecting:
@@ -77,7 +77,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int, warmup: int = 
     return seconds, firsts
 
 
-def timed(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
+def seconds_of_call(call: Callable[[], Any], device: torch.device, repeats: int = 1) -> float:
     """Seconds of one of ``repeats`` calls, measured until the device has finished."""
     synchronize(device)
     began = time.perf_counter()
@@ -107,7 +107,7 @@ def compare(case: str, calls: dict[str, Callable[[], Any]], against: str, rounds
             device: torch.device | str = "cpu", least: float = 0.0) -> list[Row]:
     """A row for each call, and a second one for the first call; ratios are against the call named ``against``."""
     first = next(iter(calls))
-    seconds, firsts = interleaved({**calls, first + AGAIN: calls[first]}, rounds, least=least, device=device)
+    seconds, firsts = time_in_turns({**calls, first + AGAIN: calls[first]}, rounds, least=least, device=device)
     rows = []
     for name, values in seconds.items():
         other = first if name == first + AGAIN else against
@@ -202,7 +202,7 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     return found
 
 
-def described(found: dict[str, Any]) -> str:
+def describe_machine(found: dict[str, Any]) -> str:
     """The machine in one line."""
     where = found.get("gpu") or f"{found['processor']} ({', '.join(found['units']) or 'no matrix units known'})"
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
@@ -212,7 +212,7 @@ def described(found: dict[str, Any]) -> str:
 
 # ---- tables
 
-def table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
     lines = ["| case | call | ms, median (quartiles) | times as fast (95 %) | images/s | of peak | first call |",
              "|---|---|---|---|---|---|---|"]
@@ -230,7 +230,7 @@ def save(name: str, rows: Sequence[Row], out: str | Path, command: str, device: 
          **notes: Any) -> str:
     """Write NAME.json and NAME.md and return the text of the latter; ``notes`` are further entries by name."""
     found = machine(device)
-    text = f"{described(found)}.\n\n    {command}\n\n{table(rows)}\n"
+    text = f"{describe_machine(found)}.\n\n    {command}\n\n{format_table(rows)}\n"
     text += "".join(f"\n{key}: {value}\n" for key, value in notes.items())
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

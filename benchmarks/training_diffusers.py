@@ -18,7 +18,7 @@ from torch import nn
 from benchmarks.sampling import CONFIG, TINY, theirs_of
 from benchmarks.timing import Work, add_flags, compare, require_equal, save
 from model.allocator import keep_freed_memory
-from model.device import placed
+from model.device import place_on
 from model.unet import UNet, UNetConfig
 from training.ema import PowerEma
 from training.optim import OptimConfig, build_optimizer
@@ -64,7 +64,7 @@ def calls_of(config: UNetConfig, side: int, batch: int, precision: str, device: 
         for p in unet.parameters():
             if p.ndim > 1:
                 nn.init.normal_(p, std=p[0].numel() ** -0.5)
-        return placed(unet, device)
+        return place_on(unet, device)
 
     calls: dict[str, Callable[[], None]] = {}
     for optimizer in ("adamw", "muon"):
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, side = CASES[case]
     calls = calls_of(config, side, batch, options.precision, options.device)
     with torch.no_grad():
-        unet = placed(UNet(config), options.device)
+        unet = place_on(UNet(config), options.device)
         one = torch.zeros(1, config.in_channels, side, side, device=options.device)
         context = torch.zeros(1, TOKENS, config.context_width, device=options.device)
         flops = forward_flops(unet, lambda: unet(one, one[:, 0, 0, 0], context))

@@ -1,13 +1,13 @@
 """The cost model against the published rows it was not fitted to, and its limits."""
 import pytest
 
-from benchmarks.cost_model import ROWS, Machine, compared, scaling, step_seconds
+from benchmarks.cost_model import ROWS, Machine, compare_rows, scaling, step_seconds
 
 MACHINE = Machine(rate=1e12, fixed=0.01, inside=400e9, outside=50e9, bytes=4)
 
 
 def test_rows_that_were_not_fitted_are_met():
-    rows = compared()
+    rows = compare_rows()
     assert len(rows) == 13 and sum(not row.fitted for row, _ in rows) == 8
     for row, speed in rows:
         assert speed == pytest.approx(row.speed, rel=1e-6 if row.fitted else 0.08), row

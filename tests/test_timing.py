@@ -8,21 +8,21 @@ from benchmarks.timing import (
     AGAIN,
     Work,
     compare,
-    described,
+    describe_machine,
     difference,
-    interleaved,
     machine,
     ratio_of,
     require_equal,
     rms,
     save,
+    time_in_turns,
 )
 
 
 def test_calls_take_turns_and_the_first_goes_twice():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds, firsts = interleaved(calls, rounds=4, warmup=1)
+    seconds, firsts = time_in_turns(calls, rounds=4, warmup=1)
     assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys("abc", 4)
     assert set(firsts) == set("abc")
     rounds = ["".join(order[6:][3 * k:3 * k + 3]) for k in range(4)]
@@ -34,7 +34,7 @@ def test_calls_take_turns_and_the_first_goes_twice():
 
 def test_short_calls_are_repeated_within_a_round():
     count = []
-    interleaved({"a": lambda: count.append(0)}, rounds=2, least=1e-3)
+    time_in_turns({"a": lambda: count.append(0)}, rounds=2, least=1e-3)
     assert len(count) > 100
 
 
@@ -63,6 +63,6 @@ def test_machine_and_rows_are_written(tmp_path):
     assert found["gflops_float32"] > 0 and torch.__version__.startswith(found["versions"]["torch"])
     rows = compare("batch 1", {"ours": lambda: None, "theirs": lambda: None}, "theirs", 3, Work(images=1, flops=1e3))
     text = save("x", rows, tmp_path, "python -m x", equality="1e-6")
-    assert described(found).split(";")[0] in text and "| batch 1 | ours |" in text and "equality: 1e-6" in text
+    assert describe_machine(found).split(";")[0] in text and "| batch 1 | ours |" in text and "equality: 1e-6" in text
     data = json.loads((tmp_path / "x.json").read_text())
     assert len(data["rows"]) == 3 and data["equality"] == "1e-6" and data["rows"][0]["share"] > 0

@@ -29,7 +29,7 @@ def test_ratios_are_paired_and_leave_out_the_first_steps():
 
 
 def test_the_wait_for_a_turn_does_not_count():
-    assert stages.waited({"data": 3.0, "forward": 0.5, "optimizer": 0.5}) == 4
+    assert stages.wait_factor({"data": 3.0, "forward": 0.5, "optimizer": 0.5}) == 4
 
 
 def test_a_run_that_ends_is_said_to(tmp_path):

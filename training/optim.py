@@ -71,13 +71,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, dtype: torch.dtype | 
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
-def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """The rate of step ``step`` (0 .. steps-1): linear warm-up, then constant, cosine to 0 or a linear decay."""
+def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
+    """The rate of step ``step`` (0 .. num_steps - 1): linear warm-up, then constant, cosine to 0 or a linear decay."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.schedule == "cosine":
-        done = (step - config.warmup) / max(1, steps - config.warmup)
+        done = (step - config.warmup) / max(1, num_steps - config.warmup)
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
     if config.schedule == "wsd" and config.decay > 0:
-        return config.learning_rate * min(1.0, (steps - step) / (config.decay * steps))
+        return config.learning_rate * min(1.0, (num_steps - step) / (config.decay * num_steps))
     return config.learning_rate

@@ -32,7 +32,7 @@ def pairs(split: str, count: int, size: int) -> tuple[torch.Tensor, list[str]]:
     return torch.stack([item["image"] for item in items]).float() / 127.5 - 1, [item["caption"] for item in items]
 
 
-def trained(images: torch.Tensor, captions: list[str], tokenizer: Tokenizer, steps: int, batch: int = 128) -> Clip:
+def train_clip(images: torch.Tensor, captions: list[str], tokenizer: Tokenizer, steps: int, batch: int = 128) -> Clip:
     """A CLIP of three layers on each side after `steps` steps."""
     torch.manual_seed(0)
     text = TextEncoderConfig(vocab_size=400, length=tokenizer.length, width=96, layers=3, heads=3, mlp_width=384,
@@ -86,7 +86,7 @@ def main() -> None:
     images, captions = pairs("train", 20_000, 32)
     tokenizer = Tokenizer.train(captions, TokenizerConfig(vocab_size=400, length=40))
     began = time.perf_counter()
-    clip = trained(images, captions, tokenizer, options.steps)
+    clip = train_clip(images, captions, tokenizer, options.steps)
     print(f"{options.steps} steps in {time.perf_counter() - began:.0f} s")
     images, captions = pairs("validation", 256, 32)
     with torch.no_grad():

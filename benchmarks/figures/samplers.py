@@ -55,7 +55,8 @@ MEASURES = {"attributes": "attributes right", "scene": "whole scenes right"}
 
 @dataclass(frozen=True)
 class Point:
-    """One setting that is sampled and scored. `weak`: guided by the weaker network; `turn`: what is drawn first."""
+    """One setting that is sampled and scored. `weak`: guided by the weaker network; `turn`: the order in which points
+    are sampled."""
 
     curve: str
     config: SamplingConfig
@@ -65,7 +66,8 @@ class Point:
 
 @dataclass
 class Study:
-    """Points, the x axis, and the point that others are compared with; `shown`: those whose images are printed."""
+    """Points, the x axis, and the point with which the others are compared; `shown`: the points whose images are
+    printed."""
 
     name: str
     axis: str
@@ -124,7 +126,8 @@ def guidance_study(steps: int, weak: bool) -> Study:
 
 
 def prompts_of(system: TextToImage, count: int, work: Path) -> Prompts:
-    """The first prompts of the test split that training never saw; which they are is kept, finding them takes long."""
+    """The first prompts of the test split that do not occur in training. They are stored, because finding them takes
+    long."""
     source, data = Shapes(system.experiment.data.shapes, "test"), to_dict(system.experiment.data)
     about = json.dumps([data, system.config.images, count], sort_keys=True)
     file = work / f"prompts_{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
@@ -139,7 +142,7 @@ def prompts_of(system: TextToImage, count: int, work: Path) -> Prompts:
 
 
 def key_of(point: Point, weights: str, prompts: Prompts, dtype: torch.dtype | None) -> str:
-    """The name under which a point is kept: what is not as it is when nothing is said, and the weights."""
+    """The name under which a point is stored: a hash of the settings without defaults, and of the weights."""
     base, settings = to_dict(SamplingConfig()), to_dict(point.config)
     settings["guidance"] = {k: v for k, v in settings["guidance"].items() if v != base["guidance"][k]}
     about = [{k: v for k, v in settings.items() if v != base[k]}, weights, prompts.captions, str(dtype)]
@@ -152,8 +155,8 @@ def hash_of(*systems: TextToImage | None) -> str:
 
 
 @contextmanager
-def counted(*systems: TextToImage | None) -> Iterator[list[int]]:
-    """A list with one entry, the number of images that the networks of these systems have seen in this block."""
+def count_evaluations(*systems: TextToImage | None) -> Iterator[list[int]]:
+    """Count in a list with one entry the images that the networks of these systems process inside this block."""
     seen = [0]
     hooks = [system.unet.register_forward_pre_hook(lambda module, inputs: seen.__setitem__(0, seen[0] + len(inputs[0])))
              for system in systems if system is not None]
@@ -164,13 +167,13 @@ def counted(*systems: TextToImage | None) -> Iterator[list[int]]:
             hook.remove()
 
 
-def drawn(system: TextToImage, guide: TextToImage | None, point: Point, prompts: Prompts,
-          dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """What is kept of a point: promises kept and made, prompt by prompt, and the first images uint8."""
+def draw_point(system: TextToImage, guide: TextToImage | None, point: Point, prompts: Prompts,
+               dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.Tensor]:
+    """The stored result of a point: promises kept and made, prompt by prompt, and the first samples uint8."""
     system.guide = guide if point.weak else None
     began = time.process_time()
-    with counted(system, guide) as seen, torch.autocast(system.device.type, dtype or torch.bfloat16,
-                                                        enabled=dtype is not None):
+    with count_evaluations(system, guide) as seen, torch.autocast(system.device.type, dtype or torch.bfloat16,
+                                                                 enabled=dtype is not None):
         images = system.images_in_batches(prompts.captions, prompts.seeds, point.config, batch=BATCH)
     row: dict[str, Any] = {"evaluations": seen[0] / len(images), "seconds": time.process_time() - began}
     scores = [score_scene(scene, facts) for scene, facts in zip(read_scenes(images, vocabulary()), prompts.facts)]
@@ -183,12 +186,12 @@ def drawn(system: TextToImage, guide: TextToImage | None, point: Point, prompts:
 
 def rates(row: dict[str, Any], measure: str, draws: np.ndarray) -> np.ndarray:
     """The share of promises kept: as measured, then in every resample of the prompts (1 + R,), in percent."""
-    kept, made = np.asarray(row[measure], dtype=float).T
-    return 100 * (draws @ kept) / (draws @ made)
+    load_or_draw, made = np.asarray(row[measure], dtype=float).T
+    return 100 * (draws @ load_or_draw) / (draws @ made)
 
 
 def resamples(count: int, number: int = 2000) -> np.ndarray:
-    """How often each prompt is taken: once, then in bootstrap draws (1 + number, count)."""
+    """How often each prompt is used: once, then in bootstrap draws (1 + number, count)."""
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=number)
     return np.concatenate([np.ones((1, count)), draws])
 
@@ -215,7 +218,8 @@ def table(study: Study, rows: dict[Point, dict[str, Any]], draws: np.ndarray) ->
 
 
 def place(point: Point, row: dict[str, Any], study: Study) -> float:
-    """Where a point stands on the x axis: calls of the network (two evaluations each under guidance), or its scale."""
+    """The position of a point on the x axis: calls of the network (two evaluations each under guidance), or its
+    scale."""
     return row["evaluations"] / 2 if study.name == "sampler" else point.config.guidance.scale
 
 
@@ -264,15 +268,16 @@ def draw_images(study: Study, images: dict[Point, np.ndarray], prompts: Prompts,
     print(f"wrote {path}")
 
 
-def kept(point: Point, system: TextToImage, guide: TextToImage | None, prompts: Prompts, work: Path,
-         dtype: torch.dtype | None, until: float) -> tuple[dict[str, Any], np.ndarray] | None:
-    """Scores and first images of a point, from ``work`` where it has been drawn before; None when it is too late."""
+def load_or_draw(point: Point, system: TextToImage, guide: TextToImage | None, prompts: Prompts, work: Path,
+                 dtype: torch.dtype | None, until: float) -> tuple[dict[str, Any], np.ndarray] | None:
+    """Scores and first samples of a point, read from ``work`` if it has been sampled before; None if no time is
+    left."""
     weights = hash_of(system, guide if point.weak else None)
     file = work / f"{key_of(point, weights, prompts, dtype)}.npz"
     if not file.is_file():
         if time.monotonic() > until:
             return None
-        row, images = drawn(system, guide, point, prompts, dtype)
+        row, images = draw_point(system, guide, point, prompts, dtype)
         part = file.with_suffix(".part.npz")
         np.savez(part, row=json.dumps(row), images=images.numpy())
         part.replace(file)
@@ -307,7 +312,7 @@ def main() -> None:
     studies = (sampler_study(options.guidance), guidance_study(options.steps, guide is not None))
     found = {}
     for point in sorted([point for study in studies for point in study.points], key=lambda point: point.turn):
-        if (result := kept(point, system, guide, prompts, work, dtype, until)) is not None:
+        if (result := load_or_draw(point, system, guide, prompts, work, dtype, until)) is not None:
             found[point] = result
     for study, fixed in zip(studies, (f"guidance {options.guidance:g}", f"ddim, {options.steps} steps")):
         rows = {point: found[point][0] for point in study.points if point in found}
