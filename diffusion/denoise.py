@@ -1,40 +1,20 @@
-"""What the process knows of a network: a callable `denoise(x_t, t) -> prediction`.
+"""What the process knows of a network: a callable `denoise(x_t, t) -> prediction`, x_t and prediction (B, C, H, W).
 
-x_t is (B, C, H, W), t is (B,), the prediction is shaped like x_t. Some callables act on the *value* of t (guidance in
-an interval, inpainting). Reading it from a tensor would make the host wait for the device at every step, so samplers,
-which know t as a Python number, ask such a callable for its `at(t)` before they make the tensor.
+A sampler is at one time, so t is a Python number there, an int for a discrete schedule: coefficients can be computed
+from it without waiting for a device. Training has a time for each image, and there t is a tensor (B,).
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-Denoise = Callable[[Tensor, Tensor], Tensor]
+Denoise = Callable[[Tensor, float], Tensor]  # in sampling: x_t (B, C, H, W) and one time for all of the batch
+DenoiseAtTimes = Callable[[Tensor, Tensor], Tensor]  # in training: x_t (B, C, H, W) and a time for each image, (B,)
 
 
-class TimedDenoiser(ABC):
-    """A `denoise` whose work depends on the value of t, one value for the whole batch."""
-
-    @abstractmethod
-    def at(self, t: float) -> Denoise:
-        """The callable to use at time t."""
-
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        return self.at(t[0].item())(x_t, t)  # waits for the device; samplers go through `at`
-
-
-class Numbered(TimedDenoiser):
-    """A `denoise` made of a function of x_t, t (B,) and t as a number, for what is looked up by the number."""
-
-    def __init__(self, call: Callable[[Tensor, Tensor, float], Tensor]) -> None:
-        self.call = call
-
-    def at(self, t: float) -> Denoise:
-        """The callable to use at time t."""
-        return lambda x_t, times: self.call(x_t, times, t)
-
-
-def denoise_at(denoise: Denoise, t: float) -> Denoise:
-    """`denoise` itself, or its `at(t)` when it asks for the value of t."""
-    return denoise.at(t) if isinstance(denoise, TimedDenoiser) else denoise
+def time_tensor(t: float, x: Tensor) -> Tensor:
+    """One time for all images of x (B, ...) as the tensor (B,) that a network takes: int64 for an int, fp32 for a
+    float. It is filled on the device of x: a copy from the host could not be recorded in a CUDA graph."""
+    dtype = torch.int64 if isinstance(t, int) else torch.float32
+    return torch.full((x.shape[0],), t, dtype=dtype, device=x.device)

@@ -6,12 +6,11 @@ Axes: B batch, C channels, H height, W width.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from diffusion.denoise import Denoise, TimedDenoiser, denoise_at
+from diffusion.denoise import Denoise
 from diffusion.prediction import (
     check_prediction_type,
     epsilon_from_prediction,
@@ -64,7 +63,7 @@ class MixedNoise:
         return torch.cat([slerp(a, b, weight) for a, b, weight in pairs])  # (B, C, H, W)
 
 
-class InpaintingDenoiser(TimedDenoiser):
+class InpaintingDenoiser:
     """A `denoise` that keeps part of an image. Every sampler can use it.
 
     Where `keep` is 1 the network is shown the kept image noised to the present level, always with the same eps, and
@@ -88,15 +87,11 @@ class InpaintingDenoiser(TimedDenoiser):
         self.denoise, self.x_0, self.eps, self.keep = denoise, x_0, eps, keep
         self.schedule, self.prediction_type = schedule, prediction_type
 
-    def at(self, t: float) -> Denoise:
-        """The callable to use at time t."""
-        return partial(self.prediction, number=t)
-
-    def prediction(self, x_t: Tensor, t: Tensor, number: float) -> Tensor:
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
         """Prediction (B, C, H, W) whose x_0 is the kept image where it is kept."""
-        alpha, sigma = self.schedule.alpha_sigma(number)
+        alpha, sigma = self.schedule.alpha_sigma(t)
         shown = torch.lerp(x_t, alpha * self.x_0 + sigma * self.eps, self.keep)
-        prediction = denoise_at(self.denoise, number)(shown, t).to(x_t.dtype)
+        prediction = self.denoise(shown, t).to(x_t.dtype)
         x_0 = x_0_from_prediction(prediction, shown, alpha, sigma, self.prediction_type)
         x_0 = torch.lerp(x_0, self.x_0, self.keep)
         return prediction_from_x_0(x_0, x_t, alpha, sigma, self.prediction_type)

@@ -12,18 +12,17 @@ Axes: B batch, C channels, H height, W width.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from diffusion.denoise import Denoise, TimedDenoiser, denoise_at
+from diffusion.denoise import Denoise
 from diffusion.prediction import prediction_from_x_0, x_0_from_prediction
 from diffusion.schedule import Schedule
 
 GuidanceMethod = Literal["cfg", "apg", "cfg_zero_star"]
-Pair = Callable[[float, Tensor, Tensor], tuple[Tensor, Tensor]]  # t as a number, x_t, t (B,) -> (uncond, cond)
+Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]  # x_t, t -> (uncond, cond)
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,8 @@ def classifier_free_guidance(
     Build a new one for each image or batch: "apg" carries momentum from step to step.
     """
 
-    def pair(number: float, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        both = denoise_at(doubled, number)(torch.cat([x_t, x_t]), torch.cat([t, t]))  # (2B, C, H, W)
-        uncond, cond = both.chunk(2)  # (B, C, H, W) each
+    def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        uncond, cond = doubled(torch.cat([x_t, x_t]), t).chunk(2)  # (2B, C, H, W), then (B, C, H, W) each
         return uncond, cond
 
     return guided_denoiser(conditional, pair, config, schedule, prediction_type)
@@ -95,8 +93,8 @@ def autoguidance(
     both with the condition: better images without losing variety. Karras et al. 2024, "Guiding a Diffusion Model
     with a Bad Version of Itself". At scale 1 it is `main` itself."""
 
-    def pair(number: float, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return denoise_at(weak, number)(x_t, t), denoise_at(main, number)(x_t, t)
+    def pair(x_t: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        return weak(x_t, t), main(x_t, t)
 
     return guided_denoiser(main, pair, config, schedule, prediction_type)
 
@@ -113,7 +111,7 @@ def guided_denoiser(
     return GuidedDenoiser(conditional, pair, config, schedule, prediction_type)
 
 
-class GuidedDenoiser(TimedDenoiser):
+class GuidedDenoiser:
     """The guided `denoise`. A time above the last one asked for starts a new image and clears the momentum."""
 
     def __init__(
@@ -124,25 +122,21 @@ class GuidedDenoiser(TimedDenoiser):
         self.time = math.inf
         self.push: Tensor | None = None
 
-    def at(self, t: float) -> Denoise:
-        """The callable to use at time t, chosen before anything is computed."""
+    def __call__(self, x_t: Tensor, t: float) -> Tensor:
+        """Guided prediction (B, C, H, W), or the conditional one outside the interval."""
+        config = self.config
         if t > self.time:
             self.push = None
         self.time = t
-        if t > (1.0 - self.config.zero_init) * self.schedule.last:
-            return lambda x_t, times: torch.zeros_like(x_t)
-        return partial(self.prediction, number=t)
-
-    def prediction(self, x_t: Tensor, t: Tensor, number: float) -> Tensor:
-        """Guided prediction (B, C, H, W), or the conditional one outside the interval."""
-        config = self.config
-        alpha, sigma = self.schedule.alpha_sigma(number)
+        if t > (1.0 - config.zero_init) * self.schedule.last:
+            return torch.zeros_like(x_t)
+        alpha, sigma = self.schedule.alpha_sigma(t)
         noisiness = sigma / alpha if alpha > 0.0 else math.inf
         low, high = config.interval or (-math.inf, math.inf)
         if config.scale == 1.0 or not low < noisiness <= high:
-            result = denoise_at(self.conditional, number)(x_t, t)
+            result = self.conditional(x_t, t)
         else:
-            uncond, cond = (p.to(x_t.dtype) for p in self.pair(number, x_t, t))
+            uncond, cond = (p.to(x_t.dtype) for p in self.pair(x_t, t))
             result = self.combined(uncond, cond, x_t, alpha, sigma)
             if config.rescale > 0.0:
                 result = rescaled(result, cond, config.rescale)

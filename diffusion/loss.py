@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from diffusion.denoise import Denoise
+from diffusion.denoise import DenoiseAtTimes
 from diffusion.prediction import check_prediction_type, target, unknown
 from diffusion.schedule import Schedule, per_image
 from diffusion.spacing import shifted_time
@@ -18,7 +18,7 @@ TimestepSampling = Literal["uniform", "stratified", "sobol", "logit_normal", "st
 
 
 def diffusion_loss(
-    denoise: Denoise,
+    denoise: DenoiseAtTimes,
     x_0: Tensor,
     t: Tensor,
     eps: Tensor,
@@ -28,6 +28,7 @@ def diffusion_loss(
 ) -> Tensor:
     """Weighted squared error of each image, (B,) fp32, averaged over its elements.
 
+    denoise: takes a time for each image, t (B,), not one for all of them as in sampling.
     x_0, eps: (B, C, H, W). t: (B,), integers for a discrete schedule, floats in (0, 1] for flow.
     weighting: "none" is the plain error of the target (Ho et al. 2020, eq. 14, for epsilon); others: `loss_weight`
         with its gamma of 5.
@@ -37,16 +38,16 @@ def diffusion_loss(
     if x_0.shape != eps.shape or t.shape != x_0.shape[:1]:
         raise ValueError(f"x_0 {tuple(x_0.shape)}, eps {tuple(eps.shape)} and t {tuple(t.shape)} do not fit; "
                          "valid: (B, C, H, W), the same, and (B,)")
-    alpha, sigma = schedule.alpha(t), schedule.sigma(t)  # (B,)
-    a, s = per_image(alpha, x_0), per_image(sigma, x_0)  # (B, 1, 1, 1)
-    prediction = denoise(a * x_0 + s * eps, t)
-    wanted = target(x_0, eps, a, s, prediction_type)
+    alpha, sigma = per_image(schedule.alpha(t), x_0), per_image(schedule.sigma(t), x_0)  # (B, 1, 1, 1)
+    x_t = alpha * x_0 + sigma * eps
+    prediction = denoise(x_t, t)
+    wanted = target(x_0, eps, alpha, sigma, prediction_type)
     if prediction.shape != wanted.shape:
         raise ValueError(f"denoise returned {tuple(prediction.shape)} for {tuple(x_0.shape)}; valid: the same shape")
     error = (prediction.float() - wanted.float()).square().flatten(1).mean(1)  # (B,)
     if weighting == "none":
         return error
-    return loss_weight(alpha, sigma, prediction_type, weighting) * error
+    return loss_weight(alpha.flatten(), sigma.flatten(), prediction_type, weighting) * error
 
 
 def loss_weight(alpha: Tensor, sigma: Tensor, prediction_type: str, weighting: str, gamma: float = 5.0) -> Tensor:

@@ -101,19 +101,18 @@ class RunSettings:
     weak: Denoise | None = None
 
 
-def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], Tensor], schedule: Schedule,
+def sample_latents(denoisers: tuple[Denoise, Denoise], noise: Callable[[], Tensor], times: list, schedule: Schedule,
                    prediction_type: str, config: SamplingConfig, run: RunSettings = RunSettings()) -> Tensor:
     """x_0 (B, C, H, W); the first draw of ``noise`` is x_T, later ones feed stochastic samplers.
 
-    conditional, doubled: as in `classifier_free_guidance`. Raises ValueError when the schedule has fewer times than
-    steps are asked for, and for a strength that leaves no step.
+    denoisers: conditional and doubled, as in `classifier_free_guidance`. times: from `times_of_run`.
     """
+    conditional, doubled = denoisers
     edit = run.edit
     if run.weak is not None:
         denoise = autoguidance(conditional, run.weak, config.guidance, schedule, prediction_type)
     else:
         denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
-    times = visited_times(schedule, config, edit.strength if edit else 1.0)
     x = noise()
     if edit is not None and edit.keep is not None:
         denoise = InpaintingDenoiser(denoise, edit.x_0, x, edit.keep, schedule, prediction_type)
@@ -121,6 +120,12 @@ def sample_latents(conditional: Denoise, doubled: Denoise, noise: Callable[[], T
         x, _ = image_to_image_start(edit.x_0, x, times, 1.0, schedule)
     return get_sampler(config.sampler)(denoise, x, run.progress(times), schedule, prediction_type, noise,
                                        trace=run.trace, **config.options)
+
+
+def times_of_run(schedule: Schedule, config: SamplingConfig, run: RunSettings) -> list:
+    """The falling times of a run. Raises ValueError when the schedule has fewer times than steps are asked for, and for
+    a strength that leaves no step."""
+    return visited_times(schedule, config, run.edit.strength if run.edit else 1.0)
 
 
 def visited_times(schedule: Schedule, config: SamplingConfig, strength: float = 1.0) -> list:
@@ -131,10 +136,10 @@ def visited_times(schedule: Schedule, config: SamplingConfig, strength: float = 
 def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingConfig,
                    strength: float | None = None) -> None:
     """Raises the ValueError that sampling with these settings would, by doing it once on a latent of four zeros."""
-    edit = None if strength is None else Edit(torch.zeros(1, 1, 2, 2), strength)
-    sample_latents(_zeros, _zeros, PerImageNoise([0], (1, 2, 2)), schedule, prediction_type, config,
-                   RunSettings(edit=edit))
+    run = RunSettings(edit=None if strength is None else Edit(torch.zeros(1, 1, 2, 2), strength))
+    sample_latents((_zeros, _zeros), PerImageNoise([0], (1, 2, 2)), times_of_run(schedule, config, run), schedule,
+                   prediction_type, config, run)
 
 
-def _zeros(x_t: Tensor, t: Tensor) -> Tensor:
+def _zeros(x_t: Tensor, t: float) -> Tensor:
     return torch.zeros_like(x_t)

@@ -136,10 +136,9 @@ class Schedule:
     def snr(self, t: float | Tensor) -> float | Tensor:
         """Signal-to-noise ratio alpha_t^2 / sigma_t^2; 0 at pure noise, infinite without noise."""
         if isinstance(t, Tensor):
-            alpha, sigma = self._tensors(t)
-            return (alpha / sigma) ** 2
-        a, s = self.alpha_sigma(t)
-        return (a / s) ** 2 if s > 0.0 else math.inf
+            return (self.alpha(t) / self.sigma(t)) ** 2
+        alpha, sigma = self.alpha_sigma(t)
+        return (alpha / sigma) ** 2 if sigma > 0.0 else math.inf
 
     def log_snr(self, t: float) -> float:
         """log SNR at one time; -inf at pure noise, inf without noise."""
@@ -184,10 +183,9 @@ class Schedule:
     def noised(self, x_0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
         """x_t = alpha_t x_0 + sigma_t eps for x_0 and eps (B, C, H, W) and a time or times (B,)."""
         if isinstance(t, Tensor):
-            alpha, sigma = self._tensors(t)
-            return per_image(alpha, x_0) * x_0 + per_image(sigma, x_0) * eps
-        a, s = self.alpha_sigma(t)
-        return a * x_0 + s * eps
+            return per_image(self.alpha(t), x_0) * x_0 + per_image(self.sigma(t), x_0) * eps
+        alpha, sigma = self.alpha_sigma(t)
+        return alpha * x_0 + sigma * eps
 
     def network_time(self, t: Tensor) -> Tensor:
         """Times (B,) in the unit that timestep embeddings are made for, 0 .. T: t itself, or T t for flow."""

@@ -102,12 +102,12 @@ class ResBlock(nn.Module):
         self.conv2 = zero_init(Conv2d(c_out, c_out, 3, padding=1))
         self.shortcut = None if c_in == c_out else Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """x (B, c_in, H, W); time (B, time_width), after SiLU, or `shift` (B or 1, c_out), its projection in this
+    def forward(self, x: Tensor, time: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """x (B, c_in, H, W); time (B, time_width), after SiLU, or `bias` (B or 1, c_out), its projection in this
         block. Returns (B, c_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))  # (B, c_out, H, W)
         if self.time is not None:
-            h = h + (self.time(time) if shift is None else shift)[:, :, None, None]
+            h = h + (self.time(time) if bias is None else bias)[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return h + (x if self.shortcut is None else self.shortcut(x))
 

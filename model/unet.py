@@ -220,35 +220,35 @@ class UNet(nn.Module):
         self.check_context(context)
         return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
-    def time_shifts(self, t: Tensor) -> list[Tensor]:
+    def time_biases(self, t: Tensor) -> list[Tensor]:
         """The vectors that each time t (S,) adds in the residual blocks, (S, c_out) for each block; `forward` takes one
-        row of each as `shifts`.
+        row of each.
 
         They depend on nothing else, so a sampler computes those of all its steps at once. Raises ValueError for a
         network whose time embedding also reads the prompt.
         """
         if self.pool is not None:
-            raise ValueError("time_shifts: the time embedding of this network reads the prompt; valid: a UNet with "
+            raise ValueError("time_biases: the time embedding of this network reads the prompt; valid: a UNet with "
                              "pooled_context: false")
         time = self.time(t, self.conv_in.weight.dtype)  # (S, 4 channels[0])
         return [block.time(time) for level in (*self.down, self.mid, *self.up) for block in level.resblocks
                 if block.time is not None]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                cache: ContextCache | None = None, shifts: Sequence[Tensor] | None = None) -> Tensor:
+                cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
-        `context_cache`. Both give the same bits. shifts: those of t from `time_shifts`, (B or 1, c_out) each, which are
-        used in place of t. Returns (B, out_channels, H, W). Raises ValueError for other shapes, for a cache together
-        with a context or in training mode, and for a cache that is older than the weights may be.
+        `context_cache`. Both give the same bits. time_biases: one row of what the method of that name returns,
+        (B or 1, c_out) each, used in place of t. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
+        for a cache together with a context or in training mode, and for a cache that is older than the weights may be.
         """
         self.check_input(x, t)
         pairs, mask, pooled = self.context_parts(x, context, mask, cache)
 
-        if shifts is not None and self.pool is not None:
-            raise ValueError("shifts: given to a network whose time embedding reads the prompt; valid: None")
-        time: Time = self.time(t, x.dtype, pooled) if shifts is None else iter(shifts)
+        if time_biases is not None and self.pool is not None:
+            raise ValueError("time_biases: given to a network whose time embedding reads the prompt; valid: None")
+        time: Time = self.time(t, x.dtype, pooled) if time_biases is None else iter(time_biases)
         x = self.conv_in(x)  # (B, channels[0], H, W)
         if self.positions is not None:
             x = self.positions(x)

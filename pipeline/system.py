@@ -15,10 +15,10 @@ from torch import nn
 
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
-from diffusion.denoise import Denoise, Numbered
+from diffusion.denoise import Denoise, time_tensor
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
-from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, visited_times, with_sampler
+from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
 from diffusion.schedule import Schedule
 from files.images import to_uint8, to_unit
 from model.attention import ContextCache
@@ -32,6 +32,7 @@ from model.unet import UNet
 from pipeline.config import SystemConfig
 from pipeline.moderation import Moderation, Refused, blur_or_refuse
 from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
+from pipeline.time_table import TimeTable
 from safety.policy import Decision, most_severe
 
 Progress = Callable[[list], Iterable]
@@ -143,21 +144,28 @@ class TextToImage:
         """As ``latents``, but from a context and any source of noise (B, C, H, W), where B is ``count``. The context is
         (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without guidance or if a weaker network takes the
         place of the negative prompts."""
-        times = visited_times(self.schedule, config, run.edit.strength if run.edit else 1.0)
-
-        def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor, mask: torch.Tensor | None = None,
-                   run: RunSettings = RunSettings()) -> torch.Tensor:
-            conditional, doubled = self.denoisers(context, mask, count, times)
-            return sample_latents(conditional, doubled, draw, self.schedule, self.config.prediction_type, config, run)
-
+        times = times_of_run(self.schedule, config, run)
         watched = any(layer.watch is not None for layer in self.unet.cross_attentions())
-        if self.runs is None or watched or run.edit or run.trace is not None or run.weak:
-            return sample(noise, context, mask, run)
+        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak):
+            latents = self.replay(context, mask, count, noise, config, times)
+            for _ in run.progress(times):
+                pass
+            return latents
+        denoisers = self.denoisers(context, mask, count, times)
+        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type, config, run)
+
+    def replay(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, noise: Callable[[], torch.Tensor],
+               config: SamplingConfig, times: list) -> torch.Tensor:
+        """As ``latents_from_context`` at these times, by the CUDA graph of runs of this kind once there is one."""
+        assert self.runs is not None
+
+        def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor,
+                   mask: torch.Tensor | None = None) -> torch.Tensor:
+            denoisers = self.denoisers(context, mask, count, times)
+            return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type, config)
+
         kind = (repr(config), context.shape, mask is None, count, self.latent_shape)
-        result = self.runs(kind, sample, [context] if mask is None else [context, mask], noise)
-        for _ in run.progress(times):
-            pass
-        return result
+        return self.runs(kind, sample, [context] if mask is None else [context, mask], noise)
 
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                   times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
@@ -165,31 +173,17 @@ class TextToImage:
         With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
         is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype
-        both = self.unet.context_cache(context.to(dtype), mask)
-        alone = both.last(count)
-        shifts: dict[float, list[torch.Tensor]] = {}
-
-        def add_shifts(numbers: Sequence[float], t: torch.Tensor) -> None:
-            tables = self.unet.time_shifts(self.schedule.network_time(t))  # (S, c_out) for each block
-            shifts.update((number, [table[k:k + 1] for table in tables]) for k, number in enumerate(numbers))
+        doubled_cache = self.unet.context_cache(context.to(dtype), mask)
+        cond_cache = doubled_cache.last(count)
+        table = TimeTable(self.unet, self.schedule, times) if self.speed == "fast" else None
 
         def bind(cache: ContextCache) -> Denoise:
-            def exact(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-                return self.unet(x_t, self.schedule.network_time(t), cache=cache)
+            def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
+                network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,)
+                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t])
+            return denoise
 
-            def fast(x_t: torch.Tensor, t: torch.Tensor, number: float) -> torch.Tensor:
-                if cache.pooled is not None:  # the time embedding reads the prompt, so no table of times exists
-                    return self.unet(x_t.to(dtype), self.schedule.network_time(t), cache=cache)
-                if number not in shifts:
-                    add_shifts([number], t[:1])
-                return self.unet(x_t.to(dtype), t, cache=cache, shifts=shifts[number])
-
-            return Numbered(fast) if self.speed == "fast" else exact
-
-        if self.speed == "fast" and times and both.pooled is None:
-            # filled on the device: a copy from the host cannot be recorded in a CUDA graph
-            add_shifts(times, torch.cat([torch.full((1,), float(time), device=self.device) for time in times]))
-        return bind(alone), bind(both)
+        return bind(cond_cache), bind(doubled_cache)
 
     def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context (B, L, D) of prompts and their padding mask (B, L), which is None if the denoiser sees padding.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusion.denoise import TimedDenoiser
 from diffusion.prediction import prediction_from_x_0
 from diffusion.samplers import get_sampler
 from diffusion.schedule import Schedule
@@ -53,15 +52,15 @@ MIXTURE = Mixture(*torch.tensor([[0.3, 0.7], [-1.0, 0.8], [0.3, 0.5]], dtype=tor
 GAUSSIAN = Mixture(*torch.tensor([[1.0], [0.4], [0.5]], dtype=torch.float64))
 
 
-class Exact(TimedDenoiser):
-    """The exact network of a mixture; goes through `at` so that the time keeps its fp64 digits."""
+class Exact:
+    """The exact network of a mixture, at a time with all its fp64 digits."""
 
     def __init__(self, schedule: Schedule, data: Mixture = MIXTURE, kind: str = "sample") -> None:
         self.schedule, self.data, self.kind = schedule, data, kind
 
-    def at(self, t: float):
+    def __call__(self, x: Tensor, t: float) -> Tensor:
         alpha, sigma = self.schedule.alpha_sigma(t)
-        return lambda x, _: prediction_from_x_0(self.data.x_0(x, alpha, sigma), x, alpha, sigma, self.kind)
+        return prediction_from_x_0(self.data.x_0(x, alpha, sigma), x, alpha, sigma, self.kind)
 
 
 def starts() -> Tensor:

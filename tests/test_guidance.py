@@ -37,9 +37,9 @@ class Network:
 
     def bind(self, condition):
         def denoise(x, t):
-            assert x.shape[0] == t.shape[0] == condition.shape[0]
+            assert x.shape[0] == condition.shape[0] and isinstance(t, (int, float))
             self.images += x.shape[0]
-            return torch.tanh(x * 0.7 + condition[:, None, None, None] + t[:, None, None, None] / 500.0)
+            return torch.tanh(x * 0.7 + condition[:, None, None, None] + t / 500.0)
 
         return denoise
 
@@ -61,8 +61,8 @@ def guidance(network, kind="epsilon", schedule=SCHEDULE, **options):
 
 def predictions(x, t):
     """(uncond, cond) of the network at time t."""
-    network, times = Network(), torch.full((2,), t)
-    return network.bind(UNCOND)(x, times), network.bind(COND)(x, times)
+    network = Network()
+    return network.bind(UNCOND)(x, t), network.bind(COND)(x, t)
 
 
 def test_scale_one_is_the_conditional_network_bit_for_bit(network, x):
@@ -79,7 +79,7 @@ def test_scale_one_is_the_conditional_network_bit_for_bit(network, x):
 @pytest.mark.parametrize("scale", [0.0, 3.0, 7.5])
 def test_guided_prediction_is_the_published_combination(network, x, scale):
     uncond, cond = predictions(x, 300)
-    found = guidance(network, scale=scale)(x, torch.tensor([300, 300]))
+    found = guidance(network, scale=scale)(x, 300)
     torch.testing.assert_close(found, uncond + scale * (cond - uncond))
 
 
@@ -87,7 +87,7 @@ def test_rescale_matches_diffusers_and_restores_the_spread(network, x):
     uncond, cond = predictions(x, 300)
     guided = uncond + 6.0 * (cond - uncond)
     expected = rescale_noise_cfg(guided, cond, guidance_rescale=0.7)
-    found = guidance(network, scale=6.0, rescale=0.7)(x, torch.tensor([300, 300]))
+    found = guidance(network, scale=6.0, rescale=0.7)(x, 300)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(rescaled(guided, cond, 1.0).std((1, 2, 3)), cond.std((1, 2, 3)))
 
@@ -104,16 +104,14 @@ def test_interval_skips_the_unconditional_half(network, x):
 def test_interval_is_exact_outside_and_inside(network, x):
     denoise = guidance(network, scale=5.0, interval=(0.5, 4.0))
     for t in (0, 200, 999):
-        tensor = torch.tensor([t, t])
         inside = 0.5 < SCHEDULE.sigma(t) / SCHEDULE.alpha(t) <= 4.0
         other = guidance(network, scale=5.0) if inside else network.bind(COND)
-        assert torch.equal(denoise(x, tensor), other(x, tensor))
-        assert torch.equal(denoise.at(t)(x, tensor), other(x, tensor))
+        assert torch.equal(denoise(x, t), other(x, t))
 
 
 def test_interval_may_reach_pure_noise(network, x):
     zero = Schedule(ScheduleConfig(zero_terminal_snr=True))
-    guidance(network, "v_prediction", zero, scale=5.0, interval=(0.5, math.inf))(x, torch.tensor([999, 999]))
+    guidance(network, "v_prediction", zero, scale=5.0, interval=(0.5, math.inf))(x, 999)
     assert network.images == 4
 
 
@@ -130,14 +128,13 @@ def test_apg_matches_diffusers(network, x, kind, momentum, norm, parallel):
             bad, good = (x_0_from_prediction(p, x, alpha, sigma, kind) for p in predictions(x, t))
             x_0 = normalized_guidance(good, bad, 6.0 - 1.0, buffer, parallel, norm, use_original_formulation=True)
             expected = prediction_from_x_0(x_0, x, alpha, sigma, kind)
-            torch.testing.assert_close(denoise.at(t)(x, torch.tensor([t, t])), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(denoise(x, t), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_apg_without_its_parts_is_plain_guidance(network, x):
     plain = guidance(network, scale=4.0)
     apg = guidance(network, scale=4.0, method="apg", apg_parallel=1.0, apg_norm=0.0, apg_momentum=0.0)
-    t = torch.tensor([400, 400])
-    torch.testing.assert_close(apg(x, t), plain(x, t), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(apg(x, 400), plain(x, 400), rtol=1e-4, atol=1e-5)
 
 
 def test_projection_and_limit(x):
@@ -153,7 +150,7 @@ def test_projection_and_limit(x):
 def test_cfg_zero_star_matches_diffusers(network, x):
     uncond, cond = predictions(x, 300)
     scaled = cfg_zero_star_scale(cond.flatten(1), uncond.flatten(1)).reshape(2, 1, 1, 1) * uncond
-    found = guidance(network, scale=4.0, method="cfg_zero_star")(x, torch.tensor([300, 300]))
+    found = guidance(network, scale=4.0, method="cfg_zero_star")(x, 300)
     torch.testing.assert_close(found, scaled + 4.0 * (cond - scaled))
     # the scaled one is as near to cond as a multiple of uncond can be
     torch.testing.assert_close(((cond - fitted(uncond, cond)) * uncond).sum((1, 2, 3)), torch.zeros(2), rtol=0.0,
@@ -194,7 +191,7 @@ def test_threshold_bounds_x_0(network, x, kind, scale):
 
 def test_autoguidance(network, x):
     weak, main = network.bind(UNCOND), network.bind(COND)
-    t = torch.tensor([500, 500])
+    t = 500
     denoise = autoguidance(main, weak, GuidanceConfig(scale=2.5, interval=(0.5, 4.0)), SCHEDULE, "epsilon")
     torch.testing.assert_close(denoise(x, t), weak(x, t) + 2.5 * (main(x, t) - weak(x, t)))
     network.images = 0
@@ -207,7 +204,7 @@ def test_half_precision_networks_are_combined_in_the_precision_of_the_state(x):
     denoise = classifier_free_guidance(lambda x, t: cond, lambda x, t: torch.cat([uncond, cond]),
                                        GuidanceConfig(scale=7.5), SCHEDULE, "epsilon")
     expected = uncond.float() + 7.5 * (cond.float() - uncond.float())
-    assert torch.equal(denoise(x, torch.tensor([300, 300])), expected)
+    assert torch.equal(denoise(x, 300), expected)
 
 
 @pytest.mark.parametrize("options", [

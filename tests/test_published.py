@@ -58,7 +58,7 @@ def test_an_end_that_is_not_clean_is_the_level_of_time_0():
     schedule, x_T = Schedule(ScheduleConfig()), torch.ones(1, 1, 2, 2)
 
     def denoise(x_t, t):
-        return x_t / schedule.sigma(int(t[0]))
+        return x_t / schedule.sigma(t)
 
     times = schedule.timesteps(10, "leading", 1)
     last = ddim(denoise, x_T, times, schedule, "epsilon", clean_end=False)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import sample
+from diffusion.denoise import time_tensor
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import SAMPLERS, get_sampler
 from files.config import ConfigError, to_dict
@@ -153,7 +154,7 @@ def test_guidance_one_is_the_conditional_network_bit_for_bit(system, sampler):
         noise = PerImageNoise([0, 1, 2], (4, 8, 8))
         schedule = system.schedule
         expected = get_sampler(sampler)(
-            lambda x_t, t: system.unet(x_t, schedule.network_time(t), context, mask), noise(),
+            lambda x_t, t: system.unet(x_t, schedule.network_time(time_tensor(t, x_t)), context, mask), noise(),
             schedule.timesteps(5, "trailing"), schedule, system.config.prediction_type, noise)
     assert torch.equal(given, expected) and given.shape == (3, 4, 8, 8)
     assert torch.equal(given, latents(system, sampler=sampler, steps=5, scale=1.0, negative="blue"))  # nothing to guide

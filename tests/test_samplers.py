@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusion.denoise import time_tensor
 from diffusion.guidance import GuidanceConfig, classifier_free_guidance
 from diffusion.noise import PerImageNoise
 from diffusion.prediction import prediction_from_x_0
@@ -27,8 +28,8 @@ CALLS = {"heun": lambda n: 2 * n - 1, "flow_heun": lambda n: 2 * n - 1, "pndm": 
 
 def exact_denoiser(schedule: Schedule, kind: str):
     """The network that training would reach on x_0 ~ N(MEAN, STD^2), as each type of prediction."""
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = schedule.alpha_sigma(t[0].item())
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = schedule.alpha_sigma(t)
         x_0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
         return prediction_from_x_0(x_0, x, alpha, sigma, kind)
 
@@ -66,9 +67,10 @@ def test_calls_and_trace(name, schedule, n):
     calls = []
 
     def denoise(x, t):
-        assert x.dtype == torch.float32 and t.shape == (4,)
-        assert t.dtype == (torch.float32 if schedule.is_flow else torch.int64)
-        calls.append(t[0].item())
+        assert x.dtype == torch.float32 and type(t) is (float if schedule.is_flow else int)
+        seen = time_tensor(t, x)
+        assert seen.shape == (4,) and seen.dtype == (torch.float32 if schedule.is_flow else torch.int64)
+        calls.append(t)
         return exact_denoiser(schedule, "v_prediction")(x, t).bfloat16()
 
     times = iter(schedule.timesteps(n))  # as a progress bar hands them over
@@ -146,7 +148,7 @@ def test_what_eta_leaves_for_epsilon_is_exact_near_pure_noise(eta):
     for t, s in ((1.0 - 2.0**-30, 0.5), (1.0 - 2.0**-40, 0.75), (1.0, 0.25), (0.75, 0.75 - 2.0**-40)):
         seen, x_T = [], torch.ones(1, 1, 1, 1, dtype=torch.float64)
 
-        def denoise(x: Tensor, t: Tensor, seen: list = seen) -> Tensor:
+        def denoise(x: Tensor, t: float, seen: list = seen) -> Tensor:
             seen.append(x)
             return torch.zeros_like(x)
 

@@ -15,7 +15,6 @@ from diffusers import (
 from exact_mixture import Exact, distance, error, slope, starts
 from test_samplers_exact import moments
 
-from diffusion.denoise import denoise_at
 from diffusion.samplers import get_sampler
 from diffusion.schedule import Schedule, ScheduleConfig
 
@@ -28,7 +27,7 @@ def theirs(scheduler, x, kind="epsilon", denoise=None, **step_options):
     """x_0 of a diffusers scheduler over the times it has chosen, from x."""
     denoise = denoise or Exact(VP, kind=kind)
     for t in scheduler.timesteps:
-        prediction = denoise_at(denoise, t.item())(scheduler.scale_model_input(x, t), None)
+        prediction = denoise(scheduler.scale_model_input(x, t), t.item())
         x = scheduler.step(prediction, t, x, **step_options).prev_sample
     return x
 
@@ -71,7 +70,7 @@ def in_lambda_units(n, x, data_denoise, noise=None, **options):
     scheduler.timesteps = torch.tensor(times, dtype=torch.float64)
     for t in scheduler.timesteps:
         draw = {} if noise is None else {"variance_noise": noise() if t != scheduler.timesteps[-1] else 0 * x}
-        x = scheduler.step(data_denoise.at(t.item())(x, None), t, x, **draw).prev_sample
+        x = scheduler.step(data_denoise(x, t.item()), t, x, **draw).prev_sample
     return x
 
 

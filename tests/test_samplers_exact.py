@@ -69,7 +69,7 @@ def test_higher_orders_pay_from_pure_noise(name, options, schedule):
     assert error(name, schedule, times, **options) < 0.5 * error("ddim", schedule, times)
     seen: dict[str, list[Tensor]] = {name: [], "ddim": []}
     for sampler, inputs in seen.items():
-        def spy(x: Tensor, t: Tensor, inputs=inputs) -> Tensor:
+        def spy(x: Tensor, t: float, inputs=inputs) -> Tensor:
             inputs.append(x)
             return Exact(schedule)(x, t)
 
@@ -86,8 +86,8 @@ def test_every_deterministic_sampler_is_covered():
 
 def gaussian_denoiser(schedule: Schedule, mean: Tensor, covariance: Tensor):
     """E[x_0 | x_t] for x_0 ~ N(mean, covariance) over C channels, x (B, C, 1, 1)."""
-    def denoise(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = schedule.alpha_sigma(t[0].item())
+    def denoise(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = schedule.alpha_sigma(t)
         gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(2))
         return (mean + (x[:, :, 0, 0] - alpha * mean) @ gain.T)[:, :, None, None]
 
@@ -158,8 +158,8 @@ def test_consistency_sampling_draws_the_distribution():
     def noise() -> Tensor:
         return torch.randn(count, 1, 1, 1, generator=random)
 
-    def to_the_start(x: Tensor, t: Tensor) -> Tensor:
-        alpha, sigma = VP.alpha_sigma(t[0].item())
+    def to_the_start(x: Tensor, t: float) -> Tensor:
+        alpha, sigma = VP.alpha_sigma(t)
         return x * std / math.sqrt(alpha**2 * std**2 + sigma**2)
 
     for n in (1, 4):

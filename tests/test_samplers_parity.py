@@ -27,6 +27,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
+from diffusion.denoise import time_tensor
 from diffusion.prediction import epsilon_from_prediction
 from diffusion.samplers import dpm_solver, get_sampler
 from diffusion.schedule import Schedule, ScheduleConfig, Spacing
@@ -47,8 +48,8 @@ over_steps = pytest.mark.parametrize("n", (4, 10, 25, 50))
 
 
 def network(x, t):
-    """A smooth bounded function of x and t that stands for a trained network; t (B,)."""
-    phase = t.to(x.dtype).reshape(-1, 1, 1, 1) / 300.0
+    """A smooth bounded function of x and t that stands for a trained network; t as rounded as it gets there."""
+    phase = time_tensor(t, x).to(x.dtype).reshape(-1, 1, 1, 1) / 300.0
     return torch.tanh(0.8 * x + torch.sin(phase)) + 0.3 * torch.cos(2.0 * x - phase)
 
 
@@ -104,7 +105,7 @@ def test_ddpm(schedule, kind, spacing, n, variance, noise, monkeypatch):
     feed(monkeypatch, "scheduling_ddpm", noise)
     x = noise[0]
     for t in scheduler.timesteps:
-        step = scheduler.step(network(x, t.expand(2)), t, x)
+        step = scheduler.step(network(x, t.item()), t, x)
         # by design: after the last step we return x_0 itself, diffusers adds noise again unless that step is t = 0
         x = step.pred_original_sample if t == scheduler.timesteps[-1] else step.prev_sample
     assert_same(x, "ddpm", times, kind, noise, schedule, variance=variance)
@@ -125,7 +126,7 @@ def test_ddim(schedule, kind, spacing, n, eta, noise):
         # by design: diffusers always steps to t - T // n, which on "linspace" is not the next time of its own grid.
         # Telling it this count of steps makes that difference the true one.
         scheduler.num_inference_steps = Fraction(1000, t - times[i + 1]) if i + 1 < n else 1
-        x = scheduler.step(network(x, torch.tensor([t, t])), t, x, eta=eta, variance_noise=noise[i + 1]).prev_sample
+        x = scheduler.step(network(x, t), t, x, eta=eta, variance_noise=noise[i + 1]).prev_sample
     assert_same(x, "ddim", times, kind, noise, schedule, eta=eta)
 
 
@@ -146,7 +147,7 @@ def test_pndm(kind, spacing, n, noise):
         stop = max(i, 1)
         gap = times[0] - times[1] if i == 1 else t - times[stop] if stop < n else 1000
         scheduler.num_inference_steps = Fraction(1000, gap)
-        eps = epsilon_from_prediction(network(x, torch.tensor([t, t])), x, *SCHEDULE.alpha_sigma(t), kind)
+        eps = epsilon_from_prediction(network(x, t), x, *SCHEDULE.alpha_sigma(t), kind)
         x = scheduler.step(eps, t, x).prev_sample
     assert_same(x, "pndm", times, kind, noise)
 
@@ -162,7 +163,7 @@ def in_sigma_units(scheduler, times, noise, kind, schedule=SCHEDULE):
     x = noise[0] / schedule.alpha(times[0])
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t)
-        prediction = network(scaled, t.expand(2))
+        prediction = network(scaled, t.item())
         x = scheduler.step(prediction.to(torch.float64), t, x).prev_sample
     return x
 
@@ -209,7 +210,7 @@ def in_lambda_units(scheduler, times, noise, schedule=SCHEDULE, **step_options):
     for i, t in enumerate(scheduler.timesteps):
         if "variance_noise" in step_options:
             step_options["variance_noise"] = noise[i + 1]
-        x = scheduler.step(network(x, t.expand(2)), t, x, **step_options).prev_sample
+        x = scheduler.step(network(x, t.item()), t, x, **step_options).prev_sample
     return x
 
 
@@ -292,7 +293,7 @@ def test_lcm(schedule, kind, spacing, n, noise, monkeypatch):
     feed(monkeypatch, "scheduling_lcm", noise)
     x = noise[0]
     for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.expand(2)), t, x).prev_sample
+        x = scheduler.step(network(x, t.item()), t, x).prev_sample
     assert_same(x, "lcm", times, kind, noise, schedule)
 
 
@@ -312,5 +313,5 @@ def test_flow(name, peer, spacing, shift, n, noise):
     scheduler.timesteps = 1000.0 * scheduler.sigmas[:-1]
     x = noise[0]
     for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t.expand(2) / 1000), t, x).prev_sample
+        x = scheduler.step(network(x, t.item() / 1000), t, x).prev_sample
     assert_same(x, name, times, "flow", noise, schedule)

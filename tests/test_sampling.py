@@ -11,7 +11,7 @@ import torch
 from diffusion.guidance import GuidanceConfig
 from diffusion.noise import PerImageNoise
 from diffusion.samplers import SAMPLERS, get_sampler
-from diffusion.sampling import RunSettings, SamplingConfig, sample_latents, with_sampler
+from diffusion.sampling import RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
 from diffusion.schedule import Schedule, ScheduleConfig
 from files.config import ConfigError, from_dict, to_dict
 
@@ -29,8 +29,9 @@ def doubled(x, t):
 
 
 def sample(config, seeds=(1, 2), schedule=VP, **options):
-    noise = PerImageNoise(seeds, (3, 4, 4))
-    return sample_latents(conditional, doubled, noise, schedule, "v_prediction", config, RunSettings(**options))
+    noise, run = PerImageNoise(seeds, (3, 4, 4)), RunSettings(**options)
+    times = times_of_run(schedule, config, run)
+    return sample_latents((conditional, doubled), noise, times, schedule, "v_prediction", config, run)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

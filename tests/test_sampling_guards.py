@@ -52,9 +52,9 @@ def draw(batch: int = 1):
 def test_operators_of_a_forward_pass(system):
     """An upper bound on what a step starts, views apart. Raise it only for a reason that is worth a kernel a step."""
     unet, x, t = system.unet, torch.randn(2, 4, 8, 8), torch.tensor([500, 500])
-    cache, shifts = unet.context_cache(context_of(system, 2)), unet.time_shifts(t[:1])
+    cache, time_biases = unet.context_cache(context_of(system, 2)), unet.time_biases(t[:1])
     with Operators() as operators:
-        unet(x, t, cache=cache, shifts=shifts)
+        unet(x, t, cache=cache, time_biases=time_biases)
     kernels = sum(count for name, count in operators.found.items() if name not in VIEWS)
     layers = len(unet.cross_attentions())
     assert 0 < kernels <= 30 * layers + 16 * sum(len(level.resblocks) for level in (*unet.down, unet.mid, *unet.up)), \
@@ -66,12 +66,12 @@ def test_operators_of_a_forward_pass(system):
 
 
 @torch.no_grad()
-def test_shifts_of_the_time_are_those_of_the_network(system):
+def test_biases_of_the_time_are_those_of_the_network(system):
     unet, x, context = system.unet, torch.randn(3, 4, 8, 8), context_of(system, 3)
-    tables = unet.time_shifts(torch.tensor([999.0, 250.5, 0.0]))
+    tables = unet.time_biases(torch.tensor([999.0, 250.5, 0.0]))
     for row, t in enumerate((999, 250.5, 0)):
         expected = unet(x, torch.full((3,), t), context)
-        found = unet(x, torch.zeros(3), context, shifts=[table[row:row + 1] for table in tables])
+        found = unet(x, torch.zeros(3), context, time_biases=[table[row:row + 1] for table in tables])
         assert (found - expected).abs().max() <= 1e-5 * expected.std()
 
 
@@ -114,13 +114,13 @@ def test_one_graph_without_breaks_and_none_anew_on_the_second_call(system):
     counter = CompileCounter()
     unet = copy.deepcopy(system.unet)
     compiled = torch.compile(unet, backend=counter, fullgraph=True, dynamic=False)
-    tables = unet.time_shifts(torch.tensor([900.0, 500.0, 3.0]))
+    tables = unet.time_biases(torch.tensor([900.0, 500.0, 3.0]))
     for row, t in enumerate((900, 500, 3)):
         cache = unet.context_cache(context_of(system, 2) + t)
-        shifts = [table[row:row + 1] for table in tables]
+        time_biases = [table[row:row + 1] for table in tables]
         x = torch.randn(2, 4, 8, 8)
-        found = compiled(x, torch.full((2,), t), cache=cache, shifts=shifts)
-        assert torch.allclose(found, unet(x, torch.full((2,), t), cache=cache, shifts=shifts), atol=1e-5)
+        found = compiled(x, torch.full((2,), t), cache=cache, time_biases=time_biases)
+        assert torch.allclose(found, unet(x, torch.full((2,), t), cache=cache, time_biases=time_biases), atol=1e-5)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 

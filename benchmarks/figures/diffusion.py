@@ -13,7 +13,6 @@ import matplotlib
 import torch
 from torch import Tensor
 
-from diffusion.denoise import TimedDenoiser
 from diffusion.editing import InpaintingDenoiser
 from diffusion.guidance import GuidanceConfig, classifier_free_guidance
 from diffusion.loss import loss_weight
@@ -27,23 +26,19 @@ VP = Schedule(ScheduleConfig())
 FLOW = Schedule(ScheduleConfig(kind="flow"))
 
 
-class Mixture(TimedDenoiser):
+class Mixture:
     """E[x_0 | x_t] for points (B, D, 1, 1) from Gaussians of these weights (K,), means (K, D) and one spread."""
 
     def __init__(self, schedule: Schedule, weights: Tensor, means: Tensor, spread: float) -> None:
         self.schedule, self.weights, self.means, self.spread = schedule, weights, means, spread
 
-    def at(self, t: float):
+    def __call__(self, x: Tensor, t: float) -> Tensor:
         alpha, sigma = self.schedule.alpha_sigma(t)
         variance = alpha**2 * self.spread**2 + sigma**2
-
-        def denoise(x: Tensor, times: Tensor) -> Tensor:
-            away = x[:, None, :, 0, 0] - alpha * self.means.to(x)  # (B, K, D)
-            share = torch.softmax(self.weights.to(x).log() - 0.5 * away.square().sum(-1) / variance, -1)  # (B, K)
-            means = self.means.to(x) + alpha * self.spread**2 / variance * away
-            return (share[..., None] * means).sum(1)[:, :, None, None]
-
-        return denoise
+        away = x[:, None, :, 0, 0] - alpha * self.means.to(x)  # (B, K, D)
+        share = torch.softmax(self.weights.to(x).log() - 0.5 * away.square().sum(-1) / variance, -1)  # (B, K)
+        means = self.means.to(x) + alpha * self.spread**2 / variance * away
+        return (share[..., None] * means).sum(1)[:, :, None, None]
 
 
 def schedules(path: Path) -> None:
@@ -95,12 +90,10 @@ def samplers(path: Path) -> None:
     for axis, name in ((middle, "ddim"), (right, "ddpm")):
         states: list[Tensor] = []
 
-        class Spy(Mixture):
-            def at(self, t: float):
-                inner = super().at(t)
-                return lambda x, times: (states.append(x), inner(x, times))[1]
+        def spy(x: Tensor, t: float, states: list[Tensor] = states) -> Tensor:
+            states.append(x)
+            return network(x, t)
 
-        spy = Spy(VP, network.weights, network.means, network.spread)
         random, start = torch.Generator().manual_seed(0), torch.linspace(-1.8, 1.8, 13).reshape(-1, 1, 1, 1)
         end = get_sampler(name)(spy, start, VP.timesteps(100), VP, "sample",
                                 lambda: torch.randn(start.shape, generator=random))
@@ -119,10 +112,9 @@ def guidance(path: Path) -> None:
     cond = Mixture(FLOW, torch.ones(3) / 3, CLASS, 0.15)
     uncond = Mixture(FLOW, torch.ones(7) / 7, everything, 0.15)
 
-    def doubled(x: Tensor, t: Tensor) -> Tensor:
+    def doubled(x: Tensor, t: float) -> Tensor:
         a, b = x.chunk(2)
-        number = t[0].item()
-        return torch.cat([uncond.at(number)(a, t), cond.at(number)(b, t)])
+        return torch.cat([uncond(a, t), cond(b, t)])
 
     figure, axes = plt.subplots(1, 5, figsize=(13, 2.9), sharex=True, sharey=True)
     settings = {"w = 1": {"scale": 1.0}, "w = 4": {"scale": 4.0}, "w = 4 for 0.3 < sigma/alpha < 3":

@@ -6,7 +6,7 @@ A sampler is a function
 
 that carries x_T (B, C, H, W) along falling times to x_0, in fp32 or wider.
 
-    denoise          denoise(x_t, t), t (B,), returns a prediction of `prediction_type`, shaped like x_t
+    denoise          denoise(x_t, t), t a number, returns a prediction of `prediction_type`, shaped like x_t
     timesteps        falling times of `schedule`, any iterable (wrap it to show progress)
     noise            returns a fresh draw (B, C, H, W) at each call; deterministic samplers ignore it
     trace            a list that receives the predicted x_0 of every step, or None
@@ -26,7 +26,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from diffusion.denoise import Denoise, denoise_at
+from diffusion.denoise import Denoise
 from diffusion.schedule import Schedule
 
 Noise = Callable[[], Tensor]
@@ -38,9 +38,7 @@ __all__ = ["Denoise", "Noise", "Times", "ddim_step", "half_log_snr", "initial_st
 
 def predict(denoise: Denoise, x: Tensor, t: float) -> Tensor:
     """The prediction of the network at x (B, C, H, W) and one time t for the whole batch, in the dtype of x."""
-    dtype = torch.int64 if isinstance(t, int) else torch.float32
-    times = torch.full((x.shape[0],), t, dtype=dtype, device=x.device)  # (B,)
-    prediction = denoise_at(denoise, t)(x, times)
+    prediction = denoise(x, t)
     if prediction.shape != x.shape:
         raise ValueError(f"denoise returned {tuple(prediction.shape)} for x_t {tuple(x.shape)}; valid: the same shape")
     return prediction.to(x.dtype)
