@@ -172,8 +172,8 @@ def draw_point(system: TextToImage, guide: TextToImage | None, point: Point, pro
     """The stored result of a point: promises kept and made, prompt by prompt, and the first samples uint8."""
     system.guide = guide if point.weak else None
     began = time.process_time()
-    with count_evaluations(system, guide) as seen, torch.autocast(system.device.type, dtype or torch.bfloat16,
-                                                                 enabled=dtype is not None):
+    with count_evaluations(system, guide) as seen, torch.autocast(
+            system.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         images = system.images_in_batches(prompts.captions, prompts.seeds, point.config, batch=BATCH)
     row: dict[str, Any] = {"evaluations": seen[0] / len(images), "seconds": time.process_time() - began}
     scores = [score_scene(scene, facts) for scene, facts in zip(read_scenes(images, vocabulary()), prompts.facts)]

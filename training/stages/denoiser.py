@@ -85,7 +85,7 @@ def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Netw
 
 
 class Denoising:
-    """The objective of the stage: losses of pairs, and measurements on held-out pairs."""
+    """The loss of a training step, and the loss that is measured on held-out images."""
 
     def __init__(self, config: DenoiserStage, tokenizer: Tokenizer, seed: int, device: torch.device):
         self.config, self.tokenizer, self.seed, self.device = config, tokenizer, seed, device
@@ -93,7 +93,7 @@ class Denoising:
 
     def losses(self, networks: Networks, x_0: torch.Tensor, captions: list[str], t: torch.Tensor,
                eps: torch.Tensor) -> torch.Tensor:
-        """Losses (B,) of latents x_0 and noise eps (B, C, H, W), captions, and times t (B,)."""
+        """The loss of each image, (B,), of latents x_0 and noise eps (B, C, H, W), captions and times t (B,)."""
         ids, mask = self.tokenizer.encode(captions)  # (B, L)
         ids, mask = (tensor.to(self.device) for tensor in trim_padding(ids, mask, MULTIPLE))
         context = networks.text_encoder(ids, mask)  # (B, L, D)
@@ -105,7 +105,18 @@ class Denoising:
                               self.config.prediction_type, self.config.weighting)  # (B,)
 
     def loss_at(self, networks: Networks, read: PairBatch, position: int, part: Part) -> dict[str, torch.Tensor]:
-        """The mean loss of a part of a batch; random numbers are drawn for the whole batch and then sliced."""
+        """The mean loss of a part of a batch, with grounding where the places of things are known."""
+        x_0, t, eps = self.draw(read, position, part)
+        captions, places = part.of_read(read.captions), part.of_read(read.places) if read.places else None
+        grounding_scale = self.config.grounding.left_at(position / self.config.train.steps)
+        # DDP needs a gradient of the words' layer in every step
+        if places is None or not (grounding_scale or networks.words):
+            return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
+        return self.grounded_loss(networks, x_0, captions, places, t, eps, grounding_scale)
+
+    def draw(self, read: PairBatch, position: int, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents x_0 (B, C, H, W), times t (B,) and noise eps (B, C, H, W) of a part of a batch. They are drawn for
+        the whole batch and then cut, so that they do not depend on how it is divided."""
         random = generator(self.seed, "denoiser", position)
         mean = part.of_read(read.mean)
         x_0 = Posterior(mean, part.of_read(read.logvar)).sample(part.randn(mean.shape, random))
@@ -113,32 +124,28 @@ class Denoising:
                                            self.config.timestep_mean, self.config.timestep_std))
         candidates = [part.randn(mean.shape, random) for _ in range(self.config.noise_candidates)]
         eps = nearest_noise(torch.stack(candidates), x_0) if len(candidates) > 1 else candidates[0]
-        captions, places = part.of_read(read.captions), part.of_read(read.places) if read.places else None
-        left = self.config.grounding.left_at(position / self.config.train.steps)
-        if places is None or not (left or networks.words):  # DDP needs a gradient of the words' layer in every step
-            return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
-        return self.grounded_loss(networks, x_0, captions, places, t, eps, left)
+        return x_0, t, eps
 
     def grounded_loss(self, networks: Networks, x_0: torch.Tensor, captions: list[str], places: list[list[Place]],
-                      t: torch.Tensor, eps: torch.Tensor, left: float) -> dict[str, torch.Tensor]:
-        """The mean loss with the terms of the known scene, whose weights are multiplied by ``left``."""
+                      t: torch.Tensor, eps: torch.Tensor, grounding_scale: float) -> dict[str, torch.Tensor]:
+        """The mean loss of the denoiser plus the losses that compare its attention and features with where things are.
+        Their weights are multiplied by ``grounding_scale``, which falls from 1 to 0 during the run."""
         config, terms = self.config.grounding, {}
         with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
-        if config.attention and left:
+        if config.attention and grounding_scale:
             terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, (x_0.shape[2], x_0.shape[3]),
                                                 config.heads)
-            loss = loss + left * config.attention * terms["attention"]
+            loss = loss + grounding_scale * config.attention * terms["attention"]
         if networks.words is not None:
             terms["words"] = words_loss(features[0], networks.words, self.tokenizer, captions, places)
-            loss = loss + left * config.words * terms["words"]
+            loss = loss + grounding_scale * config.words * terms["words"]
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
     def validate(self, networks: Networks, read: PairBatch) -> dict[str, float]:
-        """The mean loss of held-out pairs, and the mean losses of five ranges of the noise level, least noise
-        first. Noise and times are the same every time; the times are a Sobol sequence, so that they cover all
-        levels evenly."""
+        """The mean loss on held-out images, and the mean in each fifth of the noise levels, least noise first. Noise
+        and times are the same at every call; the times are a Sobol sequence, which covers all levels evenly."""
         random = generator(self.seed, "validation", 0)
         x_0 = Posterior(read.mean, read.logvar).sample(torch.randn(read.mean.shape, generator=random))
         t = sample_timesteps(len(x_0), "sobol", self.schedule, random)
