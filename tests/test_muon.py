@@ -8,7 +8,7 @@ from model.unet import UNet, UNetConfig
 from training.muon import Muon, filters_to_matrix, matrices_and_others, matrix_to_filters
 from training.polar import apply_polynomials, orthogonalize, polar_factors
 
-BAND = (0.62, 1.38)  # 1 +- 0.32 by the polynomials, the rest is the rounding of bf16
+BAND = (0.55, 1.21)  # 0.88 (1 +- 0.32) by the polynomials, the rest is the rounding of bf16
 
 
 def matrix(rows: int, columns: int, smallest: float, seed: int = 0, size: float = 1.0) -> torch.Tensor:
@@ -35,8 +35,8 @@ def test_singular_values_end_within_the_band(rows, columns, size):
     [found] = polar_factors([x])
     values = torch.linalg.svdvals(found.double())
     assert BAND[0] < values.min() and values.max() < BAND[1]
-    assert (values - 1).abs().median() < 0.32
-    assert (found.double() - polar(x)).norm() < 0.32 * polar(x).norm()
+    assert (values - 0.88).abs().median() < 0.28
+    assert (found.double() - polar(x)).norm() < 0.4 * polar(x).norm()
 
 
 def test_directions_that_are_nearly_absent_stay_small():
@@ -46,7 +46,7 @@ def test_directions_that_are_nearly_absent_stay_small():
     assert torch.linalg.svdvals(found.double()).max() < BAND[1] + 0.1
     left, _, right = torch.linalg.svd(x.double(), full_matrices=False)
     kept = left[:, :16].mT @ found.double() @ right[:16].mT  # in the basis of the sixteen largest: near the identity
-    assert (kept - torch.eye(16, dtype=torch.float64)).abs().max() < 0.4
+    assert (kept - torch.eye(16, dtype=torch.float64)).abs().max() < 0.5
 
 
 def test_zeros_stay_zeros():
