@@ -115,7 +115,8 @@ def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int,
     with Logger(run.metrics, task.name, step, config.steps, config.batch, processes) as log, StopSignal() as stop:
         observer = Observer(task, config, log, best, processes.main, autocast)
         while step < config.steps:
-            position, done = step + guard.moved, step + 1  # the place in the data, the steps after this one
+            position = step + guard.moved  # place in the data, which is ahead of the step after a rollback
+            done = step + 1  # steps when this one is finished
             rate = learning_rate(step, config.steps, config.optim)
             set_learning_rate(optimizer, rate)
             clock.start(exact=done % config.log_every == 0 or done == config.steps)
