@@ -8,6 +8,7 @@ Each way runs in a process of its own; peaks are those of the resident set durin
 before it (proc(5), clear_refs).
 """
 import argparse
+import ctypes
 import gc
 import json
 import subprocess
@@ -58,6 +59,7 @@ def peak(way: str, batch: int, quick: bool) -> dict[str, float]:
         def run() -> None:
             one.latents_from_context(context, None, batch, lambda: x_T, one.config.sampling)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what building the networks has left free would hide what a run needs
     small = resident_bytes("VmRSS")
     forget_peak()
     run()
