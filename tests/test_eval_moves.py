@@ -5,7 +5,7 @@ Scenes of shapes and the packaged features. Wrong captions: tests/test_eval_clip
 import pytest
 import torch
 
-from benchmarks.metrics import blurred, gathered, jpeg, noisy, parts
+from benchmarks.metrics import add_noise, blur, compress_jpeg, feature_set, parts
 from data.shapes.shapes import Shapes, ShapesConfig
 from eval.features.efficientnet import Features
 from eval.features.reference import frechet_estimate
@@ -22,8 +22,8 @@ def sets() -> dict[str, torch.Tensor]:
     features, source = Features(), Shapes(ShapesConfig(size=48, train=400), "train")
     reference, real = (torch.cat(list(parts(source, first, first + COUNT))) for first in (0, COUNT))
     dark = [i for i in range(100, 400) if source.scene(i)["background"] == "black"][:COUNT]
-    images = {"reference": reference, "real": real, "blur": blurred(real), "noise": noisy(real),
-              "JPEG": jpeg(real, 30),
+    images = {"reference": reference, "real": real, "blur": blur(real), "noise": add_noise(real),
+              "JPEG": compress_jpeg(real, 30),
               "dark": torch.stack([source[i]["image"] for i in dark]).float() / 127.5 - 1,
               "copies": reference[:10]}
     return {name: features(images) for name, images in images.items()}
@@ -34,7 +34,7 @@ def test_spoilt_images_are_farther_in_both_distances(sets, spoilt):
     """The intervals of the spoilt and of the real ones do not touch."""
     real, worse = (kid(sets[name], sets["reference"]) for name in ("real", spoilt))
     assert real.low < 0 < real.high and worse.low > real.high
-    real, worse = (frechet_estimate(gathered(sets[name]), gathered(sets["reference"]))[0] for name in ("real", spoilt))
+    real, worse = (frechet_estimate(feature_set(sets[name]), feature_set(sets["reference"]))[0] for name in ("real", spoilt))
     assert worse.low > real.high
 
 
@@ -58,6 +58,6 @@ def test_copies_with_noise_are_caught_in_pixels():
     """Noise of two levels of 255 moves features farther than to another image; it hardly moves pixels."""
     source = Shapes(ShapesConfig(size=48, train=80), "train")
     reference, real = (torch.cat(list(parts(source, first, first + COUNT))) for first in (0, COUNT))
-    training, held_out, copies = map(pixel_vectors, (reference, real, noisy(reference, 2.0)))
+    training, held_out, copies = map(pixel_vectors, (reference, real, add_noise(reference, 2.0)))
     ours, theirs = (nearest(x, [training]) for x in (copies, held_out))
     assert memorization(ours, theirs).near.value == 1.0 and ours.distance.median() < 3 < theirs.distance.median()
