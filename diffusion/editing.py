@@ -17,7 +17,7 @@ from diffusion.prediction import (
     prediction_from_x_0,
     x_0_from_prediction,
 )
-from diffusion.samplers.common import ddim_step, initial_state, level, predict
+from diffusion.samplers.common import checked, ddim_step, initial_state, level
 from diffusion.schedule import Schedule
 
 
@@ -127,13 +127,14 @@ def ddim_inversion(
     call a step.
     """
     check_prediction_type(schedule, prediction_type)
+    denoise = checked(denoise)
     x, here = initial_state(x_0), level(schedule, None)
     for t in reversed(timesteps):
         there = level(schedule, t)
-        eps = epsilon_from_prediction(predict(denoise, x, t), x, *there, prediction_type)
+        eps = epsilon_from_prediction(denoise(x, t), x, *there, prediction_type)
         guess = ddim_step(x, eps, here, there)
         for _ in range(refinements):
-            guess = ddim_origin(x, guess, predict(denoise, guess, t), here, there, prediction_type)
+            guess = ddim_origin(x, guess, denoise(guess, t), here, there, prediction_type)
         x, here = guess, there
     return x
 

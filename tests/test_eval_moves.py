@@ -34,7 +34,8 @@ def test_spoilt_images_are_farther_in_both_distances(sets, spoilt):
     """The intervals of the spoilt and of the real ones do not touch."""
     real, worse = (kid(sets[name], sets["reference"]) for name in ("real", spoilt))
     assert real.low < 0 < real.high and worse.low > real.high
-    real, worse = (frechet_estimate(feature_set(sets[name]), feature_set(sets["reference"]))[0] for name in ("real", spoilt))
+    real, worse = (frechet_estimate(feature_set(sets[name]), feature_set(sets["reference"]))[0]
+                   for name in ("real", spoilt))
     assert worse.low > real.high
 
 

@@ -327,13 +327,13 @@ def test_a_wrong_quotation_is_caught():
         quotations("```python\nx = 1\n```\n")
 
 
-def test_a_training_step_is_read_in_three_files_and_a_sampling_step_in_four():
+def test_a_training_step_is_read_in_two_files_beside_its_formula_and_a_sampling_step_in_three():
     training, sampling = (STEPS.partition(f"## {title}\n")[2].partition("\n## ")[0]
                           for title in ("One training step", "One sampling step"))
     assert {file for file, *_ in quotations(training)} == {
         "training/loop.py", "training/stages/denoiser.py", "diffusion/loss.py"}
     assert {file for file, *_ in quotations(sampling)} == {
-        "pipeline/system.py", "diffusion/guidance.py", "diffusion/samplers/ddim.py", "diffusion/samplers/common.py"}
+        "pipeline/system.py", "diffusion/guidance.py", "diffusion/samplers/ddim.py"}
 
 
 def test_the_sizes_of_the_page_are_those_of_the_demo():

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion.samplers.common import Denoise, Noise, Times
+from diffusion.samplers.common import Denoise, Noise, Times, checked
 from diffusion.samplers.ddim import ddim
 from diffusion.samplers.ddpm import ddpm
 from diffusion.samplers.dpm_solver import dpm_solver_multistep, dpm_solver_sde, dpm_solver_singlestep
@@ -26,7 +26,7 @@ from diffusion.schedule import Schedule
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler function and the options that it declares; calling it checks them and calls the function."""
+    """A sampler function and the options that it declares; calling it checks them, and what the network returns."""
 
     function: Callable[..., Tensor]
     options: Mapping[str, Option]
@@ -34,7 +34,7 @@ class Sampler:
     def __call__(self, denoise: Denoise, x_T: Tensor, timesteps: Times, schedule: Schedule, prediction_type: str,
                  noise: Noise | None = None, *, trace: list | None = None, **options: Any) -> Tensor:
         """x_0 (B, C, H, W); arguments as in `samplers.common`. Raises ValueError for options that are not valid."""
-        return self.function(denoise, x_T, timesteps, schedule, prediction_type, noise, trace=trace,
+        return self.function(checked(denoise), x_T, timesteps, schedule, prediction_type, noise, trace=trace,
                              **self.complete(options))
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Value]:

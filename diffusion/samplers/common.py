@@ -32,16 +32,19 @@ from diffusion.schedule import Schedule
 Noise = Callable[[], Tensor]
 Times = Iterable[float]
 
-__all__ = ["Denoise", "Noise", "Times", "ddim_step", "half_log_snr", "initial_state", "level", "predict",
+__all__ = ["Denoise", "Noise", "Times", "checked", "ddim_step", "half_log_snr", "initial_state", "level",
            "require_noise", "time_pairs", "time_pairs_left"]
 
 
-def predict(denoise: Denoise, x: Tensor, t: float) -> Tensor:
-    """The prediction of the network at x (B, C, H, W) and one time t for the whole batch, in the dtype of x."""
-    prediction = denoise(x, t)
-    if prediction.shape != x.shape:
-        raise ValueError(f"denoise returned {tuple(prediction.shape)} for x_t {tuple(x.shape)}; valid: the same shape")
-    return prediction.to(x.dtype)
+def checked(denoise: Denoise) -> Denoise:
+    """`denoise`, whose prediction at x (B, C, H, W) is in the dtype of x. It raises ValueError for a prediction of
+    another shape."""
+    def prediction(x: Tensor, t: float) -> Tensor:
+        found = denoise(x, t)
+        if found.shape != x.shape:
+            raise ValueError(f"denoise returned {tuple(found.shape)} for x_t {tuple(x.shape)}; valid: the same shape")
+        return found.to(x.dtype)
+    return prediction
 
 
 def initial_state(x_T: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, predict, require_noise, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, require_noise, time_pairs
 from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
@@ -51,7 +51,7 @@ def ddpm(
         for repeat in range(1 if s is None else repeats):
             if repeat > 0:
                 x = a * x + math.sqrt(b) * draw()  # from s back to t
-            x_0 = x_0_from_prediction(predict(denoise, x, t), x, alpha_t, sigma_t, prediction_type)
+            x_0 = x_0_from_prediction(denoise(x, t), x, alpha_t, sigma_t, prediction_type)
             # Ho et al. 2020, eq. 7
             x = (a * sigma_s**2 / sigma_t**2) * x + (alpha_s * b / sigma_t**2) * x_0
             if s is not None:

@@ -30,7 +30,6 @@ from diffusion.samplers.common import (
     half_log_snr,
     initial_state,
     level,
-    predict,
     require_noise,
     time_pairs,
     time_pairs_left,
@@ -90,7 +89,7 @@ def multistep(
     history: list[Point] = []  # newest first
     for i, (t, s, left) in enumerate(time_pairs_left(timesteps)):
         here, there = level(schedule, t), level(schedule, s)
-        x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
+        x_0 = x_0_from_prediction(denoise(x, t), x, *here, prediction_type)
         if trace is not None:
             trace.append(x_0)
         history = [(half_log_snr(*here), x_0), *history[: order - 1]]
@@ -157,7 +156,7 @@ def dpm_solver_singlestep(
     start, start_level = x, (1.0, 0.0)
     for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s)
-        x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
+        x_0 = x_0_from_prediction(denoise(x, t), x, *here, prediction_type)
         if trace is not None:
             trace.append(x_0)
         if s is None or len(group) == order or (group and group[0][0] == -math.inf):

@@ -10,7 +10,7 @@ From pure noise (alpha = 0) s is infinite and the mean of two slopes means nothi
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, predict, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, time_pairs
 from diffusion.schedule import Schedule
 
 
@@ -29,7 +29,7 @@ def heun(
     x = initial_state(x_T)
     for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s)
-        prediction = predict(denoise, x, t)
+        prediction = denoise(x, t)
         x_0 = x_0_from_prediction(prediction, x, *here, prediction_type)
         eps = epsilon_from_prediction(prediction, x, *here, prediction_type)
         if trace is not None:
@@ -37,7 +37,7 @@ def heun(
         end = there[0] * x_0 + there[1] * eps
         if s is not None and here[0] > 0.0:
             # Karras et al. 2022, algorithm 1, lines 6-8
-            eps_end = epsilon_from_prediction(predict(denoise, end, s), end, *there, prediction_type)
+            eps_end = epsilon_from_prediction(denoise(end, s), end, *there, prediction_type)
             end = ddim_step(x, 0.5 * (eps + eps_end), here, there)
         x = end
     return x

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, predict, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, time_pairs
 from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
@@ -48,7 +48,7 @@ def pndm(
     history: list[Tensor] = []  # eps, newest first
     for t, s in time_pairs(timesteps):
         here, there = level(schedule, t), level(schedule, s, clean_end)
-        prediction = predict(denoise, x, t)
+        prediction = denoise(x, t)
         eps = epsilon_from_prediction(prediction, x, *here, prediction_type)
         first = not history
         history = [eps, *history[:3]]
@@ -56,7 +56,7 @@ def pndm(
             x_0 = x_0_from_prediction(prediction, x, *here, prediction_type)
             end = there[0] * x_0 + there[1] * eps
             if s is not None and here[0] > 0.0:
-                eps_end = epsilon_from_prediction(predict(denoise, end, s), end, *there, prediction_type)
+                eps_end = epsilon_from_prediction(denoise(end, s), end, *there, prediction_type)
                 end = ddim_step(x, 0.5 * (eps + eps_end), here, there)
         else:
             # Liu et al. 2022, eq. 12

@@ -24,7 +24,6 @@ from diffusion.samplers.common import (
     half_log_snr,
     initial_state,
     level,
-    predict,
     time_pairs_left,
 )
 from diffusion.samplers.dpm_solver import Level, Order, Point
@@ -49,7 +48,7 @@ def unipc(
     history: list[Point] = []  # newest first; of the last step until the corrector has run
     for t, s, left in time_pairs_left(timesteps):
         here, there = level(schedule, t), level(schedule, s)
-        x_0 = x_0_from_prediction(predict(denoise, x, t), x, *here, prediction_type)
+        x_0 = x_0_from_prediction(denoise(x, t), x, *here, prediction_type)
         if trace is not None:
             trace.append(x_0)
         if history and math.isfinite(history[0][0]):
