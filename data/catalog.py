@@ -14,6 +14,7 @@ from data.source import Source, Split
 
 FILE_SOURCES: dict[str, Callable[[Any, Split], ImageFiles]] = {  # sources that read image files
     "folder": Folder, "shards": Shards, "coco_captions": CocoCaptions, "flowers102": Flowers102, "cifar10": Cifar10}
+DRAWN_SOURCES: dict[str, Callable[[Any, Split], Source]] = {"shapes": Shapes, "emoji": Emoji}  # ... that are rendered
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def build_source(config: DataConfig, split: Split, unreadable: Path | None = Non
     if config.source in FILE_SOURCES:
         files = FILE_SOURCES[config.source](getattr(config, config.source), split)
         return Readable(files, config.bad_share, unreadable)
-    return Shapes(config.shapes, split) if config.source == "shapes" else Emoji(config.emoji, split)
+    return DRAWN_SOURCES[config.source](getattr(config, config.source), split)
 
 
 def data_key(config: DataConfig) -> dict[str, Any]:

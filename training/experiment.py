@@ -94,6 +94,13 @@ class Experiment:
         factor = self.autoencoder.model.factor * 2 ** (len(unet.channels) - 1)
         self._check_sizes(factor, f"the autoencoder's factor {self.autoencoder.model.factor} times 2^(levels of the "
                                   "UNet - 1)")
+        side, latents = unet.positions, self.latent_shape[1:]
+        if side and (latents != (side, side) or len(self.data.image_shapes) > 1):
+            raise ValueError(f"denoiser.unet.positions: {side}; valid: {latents[0]}, the side of the latents of images "
+                             "of one size, or 0")
+        if self.denoiser.grounding.on and self.data.source != "shapes":
+            raise ValueError(f"denoiser.grounding: on; valid with data.source = {self.data.source}: attention 0 and "
+                             "words 0, only shapes says where in its images things are")
         if len(self.data.image_shapes) > 1 and self.denoiser.cache:
             raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has images of one size")
 

@@ -91,9 +91,10 @@ class ImageFiles:
 
     refused: Sequence[tuple[str, str]] = ()  # (name, reason) of files that cannot be items, over all splits
     found = 0  # number of files, over all splits
-    content = ""  # hash of everything that the items depend on
+    content: str  # hash of everything that the items depend on; a subclass sets it
 
     def __init__(self, config: ImageConfig, names: Strings, captions: Strings, sizes: np.ndarray):
+        """names: ids; captions: JSON [[text, weight], ...] of each; sizes (N, 2): height and width of each."""
         self.config, self.names, self._texts, self.sizes = config, names, captions, sizes
         self.shapes = config.shapes()
         numbers = nearest_bucket(sizes, self.shapes) if len(sizes) else np.empty(0, dtype=np.int64)

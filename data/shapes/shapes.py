@@ -79,7 +79,7 @@ class Shapes:
         return tuple(caption for caption, _ in self.prompts(index))
 
     def places(self, index: int, caption: str) -> list[tuple[int, int, float, float, float]]:
-        """Which words of a caption of the item name what is drawn where, see `data.captions.named_places`."""
+        """Which words of a caption of the item name what is drawn where: `named_places` of `data.shapes.phrasings`."""
         return named_places(self.scene(index), caption)
 
     def __getitem__(self, index: int) -> dict[str, Any]:

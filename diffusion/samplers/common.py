@@ -7,7 +7,8 @@ A sampler is a function
 that carries x_T (B, C, H, W) along falling times to x_0, in fp32 or wider.
 
     denoise          denoise(x_t, t), t a number, returns a prediction of `prediction_type`, shaped like x_t
-    timesteps        falling times of `schedule`, any iterable (wrap it to show progress)
+    timesteps        falling times of `schedule`, any iterable (wrap it to show progress); a sampler does not know
+                     how many there are, so its options are per step
     noise            returns a fresh draw (B, C, H, W) at each call; deterministic samplers ignore it
     trace            a list that receives the predicted x_0 of every step, or None
     options          what this sampler alone reads, declared in its signature (`options.py`)

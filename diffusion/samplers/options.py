@@ -4,8 +4,8 @@
              eta: Annotated[float, Option("the share of fresh noise", 0.0, 1.0)] = 0.0) -> Tensor
 
 Name, type and default are those of the parameter; `Option` adds the range and one sentence. Configurations, the command
-line, the metadata of images and the table in docs/samplers.md are all made from this, so a new option touches nothing
-but the file of its sampler.
+line, the metadata of images and the table in docs/samplers.md are all made from this, so a new option touches the file
+of its sampler, and two lists that tests hold to it: sampling/flags.py and docs/samplers.md.
 """
 
 import inspect

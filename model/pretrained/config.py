@@ -114,9 +114,10 @@ def unet_heads(config: Json, channels: tuple[int, ...], attention: tuple[bool, .
 def unet_json(config: UNetConfig, sample_size: tuple[int, int]) -> dict[str, Any]:
     """The inverse of `unet_config`; sample_size is (h, w) of the latents. Raises ValueError for settings diffusers
     lacks."""
-    if config.qk_norm or not config.mid_attention:
-        raise ValueError(f"qk_norm {config.qk_norm}, mid_attention {config.mid_attention}; valid for diffusers: "
-                         "False, True")
+    if config.qk_norm or not config.mid_attention or config.positions or config.pooled_context:
+        raise ValueError(f"qk_norm {config.qk_norm}, mid_attention {config.mid_attention}, positions "
+                         f"{config.positions}, pooled_context {config.pooled_context}; valid for diffusers: False, "
+                         "True, 0, False")
     heads: int | list[int] = config.heads or [max(1, c // config.head_width) for c in config.channels]
     return {
         "_class_name": "UNet2DConditionModel", **{key: values[0] for key, values in UNET_FIXED.items()},
@@ -202,8 +203,9 @@ def check_transformer(config: Json, where: str) -> None:
 
 def text_encoder_json(config: TextEncoderConfig, start_id: int, end_id: int, pad_id: int) -> dict[str, Any]:
     """The inverse of `text_encoder_config`; raises ValueError for settings that a `CLIPTextModel` lacks."""
-    if not config.causal or config.skip_last:
-        raise ValueError(f"causal {config.causal}, skip_last {config.skip_last}; valid for transformers: True, 0")
+    if not config.causal or config.skip_last or config.token_conv:
+        raise ValueError(f"causal {config.causal}, skip_last {config.skip_last}, token_conv {config.token_conv}; valid "
+                         "for transformers: True, 0, 0")
     return {
         "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "bos_token_id": start_id,
         "eos_token_id": end_id, "pad_token_id": pad_id, "hidden_act": config.activation, "hidden_size": config.width,
