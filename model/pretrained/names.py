@@ -30,10 +30,7 @@ RESBLOCK: Renames = (
     (r"\bnorm_out\.", "conv_norm_out."),
 )
 
-UNET: Renames = RESBLOCK + (
-    (r"^time\.linear(\d)\.", r"time_embedding.linear_\1."),
-    (r"^mid\.", "mid_block."),
-    (r"\.transformers\.", ".attentions."),
+TRANSFORMER_BLOCK: Renames = (  # alike in folders and in single files
     (r"\.blocks\.", ".transformer_blocks."),
     (r"\.self_attention\.qkv\.", ".attn1.to_q|k|v."),
     (r"\.self_attention\.out\.", ".attn1.to_out.0."),
@@ -43,6 +40,12 @@ UNET: Renames = RESBLOCK + (
     (r"\.feed_forward\.proj\.", ".ff.net.0.proj."),
     (r"\.feed_forward\.out\.", ".ff.net.2."),
 )
+
+UNET: Renames = RESBLOCK + (
+    (r"^time\.linear(\d)\.", r"time_embedding.linear_\1."),
+    (r"^mid\.", "mid_block."),
+    (r"\.transformers\.", ".attentions."),
+) + TRANSFORMER_BLOCK
 
 AUTOENCODER: Renames = (
     (r"\.mid\.resblock1\.", ".mid_block.resblocks.0."),

@@ -18,6 +18,7 @@ from torch import Tensor
 from model.autoencoder import SD_LATENT_STD, Autoencoder, AutoencoderConfig
 from model.pretrained.folder import Published, check_parts
 from model.pretrained.names import (
+    TRANSFORMER_BLOCK,
     Renames,
     State,
     from_theirs,
@@ -176,15 +177,7 @@ UNET_LAYERS: Renames = (
     (rf"^{BLOCK}\.norm2\.", r"\1.out_layers.0."),
     (rf"^{BLOCK}\.conv2\.", r"\1.out_layers.3."),
     (rf"^{BLOCK}\.shortcut\.", r"\1.skip_connection."),
-    (r"\.blocks\.", ".transformer_blocks."),
-    (r"\.self_attention\.qkv\.", ".attn1.to_q|k|v."),
-    (r"\.self_attention\.out\.", ".attn1.to_out.0."),
-    (r"\.cross_attention\.q\.", ".attn2.to_q."),
-    (r"\.cross_attention\.kv\.", ".attn2.to_k|v."),
-    (r"\.cross_attention\.out\.", ".attn2.to_out.0."),
-    (r"\.feed_forward\.proj\.", ".ff.net.0.proj."),
-    (r"\.feed_forward\.out\.", ".ff.net.2."),
-)
+) + TRANSFORMER_BLOCK
 
 
 # ---- autoencoder
