@@ -1,6 +1,6 @@
 """The figures of docs/data.md: images/s and memory of the loader, and latents read from the cache against made anew.
 
-    python -m benchmarks.loader [--run runs/emoji] [--size 256] [--pictures 1000] [--samples 10000]
+    python -m benchmarks.loader [--run runs/emoji] [--size 256] [--images 1000] [--samples 10000]
 
 Writes its own images to a temporary folder: JPEG of 640 x 480, with the detail of photographs. One thread in every
 process. Where one process does the work it also gives the processor's time an image, which other programs on the
@@ -47,7 +47,7 @@ def write_images(root: Path, count: int) -> None:
         waves = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(480, 640))  # (3, 480, 640)
         pixels = np.clip(waves / waves.std() * 50 + 128, 0, 255).astype(np.uint8)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(root / f"{number:06d}.jpg", quality=90)
-        (root / f"{number:06d}.txt").write_text(f"picture number {number}")
+        (root / f"{number:06d}.txt").write_text(f"image number {number}")
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(write, range(count)))
@@ -154,23 +154,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", help="run folder whose autoencoder and denoiser are measured; none: left out")
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--pictures", type=int, default=1000, help="files that are written")
+    parser.add_argument("--images", type=int, default=1000, help="files that are written")
     parser.add_argument("--samples", type=int, default=10_000, help="items over which memory is watched")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        (root / "pictures").mkdir()
-        write_images(root / "pictures", options.pictures)
+        (root / "images").mkdir()
+        write_images(root / "images", options.images)
         shares = {"size": options.size, "validation": 0.0, "test": 0.0}
-        write_shards(splits_of(str(root / "pictures")), root / "shards", 250)
-        sources = {"folder": DataConfig(source="folder", folder=FolderConfig(str(root / "pictures"), **shares)),
+        write_shards(splits_of(str(root / "images")), root / "shards", 250)
+        sources = {"folder": DataConfig(source="folder", folder=FolderConfig(str(root / "images"), **shares)),
                    "shards": DataConfig(source="shards", shards=ShardsConfig(str(root / "shards"), **shares))}
         if options.run:
             show_latents(Path(options.run), root / "cache", 512)
         for name, config in sources.items():
             for workers in (0, 1, 2):
-                show_throughput(name, build_source(config, "train"), workers, options.pictures)
+                show_throughput(name, build_source(config, "train"), workers, options.images)
         for name, config in sources.items():
             show_memory(name, build_source(config, "train"), 2, options.samples)
 

@@ -239,7 +239,7 @@ def test_pooled_takes_the_last_real_token():
         end_token_state(context, mask[:, :3])
 
 
-def told(causal: bool, reach: int = 2) -> TextEncoder:
+def encoder_with_neighbours(causal: bool, reach: int = 2) -> TextEncoder:
     """An encoder whose tokens are given their neighbours."""
     return TextEncoder(replace(CASES["openclip"], causal=causal, token_conv=reach))
 
@@ -247,7 +247,7 @@ def told(causal: bool, reach: int = 2) -> TextEncoder:
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [False, True])
 def test_token_conv_gives_a_token_its_neighbours_and_no_padding(causal):
-    network, (ids, mask) = told(causal).eval(), prompts()
+    network, (ids, mask) = encoder_with_neighbours(causal).eval(), prompts()
     x = torch.randn(1, 12, 48)
     moved = x.clone()
     moved[0, 6] += 1.0
@@ -274,7 +274,7 @@ def test_token_conv_makes_a_word_depend_on_the_word_before_it():
 
 def test_token_conv_is_stepped_as_gains():
     """Muon would make a table of numbers, each of which scales one channel, orthogonal."""
-    network = told(causal=True)
+    network = encoder_with_neighbours(causal=True)
     matrices, others = matrices_and_others(network)
     assert any(p is network.token_conv.gains for p in others) and len(network.token_conv.gains) == 3 * 48
     assert not network.token_conv.gains.view(3, 48)[-1].any()  # the token itself comes through beside it

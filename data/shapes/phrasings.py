@@ -134,7 +134,7 @@ def facts_of(scene: Scene, sized: bool, setting: bool, inverse: bool = False) ->
 
 def named_places(scene: Scene, caption: str) -> list[tuple[int, int, float, float, float]]:
     """For each object that a caption of the scene names: the characters (from, to) of its words, and x, y and radius
-    of where it is drawn, in units of the picture's side. Larger ones first: what is inside comes after what holds it.
+    of where it is drawn, in units of the image's side. Larger ones first: what is inside comes after what holds it.
     """
     found = []
     for thing in sorted(scene["objects"], key=lambda thing: -thing["radius"]):
