@@ -13,7 +13,7 @@ class Suite:
     num_steps: tuple[int, ...] = ()
 
 
-SUITES = {"quick": Suite(256, 64, (1.5, 3.0, 5.0)),
+SUITES = {"quick": Suite(256, 64, (1.5, 2.0, 3.0, 5.0)),
           "full": Suite(1000, 128, (1.0, 1.5, 3.0, 5.0, 7.5), (5, 10, 25, 50))}
 LEAST = {"quick": 2, "full": 20}  # prompts: the search for copies compares with at least 20 held-out images
 
