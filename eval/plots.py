@@ -3,6 +3,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+CONTEXTS = "validation_context_"  # distances and drift of contexts, which share a panel
+TITLES = {"validation_psnr": "validation psnr (dB)", CONTEXTS: "contexts of words"}
+COLOURS = ("#3457d5", "#c2410c", "#15803d", "#6b7280")
+
 
 def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
     """Write loss and validation curves of every stage as one PNG; False when matplotlib is missing or nothing was
@@ -12,25 +16,35 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    panels = [(stage, key) for stage in dict.fromkeys(row["stage"] for row in metrics)
-              for key in ("loss", "validation_loss", "validation_psnr")
-              if any(key in row for row in metrics if row["stage"] == stage)]
+    panels = [(stage, prefix, lines) for stage in dict.fromkeys(row["stage"] for row in metrics)
+              for prefix in ("loss", "validation_loss", "validation_psnr", CONTEXTS)
+              if (lines := _lines([row for row in metrics if row["stage"] == stage], prefix))]
     if not panels:
         return False
     figure = Figure(figsize=(4.2 * len(panels), 3), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (stage, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        # by step: after a crash some steps are logged twice
-        points = {row["step"]: row[key] for row in metrics if row["stage"] == stage and key in row}
-        axes.plot(list(points), list(points.values()), marker="" if key == "loss" else ".", color="#3457d5",
-                  linewidth=1.3)
-        axes.set(title=f"{stage}: {key.replace('_', ' ')}" + (" (dB)" if "psnr" in key else ""), xlabel="step")
-        if key != "validation_psnr":
+    for axes, (stage, prefix, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for (name, points), colour in zip(lines.items(), COLOURS):
+            axes.plot(list(points), list(points.values()), marker="" if name == "loss" else ".", color=colour,
+                      linewidth=1.3, label=name.removeprefix(prefix).replace("_", " "))
+        axes.set(title=f"{stage}: {TITLES.get(prefix, prefix.replace('_', ' '))}", xlabel="step")
+        if prefix == CONTEXTS:
+            axes.set_ylim(bottom=0)
+            axes.legend(fontsize=8)
+        elif prefix != "validation_psnr":
             axes.set_yscale("log")
         axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     return True
+
+
+def _lines(rows: Sequence[dict[str, Any]], prefix: str) -> dict[str, dict[int, float]]:
+    """Name -> step -> value of what a panel shows: the entries that begin with CONTEXTS, or the one of that name."""
+    names = dict.fromkeys(name for row in rows for name in row
+                          if name == prefix or prefix == CONTEXTS and name.startswith(prefix))
+    # by step: after a crash some steps are logged twice
+    return {name: {row["step"]: row[name] for row in rows if name in row} for name in names}
 
 
 def draw_tradeoff(rows: Sequence[dict[str, Any]], path: Path, score: str, distance: str) -> bool:

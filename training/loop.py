@@ -87,7 +87,7 @@ class Task(Generic[M]):
     preview: Callable[[M, int], None]  # of the averaged model after that many steps
     best: tuple[str, Literal["min", "max"]]  # the metric of ``validate`` that chooses the best weights
     item: Callable[[M], Any]  # calls the model on one item, to count its operations
-    beside: Mapping[str, Stateful] = field(default_factory=dict)  # changed by ``loss_at`` only, kept in checkpoints
+    beside: Mapping[str, Stateful] = field(default_factory=dict)  # what else changes, kept in checkpoints
 
 
 def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int, processes: Processes = ALONE) -> M:

@@ -11,9 +11,10 @@ Facts are a plain dict of JSON types. A fact that the caption does not name is N
     mood        or None
 """
 
+from itertools import combinations
 from typing import Any, Callable
 
-from data.shapes.scene_graph import INVERSE, Scene, is_unseen
+from data.shapes.scene_graph import COLOURS, INVERSE, SHAPES, Scene, is_unseen
 
 Facts = dict[str, Any]
 Body = Callable[[Scene, bool], str]
@@ -158,3 +159,12 @@ def phrasings(scene: Scene) -> list[tuple[str, Facts]]:
         facts = facts_of(scene, sized, way is not None, inverse=body is second)
         found.setdefault(text if way is None else _with_setting(scene, text, way), facts)
     return list(found.items())
+
+
+def word_pairs() -> dict[str, list[tuple[str, str]]]:
+    """Pairs of captions that differ in one word, by what the word names: all pairs of kinds of shapes and of colours,
+    and the relations with their opposites."""
+    return {"kind": list(combinations((f"a red {shape}" for shape in SHAPES), 2)),
+            "colour": list(combinations((f"one {colour} square" for colour in COLOURS), 2)),
+            "relation": [("a red square above a blue circle", "a red square below a blue circle"),
+                         ("a red square left of a blue circle", "a red square right of a blue circle")]}

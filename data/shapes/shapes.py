@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from data.shapes.phrasings import Facts, named_places, phrasings
+from data.shapes.phrasings import Facts, named_places, phrasings, word_pairs
 from data.shapes.render import render
 from data.shapes.scene_graph import SPLITS, Scene, SceneMix, Split, draw_scene, has_room, pick, stream
 
@@ -81,6 +81,10 @@ class Shapes:
     def places(self, index: int, caption: str) -> list[tuple[int, int, float, float, float]]:
         """Which words of a caption of the item name what is drawn where: `named_places` of `data.shapes.phrasings`."""
         return named_places(self.scene(index), caption)
+
+    def word_pairs(self) -> dict[str, list[tuple[str, str]]]:
+        """Pairs of captions that differ in one word, by what the word names, see `phrasings.word_pairs`."""
+        return word_pairs()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = self._positive_index(index)

@@ -17,7 +17,7 @@ from training.guard import Guard
 
 
 class Stateful(Protocol):
-    """An object besides the model that the loss depends on and that changes from step to step."""
+    """An object besides the model that changes during training, and on which the loss or what is logged depends."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -82,7 +82,7 @@ class State:
         self.optimizer.load_state_dict(state["optimizer"])
         self.guard.load_state_dict(state.get("guard", {}))
         for name, part in self.beside.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(state.get(name, {}))
         return state
 
     def _sharded_state(self, regular: bool) -> dict[str, Any] | None:

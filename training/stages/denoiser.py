@@ -23,6 +23,7 @@ from pipeline.system import Networks, TextToImage
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole_batch
 from training.stages.context import StageContext
+from training.stages.contexts import ContextWatch
 from training.stages.grounding import GroundingConfig, Place, attention_loss, keep_attention, keep_output, words_loss
 from training.stages.pairs import CachedPairs, Encode, PairBatch, Pairs, ReadPairs, latent_encoder
 
@@ -171,6 +172,13 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
     pairs = training_pairs(config, context, encode)
     held_out = held_out_pairs(config, context, encode)
     denoising = Denoising(config, tokenizer, seed, device)
+    watch = ContextWatch(tokenizer, context.validation)
+    watch.measure(networks.text_encoder)  # the first drift is that since the start
+    # sharded checkpoints hold nothing beside the model: there, the first drift after a resume is that since the start
+    beside = {"contexts": watch} if watch.pairs and config.train.parallel == "ddp" else {}
+
+    def validate(networks: Networks) -> dict[str, float]:
+        return {**denoising.validate(networks, held_out), **watch.measure(networks.text_encoder)}
 
     def preview(networks: Networks, step: int) -> None:
         system = TextToImage(context.system, tokenizer, networks.text_encoder, networks.unet, autoencoder)
@@ -182,8 +190,7 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
         read = PairBatch(held_out.mean[:1], held_out.logvar[:1], held_out.captions[:1])
         return denoising.loss_at(networks, read, 0, whole_batch(1))["loss"]
 
-    task = Task("denoiser", pairs.at, denoising.loss_at, lambda networks: denoising.validate(networks, held_out),
-                preview, ("loss", "min"), item)
+    task = Task("denoiser", pairs.at, denoising.loss_at, validate, preview, ("loss", "min"), item, beside)
     try:
         average = fit(task, networks, config.train, run, seed, processes)
     finally:
