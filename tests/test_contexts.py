@@ -113,12 +113,13 @@ USED, UNUSED = SHAPES[:4], SHAPES[4:]
 
 
 def after_other_text(tokenizer: Tokenizer, steps: int = 500, seed: int = 0, **settings) -> dict[str, float]:
-    """Train a text encoder on captions of the first four kinds of shapes, to say by a linear layer which size, colour and
-    kind they name; its last loss, and then the distance of the four kinds that never occurred."""
+    """Train a text encoder on captions of the first four kinds of shapes, to say by a linear layer which size,
+    colour and kind they name; its last loss, and then the distance of the four kinds that never occurred."""
     encoder = new_encoder(seed, **settings)
     model = nn.ModuleDict({"text_encoder": encoder, "said": nn.Linear(CONFIG.width, 24)})
     meanings = {word: torch.randn(24) for word in (*SIZES, *COLOURS, *USED)}
-    config, rng = OptimConfig(optimizer="muon", learning_rate=4e-3, warmup=50, slow=("text_encoder",)), random.Random(seed)
+    config = OptimConfig(optimizer="muon", learning_rate=4e-3, warmup=50, slow=("text_encoder",))
+    rng = random.Random(seed)
     optimizer = build_optimizer(model, config, torch.float32)
     for step in range(steps):
         named = [(rng.choice(list(SIZES)), rng.choice(COLOURS), rng.choice(USED)) for _ in range(16)]
@@ -135,9 +136,9 @@ def after_other_text(tokenizer: Tokenizer, steps: int = 500, seed: int = 0, **se
 
 
 def test_words_that_training_has_not_used_yet_stay_apart(tokenizer):
-    """At standard deviation 1 the embeddings outweigh what the layers write; at CLIP's 0.02 what the layers have learned
-    of other words outweighs them, and words that never occurred come near each other. Three seeds: 1.41 and 0.62,
-    1.31 and 0.67, 1.41 and 1.02."""
+    """At standard deviation 1 the embeddings outweigh what the layers write; at CLIP's 0.02 what the layers have
+    learned of other words outweighs them, and words that never occurred come near each other. Three seeds: 1.41 and
+    0.62, 1.31 and 0.67, 1.41 and 1.02."""
     large, small = after_other_text(tokenizer), after_other_text(tokenizer, token_std=0.02, position_std=0.01)
     assert large["loss"] < 0.05 and small["loss"] < 0.05  # both have learned what they were shown
     assert large["distance"] > 1.15 and small["distance"] < 0.85 * large["distance"]
