@@ -4,6 +4,8 @@ A source has a length, ``source[i]`` (a dictionary with at least ``image`` uint8
 and ``id``) and ``source.captions(i)``, the captions of item i without its image. Item i is always the same. Sources of
 image files (data/images/base.py) also have ``random_item(i, rng)``, an item with one caption chosen by weight, a crop
 and perhaps a reflection; ``item_in_epoch`` gives such an item for every source as a function of (seed, epoch, index).
+A source may have ``word_pairs()``, pairs of captions that differ in one word, by what the word names: training then
+measures how far apart these words are (training/stages/contexts.py).
 """
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
