@@ -179,7 +179,7 @@ class TextToImage:
 
         def bind(cache: ContextCache) -> Denoise:
             def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
-                network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,)
+                network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,), or (2B,) when guided
                 return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t])
             return denoise
 
