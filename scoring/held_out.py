@@ -37,8 +37,8 @@ def evaluation_prompts(experiment: Experiment, settings: EvaluationSettings) -> 
         trained = training_captions(experiment)
         return (unseen_prompts(Shapes(data.shapes, "test"), trained, settings.num_test),
                 unseen_prompts(Shapes(data.shapes, "validation"), trained, settings.num_validation))
-    return (held_out_prompts(build_source(data, "test"), settings.num_test),
-            held_out_prompts(build_source(data, "validation"), settings.num_validation))
+    return (held_out_prompts(build_source(data, "test"), settings.num_test, "--count"),
+            held_out_prompts(build_source(data, "validation"), settings.num_validation, "--validation"))
 
 
 def unseen_prompts(source: Shapes, trained: set[str], count: int) -> Prompts:
@@ -70,10 +70,11 @@ def training_captions(experiment: Experiment) -> set[str]:
     return {caption for index in range(count) for caption in source.captions(index)}
 
 
-def held_out_prompts(source: Source, count: int) -> Prompts:
-    """The first caption of each of the first ``count`` items. Raises ValueError when there are fewer items."""
+def held_out_prompts(source: Source, count: int, flag: str) -> Prompts:
+    """The first caption of each of the first ``count`` items. Raises ValueError, which names the ``flag`` that sets
+    ``count``, when there are fewer items."""
     if len(source) < count:
-        raise ValueError(f"the split has {len(source)} items; valid: --count up to that, not {count}")
+        raise ValueError(f"the split has {len(source)} items; valid: {flag} up to that, not {count}")
     items = [source[index] for index in range(count)]
     styles = [item["style"] for item in items if item.get("style")]
     return Prompts([item["captions"][0] for item in items], list(range(count)), [item["image"] for item in items],

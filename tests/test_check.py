@@ -24,6 +24,12 @@ def test_a_good_run_is_called_good_and_nothing_is_written(tiny_config, tmp_path,
                  r"together: about \d+ s on this machine"):
         assert re.search(what, said), what
     assert len(re.findall(r"on 8 pairs alone the loss goes from .*: they are learnt", said)) == 2
+    assert "not checked" not in said
+
+
+def test_what_it_does_not_check_is_named(tiny_config, tmp_path, capsys):
+    train.main([str(tiny_config), "--check", f"run={tmp_path / 'run'}", "stages=[tokenizer, clip]", *FAST])
+    assert "clip: not checked\n" in capsys.readouterr().out
 
 
 def test_latents_of_another_scale_speak_against_it(tiny_run, tiny_config, capsys):

@@ -34,6 +34,7 @@ from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
 from training.stages.perceptual_loss import perceptual_distance
 
+CHECKED = ("tokenizer", "autoencoder", "denoiser")
 PAIRS = 8
 FALL = {"autoencoder": 0.5, "denoiser": 0.8}  # share of the first loss below which overfitting counts as proven
 PATIENCE = 30.0  # largest number of seconds of a measurement
@@ -69,6 +70,9 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     if "denoiser" in experiment.stages:
         proven, cost = check_denoiser(experiment, tokenizer, autoencoder, source, device)
         good, seconds = good and proven, seconds + cost
+    for name in experiment.stages:
+        if name not in CHECKED:
+            print(f"{name}: not checked")
     print(f"together: about {duration(seconds)} on this machine with one process, without validation and samples")
     print("nothing speaks against this run" if good else "see above before you start this run")
     return good
