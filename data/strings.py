@@ -18,7 +18,3 @@ class Strings:
 
     def __getitem__(self, index: int) -> str:
         return self._bytes[self._ends[index]:self._ends[index + 1]].tobytes().decode("utf-8", "surrogateescape")
-
-    def select(self, indices: np.ndarray) -> "Strings":
-        """The strings at ``indices``, in that order."""
-        return Strings(self[int(index)] for index in indices)

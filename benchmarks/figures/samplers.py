@@ -6,9 +6,9 @@ draws prompts of the test split that training never saw, the same prompts from t
 reads the images back into scenes and writes
 
     sampler_scores.png    score against network calls, a curve a sampler
-    sampler_pictures.png  eight prompts, a row a sampler
+    sampler_images.png    eight prompts, a row a sampler
     guidance_scores.png   score against guidance scale, a curve a variant
-    guidance_pictures.png the same eight prompts, a row a variant
+    guidance_images.png   the same eight prompts, a row a variant
 
 and a table of every point with bootstrap intervals over prompts, also of its difference to the point named by
 `Study.reference`, prompt by prompt. Every point is kept in --work as soon as it is drawn, so the command may be stopped
@@ -322,7 +322,7 @@ def main() -> None:
               f"{table(study, rows, draws)}\n")
         draw_scores(study, rows, draws, f"{about}; shaded: 95 % interval of {study.reference.curve}",
                     out / f"{study.name}_scores.png")
-        draw_images(study, images, prompts, about, out / f"{study.name}_pictures.png")
+        draw_images(study, images, prompts, about, out / f"{study.name}_images.png")
 
 
 if __name__ == "__main__":

@@ -255,11 +255,3 @@ class Emoji:
             about = {"id": item["id"], "scene": None, "name": item["name"], "style": item["style"],
                      "held_out": self.held_out[row]}
         return {"image": torch.from_numpy(image), "caption": captions[0], "captions": captions, **about}
-
-
-def names_in_all_styles(items: Sequence[dict], styles: Sequence[str] = STYLES) -> list[str]:
-    """The sorted names of emoji that exist in all of the styles."""
-    found: dict[str, set[str]] = {}
-    for item in items:
-        found.setdefault(item["name"], set()).add(item["style"])
-    return sorted(name for name, there in found.items() if there.issuperset(styles))
