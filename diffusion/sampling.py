@@ -16,6 +16,7 @@ from diffusion.noise import PerImageNoise
 from diffusion.samplers import Value, get_sampler
 from diffusion.schedule import Schedule
 from diffusion.spacing import Spacing
+from diffusion.steering import Steer, SteeredDenoiser
 
 # Older files hold these three beside `sampler`, for every sampler; one that did not read them has these defaults there.
 OLDER_OPTIONS: dict[str, Value] = {"eta": 0.0, "order": 2, "clean_end": True}
@@ -92,13 +93,14 @@ class RunSettings:
 
     progress: wraps the list of times, for a progress bar. edit: the image to start from, None for noise alone. trace: a
     list that receives the predicted x_0 of every step. weak: a weaker network, pushed away from in place of the
-    unconditional predictions, as in `autoguidance`.
+    unconditional predictions, as in `autoguidance`. steer: moves every predicted x_0, see `diffusion/steering.py`.
     """
 
     progress: Callable[[list], Iterable] = iter
     edit: Edit | None = None
     trace: list | None = None
     weak: Denoise | None = None
+    steer: Steer | None = None
 
 
 def sample_latents(denoisers: tuple[Denoise, Denoise], noise: Callable[[], Tensor], times: list, schedule: Schedule,
@@ -113,6 +115,8 @@ def sample_latents(denoisers: tuple[Denoise, Denoise], noise: Callable[[], Tenso
         denoise = autoguidance(conditional, run.weak, config.guidance, schedule, prediction_type)
     else:
         denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
+    if run.steer is not None:
+        denoise = SteeredDenoiser(denoise, run.steer, schedule, prediction_type)
     x = noise()
     if edit is not None and edit.keep is not None:
         denoise = InpaintingDenoiser(denoise, edit.x_0, x, edit.keep, schedule, prediction_type)

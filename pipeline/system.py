@@ -146,7 +146,7 @@ class TextToImage:
         place of the negative prompts."""
         times = times_of_run(self.schedule, config, run)
         watched = any(layer.watch is not None for layer in self.unet.cross_attentions())
-        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak):
+        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak or run.steer):
             latents = self.replay(context, mask, count, noise, config, times)
             for _ in run.progress(times):
                 pass
