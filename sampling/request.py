@@ -4,19 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
+from diffusion.noise import check_seed
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import OLDER_OPTIONS, SamplingConfig, with_sampler
 from diffusion.spacing import Spacing
 from files.config import ConfigError, from_dict, to_dict
 from pipeline.prompts import Prompt, parse_prompt
 from pipeline.system import with_options
-from sampling.limits import CHUNKS, LAST_SEED, MOST_CHUNKS
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless a generator takes this seed."""
-    if not 0 <= seed <= LAST_SEED:
-        raise ValueError(f"seed: value {seed}; valid: 0 to 2^62 - 1")
+from sampling.limits import CHUNKS, MOST_CHUNKS
 
 
 @dataclass(frozen=True)
