@@ -50,8 +50,8 @@ def warn_of_long_prompts(system: TextToImage, requests: Sequence[Request]) -> No
 
 def output_folder(command: Command) -> Path:
     """The folder of the images, made where it is missing. Raises OSError when nothing can be written to it."""
-    source = command.system.path
-    run = Path("runs") / source.stem if command.system.pretrained else source
+    choice = command.system
+    run = Path("runs") / choice.name if choice.pretrained else choice.path
     out = Path(command.out) if command.out else run / "samples" / "out"
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
@@ -82,7 +82,7 @@ def sample(command: Command) -> int:
         print(f"nothing was drawn: all of {refused} refused; see {folder.results.path}", file=sys.stderr)
         return REFUSED
     original = None if sources.image is None else blur_where_decided(sources.image, gate.of_source)
-    sheet = Sheet(command.system.path.name, out, command.plan.axes, folder.refused, original)
+    sheet = Sheet(command.system.name, out, folder.results.first, command.plan.axes, folder.refused, original)
     overview = save_overview(images, job.requests, sheet)
     hint = f" ({refused} refused, see {folder.results.path.name})" if refused else ""
     print(f"{len(job.requests) - refused} images and {overview.name} in {out}{hint}")

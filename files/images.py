@@ -59,9 +59,9 @@ def png_bytes(image: torch.Tensor, settings: dict[str, Any] | None) -> bytes:
     return file.getvalue()
 
 
-def save_bytes(data: bytes, path: Path) -> None:
-    """Write ``data``, whole or not at all."""
-    with whole_file(path) as temporary:
+def save_bytes(data: bytes, path: Path, new: bool = False) -> None:
+    """Write ``data``, whole or not at all; ``new`` as in ``whole_file``."""
+    with whole_file(path, new) as temporary:
         temporary.write_bytes(data)
 
 

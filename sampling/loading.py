@@ -1,4 +1,5 @@
 """The system that a call names, the images that it starts from and the moderation that it asks for, loaded."""
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from safety.policy import Mode
 from safety.prompt import DEFAULT
 from sampling.draw import Sources
 from sampling.limits import RUN
+
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,12 @@ class SystemChoice:
     def path(self) -> Path:
         """The folder or file that the system is in."""
         return Path(self.pretrained or self.run or RUN)
+
+    @property
+    def name(self) -> str:
+        """The whole name of that folder, or of that file without the ending of weights: dots in it are kept."""
+        path = Path(os.path.abspath(self.path))
+        return path.stem if path.suffix in ENDINGS and not path.is_dir() else path.name
 
 
 @dataclass(frozen=True)
