@@ -87,14 +87,17 @@ def decision_line(decision: Decision, as_json: bool) -> str:
 def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list[Decision]:
     """The decisions on image files, each scaled to the size that the CLIP takes. All but "allow" are logged. Raises
     ValueError or OSError for a file that is missing or damaged."""
-    from files.images import read_image, to_unit
+    from files.images import MAX_PIXELS, read_image, to_unit
+    from pipeline.config import read_data_config
     from pipeline.moderation import CONCEPTS, image_moderator  # needs torch, which texts do not
 
     if options.run is None:
         raise ValueError("--image needs --run DIR, a run folder with the stage clip and its concepts")
     concepts = options.concepts or options.run / CONCEPTS
     moderator = image_moderator(concepts, options.clip or options.run, options.mode)
-    found = [moderator.check(to_unit(read_image(path)[None]))[0] for path in options.image]
+    config = options.run / "config.yaml"
+    largest = read_data_config(config).max_pixels if config.is_file() else MAX_PIXELS
+    found = [moderator.check(to_unit(read_image(path, largest)[None]))[0] for path in options.image]
     for path, decision in zip(options.image, found):
         if audit is not None and decision.action != "allow":
             audit.write(path.name, "image", decision)

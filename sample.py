@@ -62,7 +62,7 @@ def output_folder(command: Command) -> Path:
 def sample(command: Command) -> int:
     """Draw what is requested, as files; 5 when all of it was refused, else 0."""
     prompts = read_prompts(command.plan)
-    sources = read_sources(command.sources)
+    sources = read_sources(command.sources, command.system)
     system = load_system(command.system)
     job = Job(system, requests_of_plan(command.plan, prompts, system.config.sampling), sources)
     moderation = load_moderation(command.moderation, command.system)

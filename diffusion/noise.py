@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 LAST_SEED = 2**32 - 1  # torch's CPU generator, a Mersenne Twister, reads the low 32 bits of a seed and no others
 
 
@@ -30,7 +29,8 @@ def nearest_noise(candidates: Tensor, x_0: Tensor) -> Tensor:
 class PerImageNoise:
     """Each call returns the next draw (B, C, H, W) in fp32; the first is x_T, later ones feed stochastic samplers.
 
-    seeds: one integer per image, as `check_seed` takes it. Image k of every draw is a function of seeds[k] and of how many draws came before.
+    seeds: one integer per image, as `check_seed` takes it. Image k of every draw is a function of seeds[k] and of how
+        many draws came before.
     shape: (C, H, W) of one image.
     Draws happen on the CPU, so the same seed gives the same image on every device.
     """

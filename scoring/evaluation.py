@@ -98,7 +98,7 @@ def load_comparison(settings: EvaluationSettings, experiment: Experiment, test: 
     """What the full suite compares with. Raises ValueError for weights or images that cannot be used."""
     squares = experiment.data.squares
     if settings.reference is not None:
-        reference = folder_reference(settings.reference, test.images[0].shape[1:])
+        reference = folder_reference(settings.reference, test.images[0].shape[1:], experiment.data.max_pixels)
     else:
         about = f"{hash_of_data(experiment)} {hash_of_images(test.images)}"  # the settings, and the pixels they give
         reference = split_reference(build_source(squares, "test"), test.seeds[-1] + 1, about)
