@@ -13,7 +13,7 @@ from files.images import png_bytes, save_bytes
 from files.run_folder import read_metrics
 from files.whole import try_lock
 from pipeline.moderation import decision_row, reason_text
-from pipeline.prompts import chunks_of
+from pipeline.prompts import Prompt, chunks_of
 from sampling.engine import Job, Sample
 from sampling.request import Request, settings_of
 from sampling.sheets import save_attention, save_frames
@@ -114,7 +114,9 @@ class SampleFolder:
             else:
                 save_frames(sample.frames.images, sample.frames.labels, path)
         if sample.attention is not None:
-            words = chunks_of(sample.request.read(sample.request.prompt), self.job.system.tokenizer).words
+            prompt = sample.request.read(sample.request.prompt)
+            assert isinstance(prompt, Prompt)  # check_settings has refused others
+            words = chunks_of(prompt, self.job.system.tokenizer).words
             save_attention(words, sample.attention, image, path)
 
     def overview(self) -> torch.Tensor | None:
