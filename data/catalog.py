@@ -11,6 +11,7 @@ from data.images.shards import Shards, ShardsConfig
 from data.images.torchvision_sets import Cifar10, CifarConfig, CocoCaptions, CocoConfig, Flowers102, FlowersConfig
 from data.shapes.shapes import Shapes, ShapesConfig
 from data.source import Source, Split
+from files.images import MAX_PIXELS
 
 FILE_SOURCES: dict[str, Callable[[Any, Split], ImageFiles]] = {  # sources that read image files
     "folder": Folder, "shards": Shards, "coco_captions": CocoCaptions, "flowers102": Flowers102, "cifar10": Cifar10}
@@ -48,6 +49,11 @@ class DataConfig:
     def size(self) -> int:
         """Side of the images in pixels; with aspect buckets, the side of the square of the same area."""
         return getattr(self, self.source).size
+
+    @property
+    def max_pixels(self) -> int:
+        """The number of pixels above which image files are refused, those of the data and those given to commands."""
+        return getattr(getattr(self, self.source), "max_pixels", MAX_PIXELS)
 
     @property
     def image_shapes(self) -> list[tuple[int, int]]:

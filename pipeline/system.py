@@ -6,7 +6,7 @@ Axis letters: B batch, C latent channels, H W latent size, L tokens, D context w
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from model.text_encoder import TextEncoder
 from model.unet import UNet
 from pipeline.config import SystemConfig
 from pipeline.moderation import Moderation, Refused, blur_or_refuse
+from pipeline.prompt_schedule import AnyPrompt, StepContexts, as_prompt, text_of
 from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
 from pipeline.time_table import TimeTable
 from safety.policy import Decision, most_severe
@@ -116,12 +117,13 @@ class TextToImage:
         self.latent_shape = (self.autoencoder.latent_channels, height // f, width // f)
 
     @torch.inference_mode()
-    def latents(self, prompts: Sequence[str | Prompt], seeds: Sequence[int], config: SamplingConfig | None = None,
-                negative: str | Prompt = "", progress: Progress = iter, edit: Edit | None = None,
+    def latents(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int], config: SamplingConfig | None = None,
+                negative: AnyPrompt = "", progress: Progress = iter, edit: Edit | None = None,
                 trace: list | None = None) -> torch.Tensor:
         """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
 
-        A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``.
+        A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``, and
+        what changes on the way a ``PromptSchedule``, made for the steps of ``config``.
         ``negative`` replaces the empty prompt in guidance. Raises ValueError if the numbers of prompts and seeds
         differ.
         """
@@ -130,13 +132,23 @@ class TextToImage:
         config = config or self.config.sampling
         guided = config.guidance.scale != 1.0
         opposite = [negative] * len(prompts) if guided and self.guide is None else []
-        context, mask = self.encode([*opposite, *prompts])  # (2B, L, D) or (B, L, D)
+        contexts = StepContexts.of([*opposite, *prompts], self.encode)  # (2B, L, D) or (B, L, D) each
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
-        weak = None
+        run = RunSettings(progress, edit, trace)
         if guided and self.guide is not None:
-            weak, _ = self.guide.denoisers(*self.guide.encode(prompts), len(prompts))
-        return self.latents_from_context(context, mask, len(prompts), noise, config,
-                                         RunSettings(progress, edit, trace, weak))
+            times = times_of_run(self.schedule, config, run)
+            weak, _ = self.guide.denoisers_of_steps(StepContexts.of(prompts, self.guide.encode), len(prompts), times)
+            run = replace(run, weak=weak)
+        return self.latents_from_contexts(contexts, len(prompts), noise, config, run)
+
+    def latents_from_contexts(self, contexts: StepContexts, count: int, noise: Callable[[], torch.Tensor],
+                              config: SamplingConfig, run: RunSettings = RunSettings()) -> torch.Tensor:
+        """As ``latents_from_context``, from the contexts of all steps."""
+        if len(contexts.contexts) == 1:
+            return self.latents_from_context(*contexts.contexts[0], count, noise, config, run)
+        times = times_of_run(self.schedule, config, run)
+        denoisers = self.denoisers_of_steps(contexts, count, times, times)
+        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type, config, run)
 
     def latents_from_context(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                              noise: Callable[[], torch.Tensor], config: SamplingConfig,
@@ -185,6 +197,17 @@ class TextToImage:
 
         return bind(cond_cache), bind(doubled_cache)
 
+    def denoisers_of_steps(self, contexts: StepContexts, count: int, times: Sequence[float],
+                           known: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
+        """As ``denoisers``, for a run along ``times`` whose steps have contexts of their own. The keys and values of a
+        context are computed when it is first read. ``known``: what ``denoisers`` calls times."""
+        @cache
+        def pair(place: int) -> tuple[Denoise, Denoise]:
+            return self.denoisers(*contexts.contexts[place], count, known)
+
+        return (lambda x_t, t: pair(contexts.place(times, t))[0](x_t, t),
+                lambda x_t, t: pair(contexts.place(times, t))[1](x_t, t))
+
     def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context (B, L, D) of prompts and their padding mask (B, L), which is None if the denoiser sees padding.
 
@@ -222,8 +245,8 @@ class TextToImage:
             return (decode_tiled(self.autoencoder, latents) if self.tiled else decode(latents)).float()
 
     @torch.inference_mode()
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
-               negative: str = "", progress: Progress = iter) -> torch.Tensor:
+    def images(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int], config: SamplingConfig | None = None,
+               negative: AnyPrompt = "", progress: Progress = iter) -> torch.Tensor:
         """Samples (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
 
         Raises Refused with a decision for each sample: before sampling if a prompt is refused, and before anything
@@ -231,19 +254,20 @@ class TextToImage:
         """
         decisions = [Decision("allow")] * len(prompts)
         if self.moderation is not None:
-            opposite = [parse_prompt(negative, literal=True)] if negative else []
-            decisions = [self.moderation.check_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
+            opposite = [as_prompt(negative)] if negative else []
+            decisions = [self.moderation.check_prompt([as_prompt(prompt)], opposite, self.tokenizer)
                          for prompt in prompts]
             if any(decision.action == "block" for decision in decisions):
                 raise Refused(decisions)
         images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
         if self.moderation is None:
             return images
-        judged = self.moderation.check_images(images, prompts)
+        judged = self.moderation.check_images(images, [text_of(prompt) for prompt in prompts])
         return blur_or_refuse(images, [most_severe(pair) for pair in zip(decisions, judged)])
 
-    def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
-                          negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:
+    def images_in_batches(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int],
+                          config: SamplingConfig | None = None, negative: AnyPrompt = "", batch: int = 64,
+                          progress: Progress = iter) -> torch.Tensor:
         """As ``images``, ``batch`` at a time; ``progress`` wraps the list of batch starts."""
         starts = list(range(0, len(prompts), batch))
         return torch.cat([self.images(prompts[i:i + batch], seeds[i:i + batch], config, negative)

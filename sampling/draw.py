@@ -16,7 +16,8 @@ from diffusion.samplers import get_sampler
 from diffusion.sampling import Edit, RunSettings, check_sampling, visited_times
 from files.images import to_uint8
 from model.attention_maps import AttentionMaps, record_attention
-from pipeline.prompts import mix_contexts, pad_contexts
+from pipeline.prompt_schedule import StepContexts
+from pipeline.prompts import Prompt, mix_contexts, pad_contexts
 from pipeline.system import TextToImage
 from sampling.request import Request
 
@@ -55,9 +56,7 @@ def check_requests(system: TextToImage, requests: Sequence[Request], sources: So
 
 def texts_of(requests: Sequence[Request]) -> list[str]:
     """Every prompt that these requests read, each once."""
-    texts = [text for request in requests for text in
-             (request.prompt, request.negative, *([request.toward.prompt] if request.toward else []))]
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(text for request in requests for text in request.texts))
 
 
 def times_of(system: TextToImage, request: Request, sources: Sources) -> list[float]:
@@ -106,22 +105,28 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     """Latents (B, C, H, W) on the way between two prompts and seeds: linear in the context, spherical in every draw of
     noise."""
     ends = [request.toward for request in requests if request.toward is not None]
-    config = requests[0].config
-    contexts = [mix_contexts(states_of(system, request, request.prompt), states_of(system, request, end.prompt),
-                             end.weight)
-                for request, end in zip(requests, ends, strict=True)]  # (n, D) each
-    if config.guidance.scale != 1.0:
-        contexts = [states_of(system, requests[0], requests[0].negative)] * len(requests) + contexts
-    context, mask = pad_contexts(contexts)
+    first = requests[0]
+    config, count = first.config, len(requests)
+    guided = config.guidance.scale != 1.0
+
+    def mixed(prompts: list[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The context (B, L, D), or (2B, L, D) under guidance, of B prompts, the B they go towards, and a negative."""
+        states = [states_of(system, prompt) for prompt in prompts]
+        way = [mix_contexts(states[k], states[count + k], end.weight) for k, end in enumerate(ends)]  # (n, D) each
+        return pad_contexts([*states[2 * count:] * count, *way])
+
+    contexts = StepContexts.of([*(request.read(request.prompt) for request in requests),
+                                *(first.read(end.prompt) for end in ends),
+                                *([first.read(first.negative)] if guided else [])], mixed)
     noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
               ([request.seed for request in requests], [end.seed for end in ends])]
     noise = MixedNoise(noises[0], noises[1], [end.weight for end in ends])
-    return system.latents_from_context(context, mask, len(requests), noise, config, RunSettings(progress, trace=trace))
+    return system.latents_from_contexts(contexts, count, noise, config, RunSettings(progress, trace=trace))
 
 
-def states_of(system: TextToImage, request: Request, text: str) -> torch.Tensor:
+def states_of(system: TextToImage, prompt: str | Prompt) -> torch.Tensor:
     """The context (n, D) of one prompt, without what the network does not see."""
-    context, mask = system.encode([request.read(text)])
+    context, mask = system.encode([prompt])
     return context[0] if mask is None else context[0][mask[0]]
 
 
@@ -131,13 +136,14 @@ def reconstruct(system: TextToImage, request: Request, sources: Sources, progres
     the sampler of the request. Raises ValueError where there is no source."""
     config = request.config
     guided = config.guidance.scale != 1.0
-    context, mask = system.encode([request.read(request.negative)] * guided + [request.read(request.prompt)])
-    conditional, doubled = system.denoisers(context, mask, 1)
+    contexts = StepContexts.of([request.read(request.negative)] * guided + [request.read(request.prompt)],
+                               system.encode)
+    times = times_of(system, request, sources)
+    conditional, doubled = system.denoisers_of_steps(contexts, 1, times)
     kind = system.config.prediction_type
     if sources.image is None:
         raise ValueError("image: value None; valid: an image to invert")
     denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)
-    times = times_of(system, request, sources)
     x_T = ddim_inversion(denoise, system.encode_images(sources.image[None]), times, system.schedule, kind,
                          sources.refinements or 0)
     return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, None, trace=trace,

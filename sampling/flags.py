@@ -128,5 +128,5 @@ def check_limits(options: argparse.Namespace) -> None:
     for name, (low, high) in limits.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            most = "2^62 - 1" if high == LAST_SEED else high
+            most = "2^32 - 1, all that the generator reads" if high == LAST_SEED else high
             raise ValueError(f"{flag(name)} {value}; valid: {low} to {most}")

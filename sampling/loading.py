@@ -1,11 +1,13 @@
 """The system that a call names, the images that it starts from and the moderation that it asks for, loaded."""
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.images import read_image, read_mask
+from files.images import MAX_PIXELS, read_image, read_mask
 from model.device import default_device
+from pipeline.config import read_data_config
 from pipeline.loading import load_pretrained, load_run, load_weaker
 from pipeline.moderation import Moderation, moderation_weights
 from pipeline.system import Speed, TextToImage
@@ -14,6 +16,8 @@ from safety.policy import Mode
 from safety.prompt import DEFAULT
 from sampling.draw import Sources
 from sampling.limits import RUN
+
+ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,12 @@ class SystemChoice:
     def path(self) -> Path:
         """The folder or file that the system is in."""
         return Path(self.pretrained or self.run or RUN)
+
+    @property
+    def name(self) -> str:
+        """The whole name of that folder, or of that file without the ending of weights: dots in it are kept."""
+        path = Path(os.path.abspath(self.path))
+        return path.stem if path.suffix in ENDINGS and not path.is_dir() else path.name
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,17 @@ def load_system(choice: SystemChoice) -> TextToImage:
     return system.at_speed(choice.speed)
 
 
-def read_sources(files: SourceFiles) -> Sources:
-    """The images that a call starts from. Raises ValueError or OSError for a file that is no image."""
-    path = files.init or files.invert
-    return Sources(read_image(path) if path else None, read_mask(files.mask) if files.mask else None,
-                   files.refinements if files.invert else None)
+def read_sources(files: SourceFiles, system: SystemChoice = SystemChoice()) -> Sources:
+    """The images that a call starts from, within the limits of the configuration of a run. Says what should be known of
+    a mask. Raises ValueError or OSError for a file that is no image or too large."""
+    path, paint = files.init or files.invert, None
+    config = system.path / "config.yaml"
+    largest = MAX_PIXELS if system.pretrained or not config.is_file() else read_data_config(config).max_pixels
+    if files.mask:
+        paint, note = read_mask(files.mask, largest)
+        if note:
+            print(f"note: {note}", file=sys.stderr)
+    return Sources(read_image(path, largest) if path else None, paint, files.refinements if files.invert else None)
 
 
 def load_moderation(choice: ModerationChoice, system: SystemChoice) -> Moderation:

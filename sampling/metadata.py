@@ -73,7 +73,7 @@ def weight_hashes(system: TextToImage) -> dict[str, str]:
 
 def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFiles, exact: bool) -> dict[str, Any]:
     """The metadata that the images of a call share; defaults are omitted."""
-    call = Call(weight_hashes(system), run=None if choice.pretrained else choice.path.name,
+    call = Call(weight_hashes(system), run=None if choice.pretrained else choice.name,
                 pretrained=choice.path.name if choice.pretrained else None, size=choice.size, tiled=choice.tiled,
                 speed=system.speed,
                 exact=Exact(torch.get_num_threads()) if exact else None,

@@ -4,19 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
+from diffusion.noise import check_seed
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import OLDER_OPTIONS, SamplingConfig, with_sampler
 from diffusion.spacing import Spacing
 from files.config import ConfigError, from_dict, to_dict
-from pipeline.prompts import Prompt, parse_prompt
+from pipeline.prompt_schedule import NOTATION, WEIGHTS_ONLY, PromptSchedule, has_later_signs, read_prompt
+from pipeline.prompts import Prompt, split_options
 from pipeline.system import with_options
-from sampling.limits import CHUNKS, LAST_SEED, MOST_CHUNKS
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless a generator takes this seed."""
-    if not 0 <= seed <= LAST_SEED:
-        raise ValueError(f"seed: value {seed}; valid: 0 to 2^62 - 1")
+from sampling.limits import CHUNKS, MOST_CHUNKS
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,8 @@ class Toward:
 
 @dataclass(frozen=True)
 class Request:
-    """One image. ``strength`` is None for one that starts from noise; prompts are as they were written."""
+    """One image. ``strength`` is None for one that starts from noise; prompts are as they were written, in a version of
+    the ``notation``."""
 
     prompt: str
     seed: int
@@ -45,9 +42,12 @@ class Request:
     toward: Toward | None = None
     literal: bool = False
     chunks: int = CHUNKS
+    notation: int = NOTATION
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.notation not in (WEIGHTS_ONLY, NOTATION):
+            raise ValueError(f"notation: value {self.notation}; valid: {WEIGHTS_ONLY} or {NOTATION}")
         if not 1 <= self.chunks <= MOST_CHUNKS:
             raise ValueError(f"chunks: value {self.chunks}; valid: 1 to {MOST_CHUNKS}")
 
@@ -56,9 +56,14 @@ class Request:
         """What images must share to be drawn in one batch."""
         return self.config, self.negative, self.strength, self.toward is None
 
-    def read(self, text: str) -> Prompt:
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every prompt of the request, as it was written."""
+        return self.prompt, self.negative, *([self.toward.prompt] if self.toward else [])
+
+    def read(self, text: str) -> Prompt | PromptSchedule:
         """A prompt of this request with its signs understood; raises ValueError for signs that do not fit."""
-        return parse_prompt(text, self.chunks, self.literal)
+        return read_prompt(text, self.config.steps, self.chunks, self.literal, self.notation)
 
 
 SAMPLING = tuple(field.name for field in fields(SamplingConfig))
@@ -78,6 +83,8 @@ def settings_of(request: Request) -> dict[str, Any]:
         settings["literal"] = True
     if request.chunks != CHUNKS:
         settings["chunks"] = request.chunks
+    if request.notation != WEIGHTS_ONLY and not request.literal and any(map(has_later_signs, request.texts)):
+        settings["notation"] = request.notation  # older files have the same signs, which were text then
     return settings
 
 
@@ -86,8 +93,11 @@ def request_of(settings: dict[str, Any]) -> Request:
     required = {*SAMPLING} - {"options"} | {*OLDER_OPTIONS} if is_older(settings) else SAMPLING
     if missing := sorted(key for key in required if key not in settings):
         raise ConfigError(f"missing key '{missing[0]}'")
-    return from_dict(Request, {"config": {key: settings[key] for key in settings if key in OF_CONFIG},
-                               **{key: settings[key] for key in OWN if key in settings}})
+    request = from_dict(Request, {"config": {key: settings[key] for key in settings if key in OF_CONFIG},
+                                  **{key: settings[key] for key in OWN if key in settings}})
+    if "notation" not in settings and not request.literal and any(map(has_later_signs, request.texts)):
+        return replace(request, notation=WEIGHTS_ONLY)
+    return request
 
 
 def is_older(settings: dict[str, Any]) -> bool:
@@ -157,14 +167,17 @@ def value_text(value: Any) -> str:
 
 
 def parse_axis(text: str) -> Axis:
-    """``steps=5,10,20``; texts with commas in them are separated by |: ``prompt=a red star|a moon, at night``.
+    """``steps=5,10,20``; texts with commas in them are separated by |: ``prompt=a red star|a moon, at night``. In
+    square brackets, and after a backslash, | does not separate.
 
     Raises ValueError for another parameter and for values that are none of it.
     """
     name, equals, values = text.partition("=")
     if not equals or name not in AXES:
         raise ValueError(f"--xy {text}; valid: PARAMETER=VALUE,VALUE with one of {', '.join(AXES)}")
-    words = [word.strip() for word in values.split("|" if "|" in values or name in ("prompt", "negative") else ",")]
+    options = (split_options(values) if name in ("prompt", "negative") else
+               values.split("|" if "|" in values else ","))
+    words = [word.strip() for word in options]
     try:
         return Axis(name, tuple(AXES[name](word) for word in words))
     except ValueError:

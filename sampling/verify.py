@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from files.config import from_dict
-from files.images import parameters_of, png_bytes
+from files.images import parameters_of, png_bytes, read_image
 from files.whole import sha256_of
 from pipeline.moderation import blur_image
 from sampling.draw import check_requests, decode_images, exact_arithmetic, latents_of_requests
@@ -34,7 +34,7 @@ def verify(path: str, given: SystemChoice, files: SourceFiles) -> tuple[bool, st
     check_weights(path, call.weights, weight_hashes(system), choice.path)
     if call.weak and system.guide:
         check_weights(path, call.weak.weights, weight_hashes(system.guide), Path(choice.weak or ""))
-    sources = read_sources(files)
+    sources = read_sources(files, choice)
     with exact_arithmetic(call.exact.threads if call.exact else torch.get_num_threads()):
         check_requests(system, [request], sources)
         image = decode_images(system, latents_of_requests(system, [request], sources), sources)[0]
@@ -87,8 +87,9 @@ def compare(path: str, again: bytes, exact: bool) -> tuple[bool, str]:
     data = Path(path).read_bytes()
     if data == again:
         return True, f"{path}: equal, {len(data)} bytes"
-    with Image.open(path) as first, Image.open(io.BytesIO(again)) as second:
-        a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (first, second))
+    a = read_image(path).permute(1, 2, 0).numpy().astype(int)
+    with Image.open(io.BytesIO(again)) as second:
+        b = np.asarray(second.convert("RGB")).astype(int)
     if a.shape != b.shape:
         return False, f"{path}: not equal, it has {a.shape[:2]} pixels and {b.shape[:2]} are drawn"
     if (a == b).all():

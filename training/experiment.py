@@ -7,6 +7,7 @@ from typing import Any
 
 from data.catalog import DataConfig
 from data.tokenizer import TokenizerConfig
+from diffusion.noise import check_seed
 from diffusion.prediction import check_prediction_type
 from diffusion.sampling import SamplingConfig, check_sampling
 from diffusion.schedule import Schedule
@@ -71,8 +72,7 @@ class Experiment:
     def __post_init__(self):
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name: '{self.name}'; valid: letters, digits, '_', '-' and '.', it names the run folder")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: {self.seed}; valid: 0 to 2^63 - 1")
+        check_seed(self.seed)
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             raise ValueError(f"stages: {list(self.stages)}; valid: some of {', '.join(STAGES)}, in this order")
         factor = self.autoencoder.model.factor

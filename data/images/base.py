@@ -21,6 +21,7 @@ from data.images.transforms import (
     rgb_of,
 )
 from data.strings import Strings
+from files.images import MAX_PIXELS
 from files.whole import lock_file, unit_hash
 
 SPLITS = ("train", "validation", "test")
@@ -46,7 +47,7 @@ class ImageConfig:
     buckets: bool = False
     step: int = 8
     max_aspect: float = 2.0
-    max_pixels: int = 80_000_000  # larger images are refused before they are decoded
+    max_pixels: int = MAX_PIXELS  # larger images are refused before they are decoded
     shuffle_tags: bool = False
     keep_tags: int = 0
     fallback: str = ""

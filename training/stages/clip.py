@@ -15,6 +15,7 @@ from data.loader import Batch, Loader
 from data.order import Order
 from data.source import Source, image_batch
 from data.tokenizer import Tokenizer, TokenizerConfig
+from diffusion.noise import check_seed
 from eval.clip_score import caption_ranks
 from files.config import to_dict
 from files.images import to_unit
@@ -57,6 +58,7 @@ class ClipStage:
     seed: int = 1
 
     def __post_init__(self):
+        check_seed(self.seed)
         text = self.model.text
         if text.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"model.text.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
