@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from eval.colour import ciede2000, lab_from_srgb
+from files.images import read_image
 
 THEMES: dict[str, tuple[str, ...]] = {
     "autumn": ("#7f2704", "#b5651d", "#d9a441", "#8a9a5b", "#f3e5c3"),
@@ -36,6 +38,11 @@ class Palette:
     name: str
     colours: tuple[tuple[int, int, int], ...]
     shares: tuple[float, ...]
+
+    @property
+    def text(self) -> str:
+        """The palette as ``parse_palette`` reads it back: colours and shares."""
+        return ",".join(f"#{r:02x}{g:02x}{b:02x}:{share:.4f}" for (r, g, b), share in zip(self.colours, self.shares))
 
     @property
     def srgb(self) -> Tensor:
@@ -88,14 +95,10 @@ def _shares(given: Sequence[str | None], text: str) -> tuple[float, ...]:
 
 
 def palette_of_image(path: Path, colours: int = 8) -> Palette:
-    """The main colours of an image and their shares, by median cut (Heckbert 1982). Raises ValueError if it cannot be
-    read."""
-    try:
-        with Image.open(path) as image:
-            small = image.convert("RGB")
-            small.thumbnail((128, 128))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"palette: {path} cannot be read as an image ({error})") from None
+    """The main colours of an image and their shares, by median cut (Heckbert 1982). Raises ValueError or OSError if it
+    cannot be read."""
+    small = Image.fromarray(rearrange(read_image(path), "c h w -> h w c").numpy())
+    small.thumbnail((128, 128))
     cut = small.quantize(colours, method=Image.Quantize.MEDIANCUT)
     table = np.asarray(cut.getpalette(), dtype=int).reshape(-1, 3)
     counts = sorted(((count, index) for count, index in cut.getcolors()), reverse=True)
@@ -126,12 +129,13 @@ class PaletteSteer:
 
     def __init__(self, palette: Palette, decode: Callable[[Tensor], Tensor], weight: float = 0.3, inner: int = 1,
                  directions: int = 32, seed: int = 0):
-        if not 0 < weight <= 10:
-            raise ValueError(f"palette weight: {weight}; valid: above 0, up to 10")
+        if not weight > 0:
+            raise ValueError(f"palette weight: {weight}; valid: above 0")
         self.decode, self.weight, self.inner = decode, weight, inner
-        self.target = palette.samples()
-        random = torch.Generator().manual_seed(seed)
-        self.directions = torch.nn.functional.normalize(torch.randn(directions, 3, generator=random), dim=1)
+        with torch.inference_mode(False):  # gradients are taken with these, whoever makes this object
+            self.target = palette.samples()
+            random = torch.Generator().manual_seed(seed)
+            self.directions = torch.nn.functional.normalize(torch.randn(directions, 3, generator=random), dim=1)
 
     def distance(self, x_0: Tensor) -> Tensor:
         """The sliced Wasserstein distance (B,), squared CIELAB units, of the images that latents decode to."""

@@ -20,6 +20,7 @@ from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
 from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
 from diffusion.schedule import Schedule
+from diffusion.steering import Steer
 from files.images import to_uint8, to_unit
 from model.attention import ContextCache
 from model.autoencoder import Autoencoder
@@ -119,13 +120,13 @@ class TextToImage:
     @torch.inference_mode()
     def latents(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int], config: SamplingConfig | None = None,
                 negative: AnyPrompt = "", progress: Progress = iter, edit: Edit | None = None,
-                trace: list | None = None) -> torch.Tensor:
+                trace: list | None = None, steer: Steer | None = None) -> torch.Tensor:
         """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
 
         A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``, and
         what changes on the way a ``PromptSchedule``, made for the steps of ``config``.
-        ``negative`` replaces the empty prompt in guidance. Raises ValueError if the numbers of prompts and seeds
-        differ.
+        ``negative`` replaces the empty prompt in guidance; ``steer`` moves every predicted x_0. Raises ValueError if
+        the numbers of prompts and seeds differ.
         """
         if not prompts or len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
@@ -134,7 +135,7 @@ class TextToImage:
         opposite = [negative] * len(prompts) if guided and self.guide is None else []
         contexts = StepContexts.of([*opposite, *prompts], self.encode)  # (2B, L, D) or (B, L, D) each
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
-        run = RunSettings(progress, edit, trace)
+        run = RunSettings(progress, edit, trace, steer=steer)
         if guided and self.guide is not None:
             times = times_of_run(self.schedule, config, run)
             weak, _ = self.guide.denoisers_of_steps(StepContexts.of(prompts, self.guide.encode), len(prompts), times)

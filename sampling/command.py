@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> Command:
 def command_of(options: argparse.Namespace) -> Command:
     """The settings that the flags stand for."""
     same = ("negative", "literal", "chunks", "seed", "sampler", "steps", "guidance", "strength", "interpolate",
-            "to_seed")
+            "to_seed", "palette", "palette_weight", "palette_only")
     plan = Plan(prompts=options.prompt, file=options.prompts, count=options.n, settings=options.settings or (),
                 axes=options.xy or (), starts=bool(options.init), painted=bool(options.mask),
                 inverted=bool(options.invert), weak=bool(options.weak),

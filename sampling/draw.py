@@ -16,6 +16,7 @@ from diffusion.samplers import get_sampler
 from diffusion.sampling import Edit, RunSettings, check_sampling, visited_times
 from files.images import to_uint8
 from model.attention_maps import AttentionMaps, record_attention
+from pipeline.palette import PaletteSteer, map_to_palette, parse_palette
 from pipeline.prompt_schedule import StepContexts
 from pipeline.prompts import Prompt, mix_contexts, pad_contexts
 from pipeline.system import TextToImage
@@ -78,7 +79,15 @@ def latents_of_requests(system: TextToImage, requests: Sequence[Request], source
             return interpolated_latents(system, requests, progress, trace)
         return system.latents([request.read(request.prompt) for request in requests],
                               [request.seed for request in requests], first.config, first.read(first.negative),
-                              progress, edit_of(system, first.strength, sources, len(requests)), trace)
+                              progress, edit_of(system, first.strength, sources, len(requests)), trace,
+                              steer_of(system, first))
+
+
+def steer_of(system: TextToImage, request: Request) -> PaletteSteer | None:
+    """What moves the samples of a request towards its palette, None without one."""
+    if not request.palette or not request.palette_weight:
+        return None
+    return PaletteSteer(parse_palette(request.palette), system.decode, request.palette_weight)
 
 
 def edit_of(system: TextToImage, strength: float | None, sources: Sources, count: int) -> Edit | None:
@@ -92,9 +101,13 @@ def edit_of(system: TextToImage, strength: float | None, sources: Sources, count
     return Edit(x_0, strength, (1.0 - painted).to(x_0.device))
 
 
-def decode_images(system: TextToImage, latents: torch.Tensor, sources: Sources) -> torch.Tensor:
-    """uint8 (B, 3, f H, f W) of latents; where nothing was painted the pixels of the source, untouched."""
+def decode_images(system: TextToImage, latents: torch.Tensor, sources: Sources,
+                  request: Request | None = None) -> torch.Tensor:
+    """uint8 (B, 3, f H, f W) of latents; where nothing was painted the pixels of the source, untouched. If the request
+    has no colours but those of its palette, every painted pixel has the nearest of them."""
     images = to_uint8(system.decode(latents)).cpu()
+    if request is not None and request.palette_only:
+        images = map_to_palette(images, parse_palette(request.palette))
     if sources.paint is None or sources.image is None:
         return images
     return torch.where(sources.paint, images, sources.image)

@@ -139,7 +139,7 @@ def draw_batch(job: Job, requests: Sequence[Request], settings: DrawSettings,
     trace: list[torch.Tensor] | None = [] if settings.frames else None
     maps = AttentionMaps(len(requests)) if settings.attention else None
     latents = latents_of_requests(job.system, requests, job.sources, progress, trace, maps)
-    return Drawing(decode_images(job.system, latents, job.sources), latents, trace, maps)
+    return Drawing(decode_images(job.system, latents, job.sources, requests[0]), latents, trace, maps)
 
 
 def sample_of(job: Job, gate: Gate, drawing: Drawing, place: int, settings: DrawSettings, refused: Sample) -> Sample:

@@ -2,7 +2,18 @@
 import argparse
 
 from safety.policy import MODES
-from sampling.limits import CHUNKS, LARGEST, LAST_SEED, MOST_CHUNKS, MOST_REFINEMENTS, REFINEMENTS, RUN, STRENGTH
+from sampling.limits import (
+    CHUNKS,
+    HEAVIEST_PALETTE,
+    LARGEST,
+    LAST_SEED,
+    MOST_CHUNKS,
+    MOST_REFINEMENTS,
+    PALETTE_WEIGHT,
+    REFINEMENTS,
+    RUN,
+    STRENGTH,
+)
 
 # names that modules define which take seconds to import; a test compares them
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
@@ -10,13 +21,15 @@ SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_sol
 SETTINGS = ("spacing", "offset", "variance", "repeats", "eta", "clean_end", "order", "sigma_data", "timestep_scaling",
             "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum", "zero_init", "threshold",
             "threshold_limit")
-AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", *SETTINGS)
+AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", "palette_weight", *SETTINGS)
+THEMES = ("autumn", "ocean", "forest", "neon", "pastel", "sunset", "earth", "monochrome")
 CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
-         ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
-NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
+         ("palette", "invert"), ("palette", "interpolate"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
+NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
+         ("palette_weight", "palette"), ("palette_only", "palette"))
 OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
 
 
@@ -40,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add("--prediction", choices=("epsilon", "v_prediction"), help="what a single file of 2.x predicts, which it does "
         "not say")
     add_sampling(parser)
+    add_colours(parser)
     add_editing(parser)
     add_moderation(parser)
     add = parser.add_argument_group("output").add_argument
@@ -70,6 +84,16 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "rounding that is measured in docs/performance.md (%(default)s)")
     add("--batch", type=int, help="images computed at a time (64, with --pretrained 1)")
     add("--exact", action="store_true", help="bytes that do not depend on --batch: one image at a time")
+
+
+def add_colours(parser: argparse.ArgumentParser) -> None:
+    """The flags of palettes."""
+    add = parser.add_argument_group("colours").add_argument
+    add("--palette", default="", metavar="COLOURS", help="colours such as \"#1b3a4b,#f2c14e:0.5\" (a number is a share of the "
+        f"image), a theme ({', '.join(THEMES)}), or an image file to take them from")
+    add("--palette-weight", type=float, metavar="W", help=f"how strongly samples are drawn to the palette, 0 to "
+        f"{HEAVIEST_PALETTE:g} ({PALETTE_WEIGHT}, with --palette-only 0)")
+    add("--palette-only", action="store_true", help="afterwards give every pixel the nearest colour of the palette")
 
 
 def add_editing(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +148,7 @@ def check_limits(options: argparse.Namespace) -> None:
     """Raise ValueError for a number out of its range."""
     limits = {"n": (1, LARGEST), "batch": (1, LARGEST), "chunks": (1, MOST_CHUNKS), "frames": (1, 1000),
               "refinements": (0, MOST_REFINEMENTS), "interpolate": (2, LARGEST), "seed": (0, LAST_SEED),
-              "to_seed": (0, LAST_SEED)}
+              "to_seed": (0, LAST_SEED), "palette_weight": (0, HEAVIEST_PALETTE)}
     for name, (low, high) in limits.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:

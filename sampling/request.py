@@ -9,10 +9,11 @@ from diffusion.samplers import SAMPLERS
 from diffusion.sampling import OLDER_OPTIONS, SamplingConfig, with_sampler
 from diffusion.spacing import Spacing
 from files.config import ConfigError, from_dict, to_dict
+from pipeline.palette import parse_palette
 from pipeline.prompt_schedule import NOTATION, WEIGHTS_ONLY, PromptSchedule, has_later_signs, read_prompt
 from pipeline.prompts import Prompt, split_options
 from pipeline.system import with_options
-from sampling.limits import CHUNKS, MOST_CHUNKS
+from sampling.limits import CHUNKS, HEAVIEST_PALETTE, MOST_CHUNKS, PALETTE_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,16 @@ class Request:
     literal: bool = False
     chunks: int = CHUNKS
     notation: int = NOTATION
+    palette: str = ""  # colours with their shares, see `pipeline/palette.py`
+    palette_weight: float = PALETTE_WEIGHT
+    palette_only: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.palette:
+            parse_palette(self.palette)
+        if not 0 <= self.palette_weight <= HEAVIEST_PALETTE:
+            raise ValueError(f"palette_weight: value {self.palette_weight}; valid: 0 to {HEAVIEST_PALETTE:g}")
         if self.notation not in (WEIGHTS_ONLY, NOTATION):
             raise ValueError(f"notation: value {self.notation}; valid: {WEIGHTS_ONLY} or {NOTATION}")
         if not 1 <= self.chunks <= MOST_CHUNKS:
@@ -54,7 +62,8 @@ class Request:
     @property
     def kind(self) -> tuple:
         """What images must share to be drawn in one batch."""
-        return self.config, self.negative, self.strength, self.toward is None
+        return (self.config, self.negative, self.strength, self.toward is None, self.palette, self.palette_weight,
+                self.palette_only)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -83,6 +92,9 @@ def settings_of(request: Request) -> dict[str, Any]:
         settings["literal"] = True
     if request.chunks != CHUNKS:
         settings["chunks"] = request.chunks
+    if request.palette:
+        settings |= {"palette": request.palette, "palette_weight": request.palette_weight,
+                     "palette_only": request.palette_only}
     if request.notation != WEIGHTS_ONLY and not request.literal and any(map(has_later_signs, request.texts)):
         settings["notation"] = request.notation  # older files have the same signs, which were text then
     return settings
@@ -130,7 +142,7 @@ def parse_span(text: str) -> tuple[float, float] | None:
 
 
 OF_REQUEST: dict[str, Callable[[str], Any]] = {"seed": int, "strength": float, "prompt": str, "negative": str,
-                                               "chunks": int}
+                                               "chunks": int, "palette_weight": float}
 OF_GUIDANCE: dict[str, Callable[[str], Any]] = {
     "method": str, "interval": parse_span, "rescale": float, "apg_parallel": float, "apg_norm": float,
     "apg_momentum": float, "zero_init": float, "threshold": float, "threshold_limit": float}

@@ -37,7 +37,8 @@ def verify(path: str, given: SystemChoice, files: SourceFiles) -> tuple[bool, st
     sources = read_sources(files, choice)
     with exact_arithmetic(call.exact.threads if call.exact else torch.get_num_threads()):
         check_requests(system, [request], sources)
-        image = decode_images(system, latents_of_requests(system, [request], sources), sources)[0]
+        image = decode_images(system, latents_of_requests(system, [request], sources), sources,
+                              request)[0]
         settings = older_settings_of(request) if is_older(stored) else settings_of(request)
         marked = {"moderation": call.moderation} if call.moderation else {}
         again = png_bytes(blur_image(image) if call.moderation == "blur" else image,

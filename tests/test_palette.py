@@ -140,6 +140,8 @@ def test_steering_is_of_each_image_alone_and_repeats():
     alone = PaletteSteer(TWO, lambda latents: latents)(x_0[:1], 1.0)
     assert torch.equal(both, again)
     torch.testing.assert_close(both[:1], alone)
+    with torch.inference_mode():  # as in sampling
+        assert torch.equal(PaletteSteer(TWO, lambda latents: latents)(x_0, 1.0), both)
     with pytest.raises(ValueError, match="palette weight: 0; valid"):
         PaletteSteer(TWO, lambda latents: latents, weight=0)
 
