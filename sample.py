@@ -26,6 +26,7 @@ from sampling.notes import notes_on_prompts
 from sampling.plan import read_prompts, requests_of_plan
 from sampling.results import SampleFolder
 from sampling.sheets import LARGEST_GRID, Sheet, save_overview
+from sampling.styling import choose_styles, list_of_styles, style_request, styled_plan
 from sampling.verify import verify
 
 REFUSED = 5  # exit code, as that of `python moderate.py check`
@@ -44,10 +45,13 @@ def output_folder(command: Command) -> Path:
 
 def sample(command: Command) -> int:
     """Draw what is requested, as files; 5 when all of it was refused, else 0."""
-    prompts = read_prompts(command.plan)
+    styles = choose_styles(command.styles, command.style_file)
+    plan = styled_plan(command.plan, styles)
+    prompts = read_prompts(plan)
     sources = read_sources(command.sources, command.system)
     system = load_system(command.system)
-    job = Job(system, requests_of_plan(command.plan, prompts, system.config.sampling), sources)
+    requests = requests_of_plan(plan, prompts, system.config.sampling)
+    job = Job(system, [style_request(request, styles) for request in requests], sources)
     moderation = load_moderation(command.moderation, command.system)
     check_settings(job, command.draw)
     for line in notes_on_prompts(job):
@@ -91,6 +95,9 @@ def main(arguments: list[str]) -> int:
     """Sample, or verify; 1 when a verified image is not equal, 5 when everything was refused."""
     command = parse(arguments)
     keep_freed_memory()
+    if command.list_styles:
+        print(list_of_styles(command.style_file))
+        return 0
     return verify_files(command) if command.verify else sample(command)
 
 

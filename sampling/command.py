@@ -12,7 +12,8 @@ from sampling.plan import Plan
 @dataclass(frozen=True)
 class Command:
     """A command line, understood. out: the folder of the images, None for the one in the run. verify: files to draw
-    again instead."""
+    again instead. styles: "NAME" or "NAME:STRENGTH", of ``style_file`` or of the repository; ``list_styles`` prints them
+    instead."""
 
     plan: Plan
     system: SystemChoice
@@ -22,6 +23,9 @@ class Command:
     out: str | None = None
     metadata: bool = True
     verify: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    style_file: str | None = None
+    list_styles: bool = False
 
 
 def parse(arguments: list[str]) -> Command:
@@ -52,4 +56,5 @@ def command_of(options: argparse.Namespace) -> Command:
         DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
                      options.attention),
         ModerationChoice(options.moderation, options.concepts, options.clip, options.audit and tuple(options.audit)),
-        options.out, not options.no_metadata, tuple(options.verify or ()))
+        options.out, not options.no_metadata, tuple(options.verify or ()),
+        tuple(options.style), options.style_file, options.styles)

@@ -134,7 +134,8 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
               ([request.seed for request in requests], [end.seed for end in ends])]
     noise = MixedNoise(noises[0], noises[1], [end.weight for end in ends])
-    return system.latents_from_contexts(contexts, count, noise, config, RunSettings(progress, trace=trace))
+    run = RunSettings(progress, trace=trace, steer=steer_of(system, first))
+    return system.latents_from_contexts(contexts, count, noise, config, run)
 
 
 def states_of(system: TextToImage, prompt: str | Prompt) -> torch.Tensor:

@@ -97,7 +97,7 @@ def test_palettes_of_themes_and_images(tmp_path):
     palette = parse_palette(str(tmp_path / "two.png"))
     assert palette.colours[:2] == ((200, 30, 30), (30, 30, 200)) and palette.shares[:2] == (0.75, 0.25)
     (tmp_path / "no.png").write_text("no image")
-    with pytest.raises(ValueError, match="cannot be read as an image"):
+    with pytest.raises(ValueError, match="is damaged or no image"):
         parse_palette(str(tmp_path / "no.png"))
 
 
