@@ -1,4 +1,4 @@
-"""Colours as they are seen: CIELAB, and the CIEDE2000 difference. Functions of tensors, differentiable where it matters.
+"""Colours as they are seen: CIELAB, and the CIEDE2000 difference, as functions of tensors.
 
 sRGB of IEC 61966-2-1, white point D65. Values of sRGB are in [0, 1] here; the last axis holds the three coordinates.
 """
@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-LINEAR_TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
+LINEAR_TO_XYZ = (
+    (0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 WHITE = (0.95047, 1.0, 1.08883)
 KNEE = (6 / 29) ** 3  # where CIELAB's cube root is continued by a line
 

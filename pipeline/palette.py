@@ -73,8 +73,8 @@ def parse_palette(text: str) -> Palette:
                        _shares([match[2] for match in matches if match], text))
     if Path(text).is_file():
         return palette_of_image(Path(text))
-    raise ValueError(f"palette: {text!r}; valid: colours such as \"#1b3a4b,#f2c14e\", a theme ({', '.join(THEMES)}), or "
-                     "an image file")
+    raise ValueError(f"palette: {text!r}; valid: colours such as \"#1b3a4b,#f2c14e\", a theme ({', '.join(THEMES)}), "
+                     "or an image file")
 
 
 def _rgb(code: str) -> tuple[int, int, int]:
@@ -122,8 +122,8 @@ def sliced_wasserstein(first: Tensor, second: Tensor, directions: Tensor) -> Ten
 class PaletteSteer:
     """Moves a predicted x_0 towards images whose colours are distributed like a palette.
 
-    ``weight`` is the size of a step: it multiplies the gradient step that would remove the whole distance if the decoder
-    were linear, so 1 is strong and 0 is off. ``inner`` steps are taken at each call. Directions are drawn from a seed,
+    ``weight`` is the size of a step: it multiplies the step that would remove the whole distance if that fell linearly,
+    so 1 is strong and 0 is off. ``inner`` steps are taken at each call. Directions are drawn from a seed,
     so that the same settings give the same image.
     """
 

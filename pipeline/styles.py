@@ -70,8 +70,8 @@ def read_styles(path: str | Path) -> dict[str, Style]:
     styles: dict[str, Style] = {}
     for style in found:
         if not style.name.strip() or style.name in styles:
-            raise ValueError(f"{path}: the name {style.name!r} {'occurs twice' if style.name else 'is empty'}; valid: a "
-                             "name of its own for each style")
+            what = "occurs twice" if style.name.strip() else "is empty"
+            raise ValueError(f"{path}: the name {style.name!r} {what}; valid: a name of its own for each style")
         styles[style.name] = style
     return styles
 
@@ -147,8 +147,8 @@ def only_one(values: Sequence[Any], what: str) -> Any:
     """The one value among those that are set, None if there is none. Raises ValueError for different ones."""
     found = list(dict.fromkeys(value for value in values if value))
     if len(found) > 1:
-        raise ValueError(f"--style: styles with {what} {' and '.join(map(str, found))}; valid: styles with the same, or "
-                         f"--{what}")
+        raise ValueError(f"--style: styles with {what} {' and '.join(map(str, found))}; valid: styles with the same, "
+                         f"or --{what}")
     return found[0] if found else None
 
 

@@ -12,8 +12,8 @@ from sampling.plan import Plan
 @dataclass(frozen=True)
 class Command:
     """A command line, understood. out: the folder of the images, None for the one in the run. verify: files to draw
-    again instead. styles: "NAME" or "NAME:STRENGTH", of ``style_file`` or of the repository; ``list_styles`` prints them
-    instead."""
+    again instead. styles: "NAME" or "NAME:STRENGTH", of ``style_file`` or of the repository, which ``list_styles``
+    prints instead."""
 
     plan: Plan
     system: SystemChoice

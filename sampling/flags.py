@@ -27,7 +27,8 @@ CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
-         ("palette", "invert"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
+         ("palette", "invert"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"),
+         ("weak", "pretrained"))
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
          ("palette_weight", "palette"), ("palette_only", "palette"))
 OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
@@ -91,11 +92,11 @@ def add_colours(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("styles and colours").add_argument
     add("--style", nargs="+", default=[], metavar="NAME[:STRENGTH]", help="draw in these styles, one after the other; "
         "one of them may have a strength between 0 and 1")
-    add("--style-file", metavar="FILE", help="styles as YAML, as the styles.csv of a web interface, or as Fooocus' JSON "
+    add("--style-file", metavar="FILE", help="styles as YAML, as a web interface's styles.csv, or as Fooocus' JSON "
         "(configs/styles.yaml)")
     add("--styles", action="store_true", help="list the styles and stop")
-    add("--palette", default="", metavar="COLOURS", help="colours such as \"#1b3a4b,#f2c14e:0.5\" (a number is a share of the "
-        f"image), a theme ({', '.join(THEMES)}), or an image file to take them from")
+    add("--palette", default="", metavar="COLOURS", help="colours such as \"#1b3a4b,#f2c14e:0.5\" (a number is a "
+        f"share of the image), a theme ({', '.join(THEMES)}), or an image file to take them from")
     add("--palette-weight", type=float, metavar="W", help=f"how strongly samples are drawn to the palette, 0 to "
         f"{HEAVIEST_PALETTE:g} ({PALETTE_WEIGHT}, with --palette-only 0)")
     add("--palette-only", action="store_true", help="afterwards give every pixel the nearest colour of the palette")

@@ -45,7 +45,8 @@ def styled_plan(plan: Plan, styles: ChosenStyles) -> Plan:
         raise ValueError("--style with --xy prompt or negative; valid: one of them")
     full = [style for style, strength in styles.chosen if strength == 1]
     guidance = plan.guidance if plan.guidance is not None else only_one([style.guidance for style in full], "guidance")
-    return replace(plan, guidance=guidance, palette=plan.palette or only_one([s.palette for s in full], "palette") or "")
+    palette = plan.palette or only_one([style.palette for style in full], "palette") or ""
+    return replace(plan, guidance=guidance, palette=palette)
 
 
 def style_request(request: Request, styles: ChosenStyles) -> Request:

@@ -64,7 +64,8 @@ def test_an_image_is_verified_with_its_palette_whose_image_is_not_needed_again(t
 
 def test_a_style_is_its_words_and_its_strength_a_way_between_prompts(vivid_run, tmp_path):
     full = draw(vivid_run, tmp_path / "full", PROMPT, "--style", "noto")
-    assert [parameters(path)["prompt"] for name, path in full.items() if name != "grid.png"] == [f"{PROMPT}, noto style"]
+    assert [parameters(path)["prompt"] for name, path in full.items() if name != "grid.png"] == [
+        f"{PROMPT}, noto style"]
     words = draw(vivid_run, tmp_path / "words", f"{PROMPT}, noto style")
     plain = draw(vivid_run, tmp_path / "plain", PROMPT)[FILE]
     [first], [second] = ([pixels(path) for name, path in made.items() if name != "grid.png"] for made in (full, words))

@@ -83,9 +83,8 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
     source, validation, run = context.source, context.validation, context.run
     device, processes = context.device, context.processes
     if processes.world > 1:
-        raise ValueError(f"stage clip with {processes.world} processes; valid: one, a batch is its own set of wrong "
-                         "answers")
-    inherited = run.path / "clip_tokenizer.json"
+        raise ValueError(f"stage clip with {processes.world} processes; valid: one, a batch has its own wrong answers")
+    inherited = run.path / "clip_tokenizer.json"  # of the run that this one starts from
     tokenizer = Tokenizer.load(inherited) if inherited.is_file() else fit_tokenizer(source, config.tokenizer)
     torch.manual_seed(config.seed)  # initial weights
     model = place_on(Clip(config.model), device)
