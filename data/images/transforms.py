@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageColor, ImageOps
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats are never called
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoders of other formats are never called
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 # Mirroring makes these captions wrong: they name sides, directions, or writing, which would read backwards.
@@ -81,11 +81,14 @@ def _open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     """(height, width) of the upright image, from its header. Raises Unreadable."""
     image = _open_header(data, name, max_pixels)
+    width, height = image.size
     try:
+        if image.format == "TIFF":  # Pillow 11 and later turn the size of a TIFF, but of no other format, at once
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
         turned = _orientation(image) in TURNED
     except Exception as error:  # damaged EXIF data
         raise Unreadable(name, _reason(error)) from None
-    return (image.width, image.height) if turned else (image.height, image.width)
+    return (width, height) if turned else (height, width)
 
 
 def decode_image(data: bytes, name: str, background: tuple[int, int, int], max_pixels: int,
@@ -109,9 +112,12 @@ def decode_image(data: bytes, name: str, background: tuple[int, int, int], max_p
 
 
 def _rgb_on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """8-bit RGB of an image in any mode, with ``background`` behind transparent parts."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
-        deep = np.asarray(image).astype(np.int64)
+    """8-bit RGB of an image, with ``background`` behind transparent parts. Raises ValueError for values without a
+    known range: numbers with a fraction, and whole ones of more than 16 bits."""
+    deep = np.asarray(image).astype(np.int64) if image.mode.startswith("I") else None
+    if image.mode == "F" or deep is not None and not 0 <= deep.min() <= deep.max() < 2**16:
+        raise ValueError("its values have no known range; valid: 8 or 16 bits a channel")
+    if deep is not None:  # 16-bit grey; Pillow's own conversion would clip at 255
         grey = np.clip((deep + 128) // 257, 0, 255).astype(np.uint8)  # 65535 / 255 = 257
         hidden = image.info.get("transparency")
         if hidden is None:
