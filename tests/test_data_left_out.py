@@ -2,9 +2,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,8 +12,7 @@ from data.images.folder import OUTSIDE, Folder, FolderConfig
 from data.images.folder_files import MOST_REASONS, left_out_line
 from data.images.transforms import SUFFIXES, decode_image, image_size
 from data.report.__main__ import main as report
-
-ROOT = Path(__file__).parents[1]
+from data.write_shards import main as write_shards
 
 
 def image(path, value=0, size=(16, 16), kind=None, **more):
@@ -114,8 +110,8 @@ def test_what_is_left_out_is_said_once_and_is_on_the_report(tmp_path, capsys):
     said = capsys.readouterr().err
     assert said.count("\n") == said.count("left out of") == 1
     assert "2 files that end in .svg (a.svg, ...)" in said
-    for other in ("1 hidden images", "1 hidden folders", "1 other hidden files (.DS_Store)", ".heic", "without an ending",
-                  "1 text files without an image of their name (lost.txt)"):
+    for other in ("1 hidden images", "1 hidden folders", "1 other hidden files (.DS_Store)", "files that end in .heic",
+                  "1 files without an ending", "1 text files without an image of their name (lost.txt)"):
         assert other in said
     build_source(config, "train", tmp_path / "list")
     assert capsys.readouterr().err == ""  # another process of the run, or a resumed one
@@ -128,16 +124,16 @@ def test_what_is_left_out_is_said_once_and_is_on_the_report(tmp_path, capsys):
     assert "2 files that end in .svg" in capsys.readouterr().err
 
 
-def test_the_commands_say_it_once_as_well(tmp_path):
+def test_the_commands_say_it_once_as_well(tmp_path, capsys):
     image(tmp_path / "set" / "0.png")
     (tmp_path / "set" / "0.txt").write_text("x")
     image(tmp_path / "set" / "1.png")
     (tmp_path / "set" / "2.svg").write_text("x")
     (tmp_path / "c.yaml").write_text(f"data: {{source: folder, bad_share: 0.6, folder: {{root: {tmp_path / 'set'}}}}}")
-    done = subprocess.run([sys.executable, "-m", "data.shards", str(tmp_path / "c.yaml"), str(tmp_path / "out")],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 images in 1 shards" in done.stdout, done.stderr
-    assert done.stderr.count("left out of") == done.stderr.count("unreadable: 1.png: it has no caption") == 1
+    write_shards([str(tmp_path / "c.yaml"), str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert "1 images in 1 shards" in said.out
+    assert said.err.count("left out of") == said.err.count("unreadable: 1.png: it has no caption") == 1
 
 
 def test_a_line_about_many_reasons_ends():

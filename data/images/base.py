@@ -1,9 +1,8 @@
 """The common part of all sources of image files: items, augmentation, aspect buckets, splits, unreadable files."""
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from data.fingerprint import Fingerprint
 from data.images.caption_list import Captions, caption_by_weight, shuffled_tags
 from data.images.folder_files import LeftOut, left_out_line
 from data.images.transforms import (
@@ -89,11 +89,6 @@ def split_named(name: object) -> str | None:
     return SPLIT_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
 
 
-def state_hash(entries: Iterable[Sequence[object]]) -> str:
-    """A hash of the names, sizes and times of files, which need not be opened for it."""
-    return hashlib.sha256(json.dumps([list(entry) for entry in entries]).encode()).hexdigest()
-
-
 def check_shares(validation: float, test: float) -> None:
     """Raise ValueError if the shares of the splits leave nothing to train on."""
     if min(validation, test) < 0 or validation + test >= 1:
@@ -111,7 +106,7 @@ class ImageFiles:
     found = 0  # number of files, over all splits
     left_out: LeftOut = {}  # names that are no items by the reason, over all splits
     content: str  # hash of everything that the items depend on; a subclass sets it
-    state = ""  # hash of the names, sizes and times of the files, where the content of some is not read
+    state = ""  # hash of the names, sizes and times of all files
 
     def __init__(self, config: ImageConfig, names: Strings, captions: Strings, sizes: np.ndarray):
         """names: ids; captions: JSON [[text, weight], ...] of each; sizes (N, 2): height and width of each."""
@@ -196,6 +191,10 @@ class ImageFiles:
         """Everything that the images ``source[i]["image"]`` depend on; their location is not part of it."""
         settings = {name: value for name, value in asdict(self.config).items() if name not in RANDOM_ONLY}
         return {**settings, "content": self.content}
+
+    def fingerprint(self) -> Fingerprint:
+        """That of all splits."""
+        return Fingerprint(self.state, self.content)
 
 
 class Readable:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.images.base import SPLIT_NAMES, ImageConfig, ImageFiles, check_shares, split_named, split_of, state_hash
+from data.fingerprint import state_hash
+from data.images.base import SPLIT_NAMES, ImageConfig, ImageFiles, check_shares, split_named, split_of
 from data.images.caption_list import plain_name
 from data.images.folder_files import INDEX, caption_files_state, find_files, read_captions
 from data.images.transforms import SUFFIXES, Unreadable, image_size

@@ -45,7 +45,8 @@ def stem_of(name: str) -> str:
 
 def find_files(root: Path) -> FolderFiles:
     """All files below ``root``. Links to folders are followed unless they lead back to a folder that they lie in."""
-    found, texts = FolderFiles(), []
+    found = FolderFiles()
+    texts: list[str] = []
     above = {str(root): {os.path.realpath(root)}}  # folder -> the real folders that lead to it, itself included
 
     def closed(error: OSError) -> None:

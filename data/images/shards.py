@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from data.images.base import SPLIT_NAMES, ImageConfig, ImageFiles, check_shares, split_named, split_of, state_hash
+from data.fingerprint import state_hash
+from data.images.base import SPLIT_NAMES, ImageConfig, ImageFiles, check_shares, split_named, split_of
 from data.images.folder_files import LeftOut
 from data.images.tar_index import FORMAT, shard_index
 from data.images.transforms import Unreadable

@@ -89,7 +89,7 @@ def _metadata_and_captions(sample: TarSample, tar: tarfile.TarFile, name: str) -
     """The json of a sample and its captions, None if it has no captions. Raises Unreadable."""
     members = sample.members
     try:
-        about = next((json.loads(member_bytes(tar, members[kind])) for kind in JSON_MEMBERS if kind in members), {})
+        about: Any = next((json.loads(member_bytes(tar, members[kind])) for kind in JSON_MEMBERS if kind in members), {})
         if not isinstance(about, dict):
             raise ValueError("its .json is not an object")
         value = about.get("captions") or about.get("caption")
