@@ -48,8 +48,12 @@ def _read_index(index: Path) -> dict[str, dict]:
     try:
         for line in index.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             row = json.loads(line)
+            whole = [row["bytes"], row["time"], row["limit"], *(() if "error" in row else (row["height"], row["width"]))]
+            text = [row["name"], row["sha256"], row.get("error", "")]
+            if {type(value) for value in whole} != {int} or {type(value) for value in text} != {str}:
+                return {}
             rows[row["name"]] = row
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # absent or damaged: all files are read again
     return rows
 

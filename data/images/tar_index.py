@@ -89,7 +89,8 @@ def _metadata_and_captions(sample: TarSample, tar: tarfile.TarFile, name: str) -
     """The json of a sample and its captions, None if it has no captions. Raises Unreadable."""
     members = sample.members
     try:
-        about: Any = next((json.loads(member_bytes(tar, members[kind])) for kind in JSON_MEMBERS if kind in members), {})
+        kind = next((kind for kind in JSON_MEMBERS if kind in members), None)
+        about: Any = json.loads(member_bytes(tar, members[kind])) if kind else {}
         if not isinstance(about, dict):
             raise ValueError("its .json is not an object")
         value = about.get("captions") or about.get("caption")
@@ -149,8 +150,8 @@ def _is_row(row: Any) -> bool:
     numbers = [row.get(name) for name in ("offset", "bytes", "height", "width")]
     return isinstance(row.get("error"), str) or (
         all(type(number) is int and 0 <= number < 2**62 for number in numbers) and "split" in row
-        and isinstance(row.get("suffix"), str) and isinstance(row.get("members"), str)
-        and isinstance(row.get("captions"), (list, type(None))))
+        and isinstance(row.get("suffix"), str) and isinstance(row.get("members"), str) and "captions" in row
+        and all(isinstance(text, str) and isinstance(weight, float) for text, weight in row["captions"] or ()))
 
 
 def _kept_index(kept: Path, path: Path) -> dict[str, Any] | None:
