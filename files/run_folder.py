@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import torch
 import yaml
 
 from files.config import ConfigError, read_yaml
-from files.whole import write_text
+from files.whole import sha256_of, whole_file, write_text
 
 try:
     import fcntl
@@ -123,6 +124,21 @@ class RunFolder:
         if self.main:
             known = {**environment(), **self.read_manifest(), **values}
             write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
+
+    def take_over(self, other: "RunFolder", *names: str) -> None:
+        """Copy those of the files that this folder lacks and ``other`` has, and record them."""
+        taken = [name for name in names if not self.has(name) and other.has(name)]
+        for name in taken if self.main else ():
+            with whole_file(self.path / name) as temporary:
+                shutil.copyfile(other.path / name, temporary)
+        if taken:
+            self.record_start(other, *taken)
+
+    def record_start(self, other: "RunFolder", *names: str) -> None:
+        """Record in the manifest that this run begins with these files of another one, with their hashes."""
+        known = self.read_manifest().get("start_from", {}).get("files", {})
+        self.record(start_from={"run": str(other.path),
+                                "files": {**known, **{name: sha256_of(other.path / name) for name in names}}})
 
     def about(self) -> dict[str, Any]:
         """The manifest and the configuration, which a checkpoint stores to describe its origin."""

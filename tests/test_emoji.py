@@ -18,6 +18,7 @@ from scipy import ndimage
 from data.emoji import build as emoji_build
 from data.emoji.build import PACKAGES, render
 from data.emoji.emoji import SPLITS, STYLES, Emoji, EmojiConfig, assign_splits, rows_with_tones
+from data.emoji.phrasings import named_spans
 from data.emoji.scenes import COLOURS, MOODS, canvas, contrasting_colours, in_mood, over, resize, scene_image
 
 resvg_py = pytest.importorskip("resvg_py")
@@ -85,6 +86,47 @@ def test_items_are_a_function_of_the_index(config, sources):
     assert len(scenes) / len(train) == pytest.approx(0.4, abs=0.01)
     assert sum(train.locate(index)[0] is None for index in range(100)) in (39, 40, 41)  # evenly spread
     assert sum(train[index]["scene"] == other[index]["scene"] for index in scenes) < len(scenes) / 20
+
+
+def test_variants_of_an_emoji_differ_in_the_background_and_bring_more_scenes(config, sources):
+    many = Emoji(replace(config, variants=3, backgrounds=0.5), "train")
+    assert len(many) == pytest.approx(3 * len(sources["train"]), abs=2)
+    assert len(Emoji(replace(config, variants=3), "validation")) == len(sources["validation"])
+    found: dict[int, list[str]] = {}
+    for index in range(len(many)):
+        row, variant = many.locate(index)
+        if row is not None:
+            assert variant == len(found.setdefault(row, []))
+            found[row].append(many.background(row, variant))
+            image = many[index]["image"]
+            colour = torch.tensor(COLOURS[found[row][-1]], dtype=torch.uint8)
+            assert torch.equal(image[:, 0, 0], colour) and found[row][-1] in (many.captions(index)[0] + " white")
+    assert set(map(len, found.values())) == {3} and found.keys() == set(sources["train"].rows)
+    assert len({tuple(colours) for colours in found.values()}) > 10  # drawn anew, not repeated
+    scenes = [many.locate(index)[1] for index in range(len(many)) if many.locate(index)[0] is None]
+    assert scenes == list(range(len(scenes)))
+
+
+def test_places_say_where_the_words_of_a_caption_are_drawn(sources):
+    source = sources["train"]
+    for index in range(len(source)):
+        scene = source[index]["scene"]
+        for number, caption in enumerate(source.captions(index)):
+            places = source.places(index, caption)
+            if scene is None:
+                assert places or number == 4  # tags name nothing
+                assert all(place[2:] == (0.5, 0.5, 0.5) for place in places)
+                continue
+            assert [place[2:] for place in places] == [(*thing["centre"], thing["size"] / 2)
+                                                       for thing in scene["objects"]]
+            for (begin, end, *_), thing in zip(places, scene["objects"]):
+                label = source.items[source.row_of[thing["id"]]]["label"]
+                assert caption[begin:end].startswith(label[:3]) and (not begin or caption[begin - 1] == " ")
+
+
+def test_nouns_are_found_whole():
+    caption = "a cat face above a cat and a cat below a dog"
+    assert named_spans(caption, ["cat", "cat face", "dog", "og"]) == [(19, 22), (2, 10), (41, 44), None]
 
 
 def test_splits_are_disjoint_and_keep_their_promise(sources):

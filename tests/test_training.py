@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from small_runs import assert_same_run, at_step, metrics, terminate
 
 import train
@@ -21,6 +22,7 @@ from data.tokenizer import Tokenizer
 from files.config import ConfigError, apply_overrides, from_dict
 from files.run_folder import RunFolder
 from files.weights import save_weights
+from files.whole import sha256_of
 from model.autoencoder import Autoencoder
 from training.experiment import USUAL, Experiment
 from training.loop import Interrupted
@@ -84,6 +86,32 @@ def test_another_configuration_is_refused(tiny_run, tiny_config):
     said = str(caught.value)
     assert "\n" not in said and "seed: 3 then, 4 now" in said and "denoiser.train.batch: 8 then, 4 now" in said
     assert (tiny_run / "config.yaml").read_bytes() == before
+
+
+def test_a_run_starts_from_the_weights_of_another(tiny_run, tiny_config, tmp_path, monkeypatch, capsys):
+    first: dict[str, torch.Tensor] = {}
+
+    def at_start(networks, *arguments):
+        first.update({name: value.clone() for name, value in networks.state_dict().items()})
+        raise Interrupted("seen")
+
+    monkeypatch.setattr("training.stages.denoiser.fit", lambda task, networks, *rest: at_start(networks))
+    arguments = [str(tiny_config), f"run={tmp_path / 'run'}", f"start_from={tiny_run}", "stages=[denoiser]", "seed=4"]
+    with pytest.raises(Interrupted):
+        train.main(arguments)
+    for prefix, name in (("unet.", "denoiser"), ("text_encoder.", "text_encoder")):
+        known = load_file(tiny_run / f"{name}.safetensors")
+        assert known and all(torch.equal(first[prefix + key], value) for key, value in known.items())
+    for name in ("tokenizer.json", "autoencoder.safetensors"):  # not trained here
+        assert (tmp_path / "run" / name).read_bytes() == (tiny_run / name).read_bytes()
+    start = json.loads((tmp_path / "run" / "manifest.json").read_text())["start_from"]
+    assert start["run"] == str(tiny_run)
+    assert start["files"] == {name: sha256_of(tiny_run / name) for name in (
+        "tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors", "denoiser.safetensors")}
+    with pytest.raises(ConfigError, match="no run folder"):
+        train.main([str(tiny_config), f"run={tmp_path / 'b'}", f"start_from={tmp_path / 'nowhere'}"])
+    with pytest.raises(ValueError, match="does not fit"):
+        train.main([*arguments[:1], f"run={tmp_path / 'c'}", *arguments[2:], "denoiser.unet.channels=[32, 32]"])
 
 
 def test_a_stage_may_be_added_to_a_finished_run(tiny_run, tiny_config, tmp_path, capsys):

@@ -25,35 +25,41 @@ from training.stages.tokenizer import train_tokenizer
 class Stage:
     """A row of the table of stages. ``needs`` names stages whose files must be in the run folder. ``leaves`` are the
     files of the stage itself; when all of them exist, the stage is finished. ``train`` receives the part of the
-    experiment that has the name of the stage."""
+    experiment that has the name of the stage. ``inherits`` are files that a run which starts from another one copies,
+    so that the numbers of tokens keep their meaning."""
 
     name: str
     needs: tuple[str, ...]
     leaves: tuple[str, ...]
     train: Callable[[Any, StageContext], None]
     reads_images: bool = True
+    inherits: tuple[str, ...] = ()
 
 
 # in the order in which they run; adding a stage is a row here, its part of Experiment below, and a file of its own
 STAGES = {stage.name: stage for stage in (
-    Stage("tokenizer", (), ("tokenizer.json",), train_tokenizer),
+    Stage("tokenizer", (), ("tokenizer.json",), train_tokenizer, inherits=("tokenizer.json",)),
     Stage("autoencoder", (), ("autoencoder.safetensors",), train_autoencoder),
-    Stage("clip", (), ("clip_tokenizer.json", "clip.safetensors"), train_clip),
+    Stage("clip", (), ("clip_tokenizer.json", "clip.safetensors"), train_clip, inherits=("clip_tokenizer.json",)),
     Stage("denoiser", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"),
           train_denoiser),
     Stage("moderator", (), ("moderation.json", "moderation.safetensors"), train_moderator, reads_images=False),
 )}
+PLACED = ("shapes", "emoji")  # data sources that say where in their images things are: what grounding needs
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The whole configuration of a run. ``preview_prompts`` are the prompts of the sample grids during training."""
+    """The whole configuration of a run. ``preview_prompts`` are the prompts of the sample grids during training.
+    ``start_from`` is another run folder: its tokenizer and the files of stages that are not trained here are copied,
+    and the networks that are trained here begin with its weights, with a new optimizer."""
 
     name: str
     seed: int = 0
     stages: tuple[str, ...] = USUAL
     preview_prompts: tuple[str, ...] = ()
+    start_from: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
@@ -98,9 +104,9 @@ class Experiment:
         if side and (latents != (side, side) or len(self.data.image_shapes) > 1):
             raise ValueError(f"denoiser.unet.positions: {side}; valid: {latents[0]}, the side of the latents of images "
                              "of one size, or 0")
-        if self.denoiser.grounding.on and self.data.source != "shapes":
+        if self.denoiser.grounding.on and self.data.source not in PLACED:
             raise ValueError(f"denoiser.grounding: on; valid with data.source = {self.data.source}: attention 0 and "
-                             "words 0, only shapes says where in its images things are")
+                             f"words 0, only {' and '.join(PLACED)} say where in their images things are")
         if len(self.data.image_shapes) > 1 and self.denoiser.cache:
             raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has images of one size")
 

@@ -17,7 +17,12 @@ def run_stages(experiment: Experiment, run: RunFolder, processes: Processes, cha
     with processes.main_first():
         record = data_record(experiment.data, run, unfinished, changed_data) if processes.main else {}
     run.record(seed=experiment.seed, processes=processes.world, **record)
+    start = RunFolder.open(experiment.start_from) if experiment.start_from else None
     for stage in (STAGES[name] for name in experiment.stages):
+        if start:
+            not_trained = [STAGES[name] for name in stage.needs if name not in experiment.stages]
+            with processes.main_first():
+                run.take_over(start, *stage.inherits, *(file for needed in not_trained for file in needed.leaves))
         finished = processes.from_main(run.has(*stage.leaves))
         if finished and processes.main:
             print(f"{stage.name}: finished before, skipped")
@@ -25,7 +30,8 @@ def run_stages(experiment: Experiment, run: RunFolder, processes: Processes, cha
             continue
         began = time.perf_counter()
         run.require(*(name for needed in stage.needs for name in STAGES[needed].leaves))
-        stage.train(getattr(experiment, stage.name), context_of(stage, experiment, run, processes))
+        context = context_of(stage, experiment, run, processes)
+        stage.train(getattr(experiment, stage.name), replace(context, start=start))
         processes.from_main()  # what the main process writes last is there
         if processes.main:
             print(f"{stage.name}: done in {time.perf_counter() - began:.0f} s")

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from data.emoji.build import FORMAT
-from data.emoji.phrasings import STYLE_WORDS, noun, plural, scene_captions, single_captions
+from data.emoji.phrasings import STYLE_WORDS, named_spans, noun, plural, scene_captions, single_captions
 from data.emoji.scenes import PLAIN, canvas, contrasting_colours, make_scene, over, scene_image
 from files.whole import unit_hash
 
@@ -43,6 +43,7 @@ class EmojiConfig:
     styles: tuple[str, ...] = STYLES
     tones: int = 1  # skin-tone variants kept of each name, besides the one without a tone; 25 keeps all
     backgrounds: float = 0.25  # share of single emoji on a named colour instead of white
+    variants: int = 1  # training images of each single emoji, which differ in the background; scenes grow with them
     scenes: float = 0.3  # share of scenes among the training images; 1 is nothing but scenes
     held_out_scenes: int = 400  # scenes in each of validation and test; none where `scenes` is 0
     seed: int = 0  # of the scenes and backgrounds; the splits do not depend on it
@@ -54,7 +55,7 @@ class EmojiConfig:
         for field in ("backgrounds", "scenes"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"{field}: {getattr(self, field)}; valid: 0 to 1")
-        for field, least in (("size", 8), ("tones", 0), ("held_out_scenes", 0), ("seed", 0)):
+        for field, least in (("size", 8), ("tones", 0), ("variants", 1), ("held_out_scenes", 0), ("seed", 0)):
             if getattr(self, field) < least:
                 raise ValueError(f"{field}: {getattr(self, field)}; valid: {least} or more")
 
@@ -163,7 +164,8 @@ class Emoji:
 
     def _plan_scenes(self, trained: list[int]) -> None:
         """Set the rows that scenes may show, by style, and the number of scenes."""
-        share, singles = self.config.scenes, len(self.rows)
+        share = self.config.scenes
+        singles = len(self.rows) * (self.config.variants if self.split == "train" else 1)
         fit = [row for row in trained if self._fits_scene(row)]
         counts = {row for row in [*fit, *self.rows] if self._fits_scene(row) and plural(self.items[row])}
         self._countable_rows = counts
@@ -176,8 +178,7 @@ class Emoji:
             self._scenes = self.config.held_out_scenes if share > 0 else 0
         else:
             self._scenes = singles if share == 1 else round(singles * share / (1 - share))
-        if share == 1:
-            self.rows = []
+        self._singles = 0 if share == 1 else singles
         if not fit or (self.split == "test" and not self._stars):
             self._scenes = 0
 
@@ -186,10 +187,10 @@ class Emoji:
         return item["group"] in SCENE_GROUPS and len(noun(item["label"]).split(" ")) <= 3 and item["subgroup"] != "time"
 
     def __len__(self) -> int:
-        return len(self.rows) + self._scenes
+        return self._singles + self._scenes
 
     def locate(self, index: int) -> tuple[int | None, int]:
-        """(row, 0) of a single emoji or (None, number) of a scene; scenes are spread evenly over the indices."""
+        """(row, variant) of a single emoji or (None, number) of a scene; scenes are spread evenly over the indices."""
         total = len(self)
         if not -total <= index < total:
             raise IndexError(f"index {index} of {total} items")
@@ -197,7 +198,8 @@ class Emoji:
         before = index * self._scenes // total
         if (index + 1) * self._scenes // total > before:
             return None, before
-        return self.rows[index - before], 0
+        variant, place = divmod(index - before, len(self.rows))
+        return self.rows[place], variant
 
     def rgba(self, row: int) -> np.ndarray:
         """The image of a row of `items`, premultiplied RGBA uint8 (4, S, S)."""
@@ -208,12 +210,12 @@ class Emoji:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_images": None}  # workers map the file themselves; pickling would copy it
 
-    def background(self, row: int) -> str:
-        """The background colour of a single emoji."""
-        item, seed = self.items[row], str(self.config.seed)
-        if unit_hash("background", seed, item["id"]) >= self.config.backgrounds:
+    def background(self, row: int, variant: int = 0) -> str:
+        """The background colour of a variant of a single emoji."""
+        item, draw = self.items[row], (str(self.config.seed), *([str(variant)] if variant else []))
+        if unit_hash("background", *draw, item["id"]) >= self.config.backgrounds:
             return "white"
-        rng = np.random.default_rng(int(unit_hash("colour", seed, item["id"]) * 2**48))
+        rng = np.random.default_rng(int(unit_hash("colour", *draw, item["id"]) * 2**48))
         return contrasting_colours(rng, PLAIN, [item["rgb"]], 1)[0]
 
     def scene(self, number: int) -> dict:
@@ -238,7 +240,21 @@ class Emoji:
         row, number = self.locate(index)
         if row is None:
             return self._scene_captions(self.scene(number))
-        return single_captions(self.items[row], self.background(row))
+        return single_captions(self.items[row], self.background(row, number))
+
+    def places(self, index: int, caption: str) -> list[tuple[int, int, float, float, float]]:
+        """For each object that a caption of the item names: the characters (from, to) of its words, and x, y and half
+        the side of its drawing, in units of the image's side. Captions of tags name nothing."""
+        row, number = self.locate(index)
+        if row is not None:
+            spans = named_spans(caption, [noun(self.items[row]["label"])])
+            return [(*span, 0.5, 0.5, 0.5) for span in spans if span]
+        things = self.scene(number)["objects"]
+        items = [self.items[self.row_of[thing["id"]]] for thing in things]
+        counted = len(items) > 1 and items[0]["id"] == items[1]["id"]
+        nouns = [plural(item) if counted else noun(item["label"]) for item in items]
+        return [(*span, *thing["centre"], thing["size"] / 2)
+                for span, thing in zip(named_spans(caption, nouns), things) if span]
 
     def __getitem__(self, index: int) -> dict:
         row, number = self.locate(index)
@@ -250,7 +266,7 @@ class Emoji:
                      "style": scene["objects"][0]["style"],
                      "held_out": self.held_out[self.row_of[scene["objects"][0]["id"]]]}
         else:
-            item, colour = self.items[row], self.background(row)
+            item, colour = self.items[row], self.background(row, number)
             image = over(self.rgba(row), canvas({"kind": "plain", "colours": [colour]}, self.config.size))
             captions = single_captions(item, colour)
             about = {"id": item["id"], "scene": None, "name": item["name"], "style": item["style"],

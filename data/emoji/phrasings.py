@@ -116,6 +116,18 @@ def single_captions(item: dict, background: str) -> tuple[str, ...]:
     return tuple(captions)
 
 
+def named_spans(caption: str, nouns: Sequence[str]) -> list[tuple[int, int] | None]:
+    """The characters (from, to) where a caption first says each noun, None where it does not. Equal nouns share their
+    place, and a noun is not found within a longer one: the cat of "a cat face above a cat" is the second."""
+    found: dict[str, tuple[int, int] | None] = {}
+    rest = caption
+    for words in sorted(set(nouns), key=len, reverse=True):
+        match = re.search(rf"(?<!\w){re.escape(words)}(?!\w)", rest)
+        found[words] = match.span() if match else None
+        rest = re.sub(rf"(?<!\w){re.escape(words)}(?!\w)", lambda said: "\0" * len(said[0]), rest)
+    return [found[words] for words in nouns]
+
+
 def _where(background: dict) -> str:
     colours = background["colours"]
     if background["kind"] == "plain":

@@ -146,6 +146,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     device, processes = context.device, context.processes
     torch.manual_seed(seed)  # initial weights
     model = place_on(Autoencoder(config.model), device)
+    context.begin(autoencoder=model)
     adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
     objective = AutoencoderLoss(config, perceptual, adversary)

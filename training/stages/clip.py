@@ -14,7 +14,7 @@ from torch import Tensor
 from data.loader import Batch, Loader
 from data.order import Order
 from data.source import Source, image_batch
-from data.tokenizer import TokenizerConfig
+from data.tokenizer import Tokenizer, TokenizerConfig
 from eval.clip_score import caption_ranks
 from files.config import to_dict
 from files.images import to_unit
@@ -83,9 +83,11 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
     if processes.world > 1:
         raise ValueError(f"stage clip with {processes.world} processes; valid: one, a batch is its own set of wrong "
                          "answers")
-    tokenizer = fit_tokenizer(source, config.tokenizer)
+    inherited = run.path / "clip_tokenizer.json"
+    tokenizer = Tokenizer.load(inherited) if inherited.is_file() else fit_tokenizer(source, config.tokenizer)
     torch.manual_seed(config.seed)  # initial weights
     model = place_on(Clip(config.model), device)
+    context.begin(clip=model)
     count = min(config.validation, len(validation))
     if count < 2:
         raise ValueError(f"the validation split has {count} pairs; valid: from 2 up")

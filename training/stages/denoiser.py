@@ -110,10 +110,12 @@ class Denoising:
         x_0, t, eps = self.draw(read, position, part)
         captions, places = part.of_read(read.captions), part.of_read(read.places) if read.places else None
         grounding_scale = self.config.grounding.left_at(position / self.config.train.steps)
-        # DDP needs a gradient of the words' layer in every step
-        if places is None or not (grounding_scale or networks.words):
-            return {"loss": self.losses(networks, x_0, captions, t, eps).mean()}
-        return self.grounded_loss(networks, x_0, captions, places, t, eps, grounding_scale)
+        if places is not None and grounding_scale:
+            return self.grounded_loss(networks, x_0, captions, places, t, eps, grounding_scale)
+        loss = self.losses(networks, x_0, captions, t, eps).mean()
+        if networks.words is not None:  # DDP needs a gradient of every parameter in every step
+            loss = loss + 0.0 * sum(parameter.sum() for parameter in networks.words.parameters())
+        return {"loss": loss}
 
     def draw(self, read: PairBatch, position: int, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents x_0 (B, C, H, W), times t (B,) and noise eps (B, C, H, W) of a part of a batch. They are drawn for
@@ -134,7 +136,7 @@ class Denoising:
         config, terms = self.config.grounding, {}
         with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
-        if config.attention and grounding_scale:
+        if config.attention:
             terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, (x_0.shape[2], x_0.shape[3]),
                                                 config.heads)
             loss = loss + grounding_scale * config.attention * terms["attention"]
@@ -169,6 +171,7 @@ def train_denoiser(config: DenoiserStage, context: StageContext) -> None:
     load_weights(autoencoder, run.weights("autoencoder"))
     encode = latent_encoder(freeze(place_on(autoencoder, device)), device)
     networks = new_networks(config, seed, device)
+    context.begin(text_encoder=networks.text_encoder, denoiser=networks.unet)
     pairs = training_pairs(config, context, encode)
     held_out = held_out_pairs(config, context, encode)
     denoising = Denoising(config, tokenizer, seed, device)
