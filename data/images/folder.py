@@ -48,7 +48,8 @@ def _read_index(index: Path) -> dict[str, dict]:
     try:
         for line in index.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             row = json.loads(line)
-            whole = [row["bytes"], row["time"], row["limit"], *(() if "error" in row else (row["height"], row["width"]))]
+            size = () if "error" in row else (row["height"], row["width"])
+            whole = [row["bytes"], row["time"], row["limit"], *size]
             text = [row["name"], row["sha256"], row.get("error", "")]
             if {type(value) for value in whole} != {int} or {type(value) for value in text} != {str}:
                 return {}
