@@ -17,6 +17,7 @@ import json
 import sys
 from pathlib import Path
 
+from files.text import read_lines
 from files.whole import set_aside
 from safety.audit import AuditLog, new_key, read_key
 from safety.gate import PromptGate
@@ -65,7 +66,7 @@ def texts_of(options: argparse.Namespace) -> list[str]:
     """The texts of the command line and of the file; raises ValueError if there are none."""
     texts = list(options.texts)
     if options.file is not None:
-        texts += options.file.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts += read_lines(options.file)
     if not texts:
         raise ValueError("no text; valid: TEXT, or --file with one text a line")
     return texts

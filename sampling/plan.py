@@ -2,10 +2,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from diffusion.sampling import SamplingConfig
+from files.text import read_lines
 from pipeline.palette import parse_palette
 from pipeline.prompts import alternatives
 from pipeline.system import with_options
@@ -54,11 +54,7 @@ def read_prompts(plan: Plan) -> list[str]:
     there are none or too many, and for one that is not text."""
     prompts = list(plan.prompts)
     if plan.file is not None:
-        try:
-            lines = Path(plan.file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{plan.file} is not a text file in UTF-8") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_lines(plan.file) if line.strip()]
         if not prompts:
             raise ValueError(f"{plan.file} holds no prompt; valid: a text file with one prompt a line")
     if not prompts and (plan.inverted or any(axis.startswith("prompt=") for axis in plan.axes)):

@@ -1,6 +1,7 @@
 """One evaluation from beginning to end: prompts, samples, measurements, the report."""
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from scoring.settings import EvaluationSettings
 from scoring.shapes import best_guidance, shapes_part
 from training.distributed import Processes
 from training.experiment import Experiment, load_experiment
+from training.same_data import data_change
 
 CACHE = "cache"  # of samples, inside the folder of the report
 
@@ -59,6 +61,10 @@ def evaluate_run(settings: EvaluationSettings, processes: Processes) -> str:
     comparison = None
     protocol: dict[str, Any] = {}
     if processes.main:
+        differs = data_change(experiment.data, run)
+        if differs:
+            print(f"data: not what this run was trained on ({differs}); the figures are of the data as it is now",
+                  file=sys.stderr)
         comparison = load_comparison(settings, experiment, test, system.device) if settings.full else None
         protocol = comparable_protocol(settings, experiment, test, comparison)
         for other in settings.compare:

@@ -26,6 +26,7 @@ from model.autoencoder import Autoencoder, Posterior
 from model.device import autocast_dtype, place_on
 from training.experiment import Experiment
 from training.loop import Task, TrainConfig, TrainingError, fit
+from training.same_data import data_change
 from training.seed import Part, generator, whole_batch
 from training.snapshots import SnapshotConfig
 from training.speed import duration, forward_flops, peak_flops, peak_memory
@@ -55,10 +56,10 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     print(f"sizes: images {experiment.data.size} x {experiment.data.size}, latents "
           f"{' x '.join(map(str, experiment.latent_shape))}: all parts fit together")
     print(f"data: {len(source):,} images for training, {len(validation):,} held out")
+    good, seconds = check_data(experiment, run), 0.0
     peak = peak_flops(device, autocast_dtype("auto", device) or torch.float32)
     print(f"machine: {device}, {torch.get_num_threads()} threads, matrix products at {peak / 1e9:,.0f} GFLOP/s")
     tokenizer = check_tokenizer(experiment, run, source)
-    good, seconds = True, 0.0
     autoencoder = place_on(Autoencoder(experiment.autoencoder.model), device)
     if run.weights("autoencoder").is_file():
         load_weights(autoencoder, run.weights("autoencoder"))
@@ -76,6 +77,14 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     print(f"together: about {duration(seconds)} on this machine with one process, without validation and samples")
     print("nothing speaks against this run" if good else "see above before you start this run")
     return good
+
+
+def check_data(experiment: Experiment, run: RunFolder) -> bool:
+    """Whether the data is what the run folder was trained on so far, if it was; print what differs."""
+    differs = data_change(experiment.data, run)
+    if differs:
+        print(f"data: NOT what this run began with ({differs}); training goes on only with --changed-data")
+    return not differs
 
 
 def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:

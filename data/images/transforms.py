@@ -13,8 +13,8 @@ from PIL import Image, ImageColor
 
 from files.images import BadImage, decode_upright, open_header, reason_of, rgb_on_background
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats are never called
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoders of other formats are never called
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 # Mirroring makes these captions wrong: they name sides, directions, or writing, which would read backwards.
@@ -73,11 +73,14 @@ def _open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     """(height, width) of the upright image, from its header. Raises Unreadable."""
     image = _open_header(data, name, max_pixels)
+    width, height = image.size
     try:
+        if image.format == "TIFF":  # Pillow 11 and later turn the size of a TIFF, but of no other format, at once
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
         turned = _orientation(image) in TURNED
     except Exception as error:  # damaged EXIF data
         raise Unreadable(name, reason_of(error)) from None
-    return (image.width, image.height) if turned else (image.height, image.width)
+    return (width, height) if turned else (height, width)
 
 
 def decode_image(data: bytes, name: str, background: tuple[int, int, int], max_pixels: int,

@@ -25,12 +25,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if tokenizer is not None and not tokenizer.is_file():
             raise ValueError(f"--tokenizer: no file {tokenizer}")
         text = data_report(data_config_of(options.source), options.source, tokenizer, options.limit, options.distance)
+        page = text.encode("utf-8", "backslashreplace")  # names of files need not be Unicode
         out = free_path(options.out)
         with whole_file(out, new=True) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(page)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
+    print(f"{out}: {len(page) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
