@@ -5,8 +5,8 @@
     \\( \\) \\[ \\] \\{ \\} \\| \\: \\\\           the character itself
 
 The notation is that of AUTOMATIC1111's web interface. These are pure functions. Of a tokenizer they use `length`,
-the special ids and `bpe`, so they work with every tokenizer in `data/`. Axis letters: B prompts, K chunks, L tokens, D
-context width.
+the special ids and `tokens`, so they work with every tokenizer in `data/`. Axis letters: B prompts, K chunks, L tokens,
+D context width.
 """
 import math
 import re
@@ -124,7 +124,7 @@ def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
 
     The text is tokenized as a whole, so weights do not change its ids; a token has the weight of its last character.
     """
-    encoding = tokenizer.bpe.encode(prompt.text, add_special_tokens=False)
+    encoding = tokenizer.tokens(prompt.text)
     parts = split_tokens(encoding.word_ids, tokenizer.length - 2, prompt.chunks)
     ids = torch.full((len(parts), tokenizer.length), tokenizer.pad_id, dtype=torch.int64)  # (K, L)
     mask = torch.zeros(ids.shape, dtype=torch.bool)  # (K, L)

@@ -17,8 +17,9 @@ CONCEPTS = "concepts.yaml"
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
          ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
-NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
-OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
+NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
+         ("variant", "pretrained"))
+OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "variant", "init", "mask", "invert"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,8 +39,9 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrained", metavar="PATH", help="a published Stable Diffusion 1.x or 2.x instead of a run: a diffusers "
         "folder, or a single .safetensors or .ckpt file")
     add("--tokenizer", metavar="DIR", help="vocab.json and merges.txt for a single file (tokenizer/ beside it)")
-    add("--prediction", choices=("epsilon", "v_prediction"), help="what a single file of 2.x predicts, which it does "
-        "not say")
+    add("--prediction", choices=("epsilon", "v_prediction"), help="what the network predicts, where a single file does "
+        "not say it, or in place of what a checkpoint says")
+    add("--variant", metavar="NAME", help="fp16 and the like: which weights of a diffusers folder that has them twice")
     add_sampling(parser)
     add_editing(parser)
     add_moderation(parser)

@@ -21,9 +21,9 @@ class SystemChoice:
     """Which system samples: a run folder, or the published checkpoint at the path ``pretrained``.
 
     tokenizer, prediction: of a single file that does not hold them. sampler: in place of the checkpoint's own, where
-    that cannot be followed. weak: a run folder or a state to be the weaker
-    network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles. speed:
-    "fast" computes in bf16 (docs/performance.md).
+    that cannot be followed. variant: of weights that a folder holds twice. weak: a run folder or a state to be the
+    weaker network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles.
+    speed: "fast" computes in bf16 (docs/performance.md).
     """
 
     run: str | None = None
@@ -31,6 +31,7 @@ class SystemChoice:
     tokenizer: str | None = None
     prediction: str | None = None
     sampler: str | None = None
+    variant: str | None = None
     weak: str | None = None
     size: str | None = None
     tiled: bool = False
@@ -67,7 +68,7 @@ def load_system(choice: SystemChoice) -> TextToImage:
     what is missing, damaged or not valid."""
     if choice.pretrained:
         system = load_pretrained(choice.path, default_device(), choice.tokenizer, choice.prediction, None,
-                                 choice.sampler)
+                                 choice.sampler, choice.variant)
     else:
         system = load_run(choice.path, default_device(), None)
     if choice.size is not None:
