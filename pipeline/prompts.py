@@ -6,7 +6,7 @@
     \\( \\) \\[ \\] \\{ \\} \\| \\: \\\\           the character itself
 
 The notation is that of AUTOMATIC1111's web interface; what changes from step to step is in prompt_schedule.py. These
-are pure functions. Of a tokenizer they use `length`, the special ids and `bpe`, so they work with every tokenizer in
+are pure functions. Of a tokenizer they use `length`, the special ids and `tokens`, so they work with every tokenizer in
 `data/`. Axis letters: B prompts, K chunks, L tokens, D context width.
 """
 import math
@@ -161,7 +161,7 @@ def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
     """
     tokens, places, parts = list[int](), list[tuple[int, int]](), list[tuple[int, int]]()
     for start, end in prompt.segments:
-        encoding = tokenizer.bpe.encode(prompt.text[start:end], add_special_tokens=False)
+        encoding = tokenizer.tokens(prompt.text[start:end])
         room = prompt.chunks - len(parts)
         if room > 0:
             parts += [(len(tokens) + first, len(tokens) + last)

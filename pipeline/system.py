@@ -18,7 +18,15 @@ from data.tokenizer import Tokenizer
 from diffusion.denoise import Denoise, time_tensor
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
-from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
+from diffusion.sampling import (
+    Edit,
+    RunSettings,
+    SamplingConfig,
+    network_times,
+    sample_latents,
+    times_of_run,
+    with_sampler,
+)
 from diffusion.schedule import Schedule
 from diffusion.steering import Steer
 from files.images import to_uint8, to_unit
@@ -164,7 +172,7 @@ class TextToImage:
             for _ in run.progress(times):
                 pass
             return latents
-        denoisers = self.denoisers(context, mask, count, times)
+        denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times))
         return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type, config, run)
 
     def replay(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, noise: Callable[[], torch.Tensor],
@@ -174,7 +182,7 @@ class TextToImage:
 
         def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor,
                    mask: torch.Tensor | None = None) -> torch.Tensor:
-            denoisers = self.denoisers(context, mask, count, times)
+            denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times))
             return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type, config)
 
         kind = (repr(config), context.shape, mask is None, count, self.latent_shape)

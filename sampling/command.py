@@ -3,7 +3,7 @@ import argparse
 from dataclasses import dataclass
 
 from sampling.engine import DrawSettings
-from sampling.flags import check_combination, check_limits, parser
+from sampling.flags import SAMPLERS, check_combination, check_limits, parser
 from sampling.limits import REFINEMENTS
 from sampling.loading import ModerationChoice, SourceFiles, SystemChoice
 from sampling.plan import Plan
@@ -50,11 +50,17 @@ def command_of(options: argparse.Namespace) -> Command:
     refinements = REFINEMENTS if options.invert and options.refinements is None else options.refinements
     return Command(
         plan,
-        SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, options.weak, options.size,
-                     options.tiled, options.speed),
+        SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, sampler_of(options),
+                     options.variant, options.weak, options.size, options.tiled, options.speed),
         SourceFiles(options.init, options.mask, options.invert, refinements),
         DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
                      options.attention),
         ModerationChoice(options.moderation, options.concepts, options.clip, options.audit and tuple(options.audit)),
         options.out, not options.no_metadata, tuple(options.verify or ()),
         tuple(options.style), options.style_file, options.styles)
+
+
+def sampler_of(options: argparse.Namespace) -> str | None:
+    """The sampler that the flags name, or the first of those along an axis; None for the system's own."""
+    along = [text.partition("=")[2].split(",")[0].strip() for text in options.xy or () if text.startswith("sampler=")]
+    return options.sampler or (along[0] if along and along[0] in SAMPLERS else None)

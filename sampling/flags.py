@@ -18,9 +18,10 @@ from sampling.limits import (
 # names that modules define which take seconds to import; a test compares them
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
             "dpm_solver_sde", "unipc", "lcm", "flow_euler", "flow_heun")
-SETTINGS = ("spacing", "offset", "variance", "repeats", "eta", "clean_end", "order", "sigma_data", "timestep_scaling",
-            "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum", "zero_init", "threshold",
-            "threshold_limit")
+SETTINGS = ("spacing", "offset", "variance", "noisy_end", "repeats", "eta", "clean_end", "extrapolate", "order",
+            "solver_type", "lower_order_final", "euler_at_final", "third_order", "form", "uncorrected", "sigma_data",
+            "timestep_scaling", "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum",
+            "zero_init", "threshold", "threshold_limit")
 AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", "palette_weight", *SETTINGS)
 THEMES = ("autumn", "ocean", "forest", "neon", "pastel", "sunset", "earth", "monochrome")
 CONCEPTS = "concepts.yaml"
@@ -30,8 +31,8 @@ APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"),
          ("palette", "invert"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"),
          ("weak", "pretrained"))
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
-         ("palette_weight", "palette"), ("palette_only", "palette"))
-OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
+         ("palette_weight", "palette"), ("palette_only", "palette"), ("variant", "pretrained"))
+OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "variant", "init", "mask", "invert"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,8 +52,9 @@ def parser() -> argparse.ArgumentParser:
     add("--pretrained", metavar="PATH", help="a published Stable Diffusion 1.x or 2.x instead of a run: a diffusers "
         "folder, or a single .safetensors or .ckpt file")
     add("--tokenizer", metavar="DIR", help="vocab.json and merges.txt for a single file (tokenizer/ beside it)")
-    add("--prediction", choices=("epsilon", "v_prediction"), help="what a single file of 2.x predicts, which it does "
-        "not say")
+    add("--prediction", choices=("epsilon", "v_prediction"), help="what the network predicts, where a single file does "
+        "not say it, or in place of what a checkpoint says")
+    add("--variant", metavar="NAME", help="fp16 and the like: which weights of a diffusers folder that has them twice")
     add_sampling(parser)
     add_colours(parser)
     add_editing(parser)

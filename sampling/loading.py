@@ -24,15 +24,18 @@ ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weight
 class SystemChoice:
     """Which system samples: a run folder, or the published checkpoint at the path ``pretrained``.
 
-    tokenizer, prediction: of a single file that does not hold them. weak: a run folder or a state to be the weaker
-    network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles. speed:
-    "fast" computes in bf16 (docs/performance.md).
+    tokenizer, prediction: of a single file that does not hold them. sampler: in place of the checkpoint's own, where
+    that cannot be followed. variant: of weights that a folder holds twice. weak: a run folder or a state to be the
+    weaker network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles.
+    speed: "fast" computes in bf16 (docs/performance.md).
     """
 
     run: str | None = None
     pretrained: str | None = None
     tokenizer: str | None = None
     prediction: str | None = None
+    sampler: str | None = None
+    variant: str | None = None
     weak: str | None = None
     size: str | None = None
     tiled: bool = False
@@ -74,7 +77,8 @@ def load_system(choice: SystemChoice) -> TextToImage:
     """The system that is chosen, with its weaker one, at the size that is chosen. Raises ValueError or OSError naming
     what is missing, damaged or not valid."""
     if choice.pretrained:
-        system = load_pretrained(choice.path, default_device(), choice.tokenizer, choice.prediction, None)
+        system = load_pretrained(choice.path, default_device(), choice.tokenizer, choice.prediction, None,
+                                 choice.sampler, choice.variant)
     else:
         system = load_run(choice.path, default_device(), None)
     if choice.size is not None:

@@ -75,8 +75,9 @@ class Request:
         return read_prompt(text, self.config.steps, self.chunks, self.literal, self.notation)
 
 
-SAMPLING = tuple(field.name for field in fields(SamplingConfig))
-OF_CONFIG = {*SAMPLING, *OLDER_OPTIONS}  # the keys of metadata that describe the sampling, in files of any version
+SAMPLING = tuple(field.name for field in fields(SamplingConfig) if field.name != "grid")
+# the keys of metadata that describe the sampling, in files of any version; a grid is there where there is one
+OF_CONFIG = {*SAMPLING, "grid", *OLDER_OPTIONS}
 OWN = tuple(field.name for field in fields(Request) if field.name != "config")
 
 
@@ -84,6 +85,8 @@ def settings_of(request: Request) -> dict[str, Any]:
     """The metadata of a request. Every option of the sampler is there; of the request itself defaults are omitted."""
     settings: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed, "negative": request.negative,
                                 **to_dict(request.config), "options": request.config.complete_options}
+    if request.config.grid is None:
+        del settings["grid"]
     if request.strength is not None:
         settings["strength"] = request.strength
     if request.toward is not None:

@@ -30,7 +30,7 @@ def verify(path: str, given: SystemChoice, files: SourceFiles) -> tuple[bool, st
     except ValueError as error:
         raise ValueError(f"{path} holds settings that cannot be drawn: {error}") from None
     choice, files = choice_of(path, call, given), files_of(path, call, files)
-    system = load_system(choice)
+    system = load_system(replace(choice, sampler=request.config.sampler))
     check_weights(path, call.weights, weight_hashes(system), choice.path)
     if call.weak and system.guide:
         check_weights(path, call.weak.weights, weight_hashes(system.guide), Path(choice.weak or ""))
@@ -40,6 +40,9 @@ def verify(path: str, given: SystemChoice, files: SourceFiles) -> tuple[bool, st
         image = decode_images(system, latents_of_requests(system, [request], sources), sources,
                               request)[0]
         settings = older_settings_of(request) if is_older(stored) else settings_of(request)
+        if "options" in settings:  # an older version may have known fewer options, and all others at their defaults
+            settings["options"] = {name: value for name, value in settings["options"].items()
+                                   if name in stored["options"]}
         marked = {"moderation": call.moderation} if call.moderation else {}
         again = png_bytes(blur_image(image) if call.moderation == "blur" else image,
                           {**settings, **shared_settings(system, choice, files, call.exact is not None), **marked})

@@ -17,7 +17,7 @@ from typing import Annotated
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, require_noise, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, require_noise, time_pairs
 from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
@@ -42,7 +42,7 @@ def lcm(
     draw = require_noise(noise, "lcm")
     x = initial_state(x_T)
     for t, s in time_pairs(timesteps):
-        here, there = level(schedule, t), level(schedule, s)
+        here, there = schedule.alpha_sigma(t), schedule.arrival(t, s)
         x_0 = x_0_from_prediction(denoise(x, t), x, *here, prediction_type)
         scaled = timestep_scaling * t * (schedule.steps if schedule.is_flow else 1)
         norm = sigma_data**2 + scaled**2
