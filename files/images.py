@@ -2,7 +2,6 @@
 import io
 import json
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,7 +30,7 @@ class UnsupportedImage(BadImage):
 # ---- the one reader of image files: header, pixels, colours
 
 def open_header(file: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS,
-                formats: Sequence[str] = FORMATS) -> Image.Image:
+                formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """The image with its header read and its pixels not. Raises BadImage, also above ``max_pixels``."""
     try:
         image = Image.open(file, formats=formats)
