@@ -136,13 +136,15 @@ class Delta(nn.Module):
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
     def forward(self, weight: Tensor) -> Tensor:
-        """D for the rows ``weight`` (O, I, ..) of the base, in the same shape."""
-        change = self.factor * PRODUCTS[self.kind].of(dict(self.tensors.items())).reshape(weight.shape)
-        if self.magnitude is None:
-            return change
-        changed = weight + change
-        # the gradient through the length is left out (Liu et al. 2024, section 4.3): less memory, the same accuracy
-        return self.magnitude * changed / length_of(changed, self.magnitude).detach() - weight
+        """D for the rows ``weight`` (O, I, ..) of the base, in the same shape. It is computed in fp32 also under
+        autocast, because a small change would be rounded away."""
+        with torch.autocast(weight.device.type, enabled=False):
+            change = self.factor * PRODUCTS[self.kind].of(dict(self.tensors.items())).reshape(weight.shape)
+            if self.magnitude is None:
+                return change
+            changed = weight + change
+            # the gradient through the length is left out (Liu et al. 2024, section 4.3): less memory, as accurate
+            return self.magnitude * changed / length_of(changed, self.magnitude).detach() - weight
 
     def check(self, weight: Tensor) -> None:
         """Raise ValueError unless the factors belong together and D has the shape of the rows ``weight``."""
@@ -183,15 +185,13 @@ class Adapter(nn.Module):
         return zip(self.places, self.deltas)  # type: ignore[arg-type]
 
     def weights(self, network: str, base: nn.Module) -> dict[str, Tensor]:
-        """The changed weights of a network by the name of the parameter, with gradients, for `functional_call`. They
-        are computed in fp32 also under autocast, because a small change would be rounded away."""
+        """The changed weights of a network by the name of the parameter, with gradients, for `functional_call`."""
         pieces: dict[str, list[Tensor]] = {}
-        with torch.autocast(next(base.parameters()).device.type, enabled=False):
-            for place, delta in self.items():
-                if place.network == network:
-                    name = f"{place.module}.weight"
-                    parts = pieces.setdefault(name, list(base.get_parameter(name).chunk(place.parts)))
-                    parts[place.part] = parts[place.part] + delta(parts[place.part])
+        for place, delta in self.items():
+            if place.network == network:
+                name = f"{place.module}.weight"
+                parts = pieces.setdefault(name, list(base.get_parameter(name).chunk(place.parts)))
+                parts[place.part] = parts[place.part] + delta(parts[place.part])
         return {name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in pieces.items()}
 
 

@@ -33,6 +33,7 @@ from training.stages.autoencoder import AutoencoderLoss
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
 from training.stages.perceptual_loss import perceptual_distance
+from training.stages.personal import LEAST, few_images
 
 CHECKED = ("tokenizer", "autoencoder", "denoiser")
 PAIRS = 8
@@ -46,6 +47,8 @@ Step = Callable[[int], torch.Tensor]  # loss of a step
 
 def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     """Print a report on a run of ``experiment`` into ``path``; whether nothing speaks against the run."""
+    if experiment.teaches:
+        return check_few(experiment)
     run = RunFolder(path)
     source = build_source(experiment.data.squares, "train")  # without aspect buckets, since the timing needs one size
     validation = build_source(experiment.data.squares, "validation")
@@ -76,6 +79,19 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     print(f"together: about {duration(seconds)} on this machine with one process, without validation and samples")
     print("nothing speaks against this run" if good else "see above before you start this run")
     return good
+
+
+def check_few(experiment: Experiment) -> bool:
+    """Print what a run that teaches would learn from; nothing is trained."""
+    for name in experiment.stages:
+        source = build_source(few_images(experiment.data, getattr(experiment, name).captions), "train")
+        captions = getattr(experiment, name).captions or source.captions(0) if len(source) else ()
+        print(f"{name}: {len(source)} images of {experiment.data.size} x {experiment.data.size} to learn from"
+              + (f", as '{captions[0]}'; the training itself is not checked" if captions else ""))
+        if len(source) < LEAST:
+            print(f"too few: {LEAST} at least")
+            return False
+    return True
 
 
 def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:

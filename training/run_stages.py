@@ -9,6 +9,7 @@ from files.run_folder import RunFolder
 from training.distributed import Processes
 from training.experiment import STAGES, Experiment, Stage
 from training.stages.context import StageContext
+from training.stages.personal import few_images
 
 
 def run_stages(experiment: Experiment, run: RunFolder, processes: Processes) -> None:
@@ -47,6 +48,9 @@ def context_of(stage: Stage, experiment: Experiment, run: RunFolder, processes: 
     if not stage.reads_images:
         return context
     unreadable = run.path / "unreadable.jsonl"
+    if stage.teaches:
+        few = few_images(experiment.data, getattr(experiment, stage.name).captions)
+        return replace(context, source=build_source(few, "train", unreadable))
     source = build_source(experiment.data, "train", unreadable)
     validation = build_source(experiment.data.squares, "validation", unreadable)
     for split, items in (("train", source), ("validation", validation)):
