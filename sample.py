@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from model.allocator import keep_freed_memory
 from pipeline.moderation import OFF
+from pipeline.personal import cards_of_run, judge_cards
 from pipeline.prompts import chunks_of
 from pipeline.system import TextToImage
 from sampling.command import Command, parse
@@ -66,6 +67,7 @@ def sample(command: Command) -> int:
     system = load_system(command.system)
     job = Job(system, requests_of_plan(command.plan, prompts, system.config.sampling), sources)
     moderation = load_moderation(command.moderation, command.system)
+    judge_cards(moderation, {**cards_of_run(command.system.path), **system.cards})
     warn_of_long_prompts(system, job.requests)
     out = output_folder(command)
     shared = shared_settings(system, command.system, command.sources, command.draw.exact)

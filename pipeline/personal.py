@@ -58,6 +58,7 @@ class Personal:
         self.stack.set(self.adapters)
         if tokens:
             extend_vocabulary(system, tokens)
+        system.cards = self.cards
 
     @cached_property
     def base(self) -> str:
@@ -79,6 +80,7 @@ class Personal:
     def remove(self) -> None:
         """Take adapters and tokens off: weights, vocabulary and moderation are those of the base again."""
         self.stack.remove()
+        self.system.cards = {}
         self.system.tokenizer, self.system.text_encoder.token_embedding = self._base
         if self.system.moderation is not None:
             for word in learned_words(self.cards):

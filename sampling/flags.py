@@ -16,8 +16,10 @@ CONCEPTS = "concepts.yaml"
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
          ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
+NEEDS_ONE = (("any_base", ("adapter", "embedding")),)
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
-OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
+OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert",
+             "adapter", "embedding"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +41,10 @@ def parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="DIR", help="vocab.json and merges.txt for a single file (tokenizer/ beside it)")
     add("--prediction", choices=("epsilon", "v_prediction"), help="what a single file of 2.x predicts, which it does "
         "not say")
+    add("--adapter", nargs="+", metavar="FILE[:SCALE]", help="LoRA and its kin, merged at this scale (1): .safetensors "
+        "of kohya, PEFT, diffusers or the stage lora, or its run folder")
+    add("--embedding", nargs="+", metavar="FILE", help="words that were learned from images: .safetensors, .pt or .bin")
+    add("--any-base", action="store_true", help="use adapters and embeddings of another base")
     add_sampling(parser)
     add_editing(parser)
     add_moderation(parser)
@@ -116,6 +122,9 @@ def check_combination(options: argparse.Namespace, given: set[str]) -> None:
     for name, needed in NEEDS:
         if name in given and needed not in given:
             raise ValueError(f"{flag(name)} without {flag(needed)}; valid: both")
+    for name, needed_one in NEEDS_ONE:
+        if name in given and not given & {*needed_one}:
+            raise ValueError(f"{flag(name)} without {' or '.join(map(flag, needed_one))}; valid: both")
     if options.n > 1 and (options.invert or options.interpolate):
         raise ValueError(f"--n with {flag('invert' if options.invert else 'interpolate')}; valid: one of them")
 

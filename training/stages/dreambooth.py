@@ -92,6 +92,9 @@ def train_dreambooth(config: DreamboothStage, context: StageContext) -> None:
             save_weights(average.unet, context.run.weights("denoiser"))
             if context.start is not None and context.start.has(ENCODER):
                 print(f"note: {ENCODER} of {context.start.path} belongs to its text encoder and is not taken over")
-        write_text(context.run.path / CARD, json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n"
+        if config.pretrained:  # beside the weights: prompts for them are judged by it
+            write_text(context.run.path / "pretrained" / CARD, text)
+        write_text(context.run.path / CARD, text)
         where = f"--pretrained {context.run.path / 'pretrained'}" if config.pretrained else f"--run {context.run.path}"
         print(f"dreambooth: sample with: python sample.py {where} \"{few.captions[0]}\"")
