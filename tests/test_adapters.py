@@ -198,7 +198,7 @@ def test_tags_of_other_programs_are_read(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata=header)
     card = card_of(read_header(tmp_path / "a.safetensors"), tmp_path)
     assert card.base is None and card.captions == ("a star", "blue") and card.triggers == {"sks": "sks"}
-    assert card.texts == ["sks", "a star", "blue"]
+    assert card.texts == ["an image of sks", "sks", "a star", "blue"]
     assert card_of({}, tmp_path) == Card()
 
 

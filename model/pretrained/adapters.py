@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -235,10 +235,6 @@ def tensors_of(adapter: Adapter, layout: Layout = "kohya") -> dict[str, Tensor]:
 
 def write_adapter(path: str | Path, adapter: Adapter, card: Card, layout: Layout = "kohya") -> None:
     """Write an adapter and its card as safetensors, whole or not at all."""
-    header = card.header()
-    if layout == "kohya":  # what other programs show of a file
-        ranks = [cast(int, delta.rank) for _, delta in adapter.items() if delta.rank is not None]
-        header |= {"ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks, default=0))}
     with whole_file(path) as temporary:
-        save_file(tensors_of(adapter, layout), temporary, metadata=header)
+        save_file(tensors_of(adapter, layout), temporary, metadata=card.header())
         os.chmod(temporary, 0o644)  # the library writes 0600

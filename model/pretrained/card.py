@@ -30,13 +30,15 @@ class Card:
 
     @property
     def texts(self) -> list[str]:
-        """Everything in words that a moderation has to judge, each once."""
-        return list(dict.fromkeys(text for text in (*self.triggers, *self.triggers.values(), *self.captions)
-                                  if text.strip()))
+        """Everything in words that a moderation has to judge, each once. Triggers stand in a sentence, as in a prompt:
+        to a classifier of sentences a made-up word alone means nothing."""
+        words = [f"an image of {word}" for word in self.triggers]
+        return list(dict.fromkeys(text for text in (*words, *self.triggers.values(), *self.captions) if text.strip()))
 
     def header(self) -> dict[str, str]:
-        """The card as the header of a safetensors file."""
-        return {"format": "pt", KEY: json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)}
+        """The card as the header of a safetensors file. It is the only entry, because the library writes several in an
+        order that changes from call to call, and the same training is to leave the same bytes."""
+        return {KEY: json.dumps(asdict(self), ensure_ascii=False, sort_keys=True)}
 
 
 def read_header(path: Path) -> dict[str, str]:

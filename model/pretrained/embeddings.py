@@ -75,7 +75,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def write_embeddings(path: str | Path, embeddings: Mapping[str, Tensor], card: Card) -> None:
     """Write vectors (n, D) by token, in the layout of diffusers, whole or not at all."""
+    tensors = {token: vectors.detach().float().cpu().clone(memory_format=torch.contiguous_format)  # none share memory
+               for token, vectors in embeddings.items()}
     with whole_file(path) as temporary:
-        save_file({token: vectors.detach().float().cpu().contiguous() for token, vectors in embeddings.items()},
-                  temporary, metadata=card.header())
+        save_file(tensors, temporary, metadata=card.header())
         os.chmod(temporary, 0o644)  # the library writes 0600
