@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
 
-AnyTokenizer = TypeVar("AnyTokenizer", Tokenizer, ClipTokenizer)
+AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer | ClipTokenizer")
 
 
 @dataclass

@@ -5,11 +5,12 @@
     LoKr    D = (a / r) W1 x (B2 A2), Kronecker product            Edalati et al. 2022, "KronA"; LyCORIS
     DoRA    D = m (W + D') / |W + D'| - W, with any D' above       Liu et al. 2024, equation 5
 
-LyCORIS is Yeh et al. 2024, "Navigating text-to-image customization". r is the rank, a (alpha) a constant, s the scale at
-which an adapter is used. The D of several adapters are added, each computed from the weights of the base alone, so that
-their order does not matter, and scale 0 is the base. Everything acts on weights and nothing on activations: one path
-serves linear layers, convolutions and all kinds of D, and sampling with an adapter costs what sampling without one does.
-In training this costs the gradient of the whole weight, which the form y = W x + B (A x) would save.
+LyCORIS is Yeh et al. 2024, "Navigating text-to-image customization". r is the rank, a (alpha) a constant, s the scale
+at which an adapter is used. The D of several adapters are added, each computed from the weights of the base alone, so
+that their order matters to the last bits only, and scale 0 is the base. Everything acts on weights and nothing on
+activations: one path serves linear layers, convolutions and all kinds of D, and sampling with an adapter costs what
+sampling without one does. In training this costs the gradient of the whole weight, which the form y = W x + B (A x)
+would save.
 
 Axis letters: O rows of a weight, I columns, k k its filter, r rank.
 """

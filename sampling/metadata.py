@@ -82,7 +82,8 @@ def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFile
                 speed=system.speed,
                 exact=Exact(torch.get_num_threads()) if exact else None,
                 weak=Guide(Path(choice.weak or "").name, weight_hashes(system.guide)) if system.guide else None,
-                adapters=adapters, embeddings=embeddings, init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
+                adapters=adapters, embeddings=embeddings,
+                init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
                 invert=SourceFile.of(files.invert), refinements=files.refinements if files.invert else None)
     return {key: value for key, value in to_dict(call).items() if value not in (None, False, [])
             and (key, value) != ("speed", "exact")}

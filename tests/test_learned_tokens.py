@@ -1,4 +1,4 @@
-"""Words that were learned from images: their files, how a tokenizer finds them, and how a system gets and loses them."""
+"""Words that were learned from images: their files, how a tokenizer finds them, how a system gets and loses them."""
 import pickle
 
 import pytest

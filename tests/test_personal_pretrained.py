@@ -22,7 +22,8 @@ pytestmark = pytest.mark.slow
 def test_every_stage(kind, stage, left, settings, tmp_path):
     published(tmp_path, kind)
     pipeline, images = tmp_path / "pipeline", write_images(tmp_path / "images", 3)
-    config = {"name": "few", "stages": [stage], "data": {"source": "folder", "folder": {"root": str(images), "size": 16}},
+    data = {"source": "folder", "folder": {"root": str(images), "size": 16}}
+    config = {"name": "few", "stages": [stage], "data": data,
               stage: {"pretrained": str(pipeline), "train": TRAIN, **settings}}
     run = run_of(tmp_path / "few", config)
     assert (run / left).is_file() and json.loads((run / "manifest.json").read_text())[stage]["images"] == 3

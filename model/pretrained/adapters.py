@@ -151,7 +151,8 @@ def place_called(name: str, names: Mapping[tuple[str, str], Place]) -> Place | N
 
 
 def delta_of(pieces: list[Piece], weight: Tensor, alpha: float | None) -> Delta:
-    """The change that the tensors of one place make together. Raises ValueError if they do not, or not of ``weight``."""
+    """The change that the tensors of one place make together. Raises ValueError if they do not fit each other or the
+    rows ``weight``."""
     tensors: dict[str, Tensor] = {}
     for key, ending, tensor in pieces:
         name = ENDINGS[ending][1]

@@ -156,6 +156,7 @@ class Denoising:
         """The mean loss of the denoiser plus the losses that compare its attention and features with where things are.
         Their weights are multiplied by ``grounding_scale``, which falls from 1 to 0 during the run."""
         config, terms = self.config.grounding, {}
+        assert isinstance(self.tokenizer, Tokenizer)  # published systems are not grounded
         with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps).mean()
         if config.attention:

@@ -74,9 +74,9 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class PersonalStage:
-    """The base is the run of ``start_from``, or a published checkpoint at the path ``pretrained``. ``captions`` take the
-    place of those of the images, each drawn equally often. ``caption_dropout`` is the share of captions replaced by the
-    empty one."""
+    """The base is the run of ``start_from``, or a published checkpoint at the path ``pretrained``. ``captions`` replace
+    those of the images, each drawn equally often. ``caption_dropout`` is the share of captions replaced by the empty
+    one."""
 
     pretrained: str = ""
     captions: tuple[str, ...] = ()
@@ -139,9 +139,9 @@ def few_images(data: DataConfig, captions: Sequence[str] = ()) -> DataConfig:
                              "are encoded once")
     if not isinstance(settings, FolderConfig):
         return data
-    shares = {"validation": 0.0, "test": 0.0} if settings.split == "hash" else {}
-    return replace(data, folder=replace(settings, fallback=settings.fallback or (captions[0] if captions else ""),
-                                        **shares))
+    if settings.split == "hash":
+        settings = replace(settings, validation=0.0, test=0.0)
+    return replace(data, folder=replace(settings, fallback=settings.fallback or (captions[0] if captions else "")))
 
 
 class Captioned:
@@ -175,8 +175,9 @@ class Few:
     def __init__(self, config: PersonalStage, base: Base, context: StageContext):
         found = context.source
         if len(found) < LEAST:
-            raise ValueError(f"data: {len(found)} image{'s' * (len(found) != 1)} to learn from; valid: from {LEAST} up, "
-                             "one alone also teaches its pose and its background")
+            count = f"{len(found)} image{'s' * (len(found) != 1)}"
+            raise ValueError(f"data: {count} to learn from; valid: from {LEAST} up, one alone also teaches its pose "
+                             "and its background")
         self.source: Source = Captioned(found, config.captions) if config.captions else found
         self.config, self.seed = config, context.seed
         encode, places = latent_encoder(base.system.autoencoder, context.device), np.arange(len(found))
@@ -333,8 +334,6 @@ def teach(name: str, config: PersonalStage, base: Base, few: Few, method: Method
         **{f"{key}_{when}": round(losses[key], 5) for when, losses in (("before", before), ("after", after))
            for key in ("loss", "prior_loss") if key in losses}}})
     return average
-
-
 
 
 class Functions(NamedTuple):

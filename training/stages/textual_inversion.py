@@ -5,7 +5,6 @@ have several vectors, and there may be several words. Leaves embedding.safetenso
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
