@@ -197,8 +197,9 @@ def with_base(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _conflict(given: Any, base: Any, path: str) -> str:
-    """The first value that both mappings have and that differs, as "path: given"; else an empty string."""
+    """The first value that both mappings have and that differs, as "path: given"; else an empty string. How the base
+    was trained does not matter any more."""
     if isinstance(given, dict) and isinstance(base, dict):
-        return next((found for key in given if key in base
+        return next((found for key in given if key in base and key != "train"
                      if (found := _conflict(given[key], base[key], f"{path}.{key}"))), "")
     return "" if given is None or base is None or given == base else f"{path}: {given}"
