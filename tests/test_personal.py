@@ -245,6 +245,7 @@ def test_what_cannot_be_taught_is_said_in_one_line(tiny_run, images, tmp_path):
         (changed("data.folder.root", str(few)), ValueError, "data: 1 image to learn from; valid: from 3 up"),
         (changed("start_from", ""), ConfigError, "lora: neither start_from nor lora.pretrained; valid: one of them"),
         (changed("lora.pretrained", "sd"), ConfigError, "lora: both start_from: .* and lora.pretrained"),
+        (changed("start_from", str(tmp_path / "none")), ConfigError, "no run folder"),
         (changed("stages", ["denoiser", "lora"]), ConfigError, "valid with lora: in a run of its own"),
         (changed("lora.trigger", "qqq"), ValueError, "lora.trigger: qqq, which is in no caption; valid: a word of"),
         (changed("data.folder.flip", 0.5), ValueError, "data.folder.flip: 0.5; valid here: 0.0, the images are en"),
@@ -270,6 +271,7 @@ def test_what_cannot_be_taught_is_said_in_one_line(tiny_run, images, tmp_path):
             run_of(tmp_path / str(number), config)
         assert "\n" not in str(error.value)
         assert not list((tmp_path / str(number)).glob("run/*.safetensors"))
+        assert kind is ValueError or not (tmp_path / str(number) / "run").exists()
 
 
 def test_a_check_says_what_would_be_learned_from(tiny_run, images, tmp_path, capsys):

@@ -184,12 +184,14 @@ def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment: 
 
 def with_base(data: dict[str, Any]) -> dict[str, Any]:
     """The content of a configuration; if it teaches the run of ``start_from``, with the networks, the process and the
-    sampling of that run. Raises ConfigError for a setting of them that the run does not have."""
+    sampling of that run, where it exists. Raises ConfigError for a setting of them that the run does not have."""
     stages, start = data.get("stages"), data.get("start_from")
     named = [name for name in stages if isinstance(name, str)] if isinstance(stages, list) else []
     if not isinstance(start, str) or not start or not any(name in STAGES and STAGES[name].teaches for name in named):
         return data
-    base = read_yaml(RunFolder.open(start).path / "config.yaml")
+    if not (path := RunFolder(start).path / "config.yaml").is_file():
+        return data  # training says that there is no such run
+    base = read_yaml(path)
     for name in OF_BASE:
         if wrong := _conflict(data.get(name), base.get(name), name):
             raise ConfigError(f"{wrong}; valid: that of {start}, which is taught, or nothing")
