@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from model.allocator import keep_freed_memory
 from pipeline.moderation import OFF
+from pipeline.personal import cards_of_run, judge_cards
 from sampling.command import Command, parse
 from sampling.engine import Job, check_settings, draw_samples, gate_of, step_count
 from sampling.gate import blur_where_decided
@@ -54,6 +55,7 @@ def sample(command: Command) -> int:
     job = Job(system, [style_request(request, styles) for request in requests], sources)
     moderation = load_moderation(command.moderation, command.system)
     check_settings(job, command.draw)
+    judge_cards(moderation, {**cards_of_run(command.system.path), **system.cards})
     for line in notes_on_prompts(job):
         print(line, file=sys.stderr)
     out = output_folder(command)

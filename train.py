@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> None:
         if not check(experiment, path, default_device()):
             raise SystemExit(1)
         return
+    if experiment.start_from:
+        RunFolder.open(experiment.start_from)  # before a folder is made for a run that cannot begin
     with process_group() as processes, contextlib.ExitStack() as stack:
         with processes.main_first():
             run = RunFolder.create(path, to_dict(experiment), lambda data: to_dict(from_dict(Experiment, data)),

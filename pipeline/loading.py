@@ -19,6 +19,7 @@ from model.text_encoder import TextEncoder
 from model.unet import UNet
 from pipeline.config import SystemConfig, read_system_config
 from pipeline.moderation import Moderation
+from pipeline.personal import cards_of_run, judge_cards
 from pipeline.system import Networks, TextToImage
 from safety.policy import Mode
 
@@ -47,6 +48,8 @@ def load_run(path: str | Path, device: torch.device | str = "cpu",
     system.files = {"tokenizer": run.path / "tokenizer.json",
                     **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
     system.moderation = Moderation.of_run(run.path, moderation, device=device) if moderation else None
+    if system.moderation is not None:
+        judge_cards(system.moderation, cards_of_run(run.path))
     return system
 
 

@@ -35,6 +35,7 @@ from model.autoencoder import Autoencoder
 from model.decode import decode_sliced, decode_tiled
 from model.device import autocast_dtype, freeze, place_on
 from model.graphed import Runs
+from model.pretrained.card import Card
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
@@ -85,6 +86,7 @@ class TextToImage:
         self.speed: Speed = "exact"
         self.runs: Runs | None = None  # on a GPU, where "fast" replays whole runs as CUDA graphs
         self.moderation: Moderation | None = None
+        self.cards: dict[str, Card] = {}  # of the adapters and learned tokens on it (pipeline/personal.py)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that diffusers reads. Raises FileExistsError if the path exists, and ValueError for a system

@@ -6,6 +6,7 @@ from sampling.engine import DrawSettings
 from sampling.flags import SAMPLERS, check_combination, check_limits, parser
 from sampling.limits import REFINEMENTS
 from sampling.loading import ModerationChoice, SourceFiles, SystemChoice
+from sampling.personal import PersonalFiles
 from sampling.plan import Plan
 
 
@@ -51,7 +52,8 @@ def command_of(options: argparse.Namespace) -> Command:
     return Command(
         plan,
         SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, sampler_of(options),
-                     options.variant, options.weak, options.size, options.tiled, options.speed),
+                     options.variant, options.weak, options.size, options.tiled, options.speed,
+                     PersonalFiles(options.adapter or (), options.embedding or (), options.any_base)),
         SourceFiles(options.init, options.mask, options.invert, refinements),
         DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
                      options.attention),

@@ -30,9 +30,11 @@ APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
          ("palette", "invert"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"),
          ("weak", "pretrained"))
+NEEDS_ONE = (("any_base", ("adapter", "embedding")),)
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
          ("palette_weight", "palette"), ("palette_only", "palette"), ("variant", "pretrained"))
-OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "variant", "init", "mask", "invert"}
+OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "variant", "init", "mask", "invert",
+             "adapter", "embedding"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,6 +57,10 @@ def parser() -> argparse.ArgumentParser:
     add("--prediction", choices=("epsilon", "v_prediction"), help="what the network predicts, where a single file does "
         "not say it, or in place of what a checkpoint says")
     add("--variant", metavar="NAME", help="fp16 and the like: which weights of a diffusers folder that has them twice")
+    add("--adapter", nargs="+", metavar="FILE[:SCALE]", help="LoRA and its kin, merged at this scale (1): .safetensors "
+        "of kohya, PEFT, diffusers or the stage lora, or its run folder")
+    add("--embedding", nargs="+", metavar="FILE", help="words that were learned from images: .safetensors, .pt or .bin")
+    add("--any-base", action="store_true", help="use adapters and embeddings of another base")
     add_sampling(parser)
     add_colours(parser)
     add_editing(parser)
@@ -148,6 +154,9 @@ def check_combination(options: argparse.Namespace, given: set[str]) -> None:
     for name, needed in NEEDS:
         if name in given and needed not in given:
             raise ValueError(f"{flag(name)} without {flag(needed)}; valid: both")
+    for name, needed_one in NEEDS_ONE:
+        if name in given and not given & {*needed_one}:
+            raise ValueError(f"{flag(name)} without {' or '.join(map(flag, needed_one))}; valid: both")
     if options.n > 1 and (options.invert or options.interpolate):
         raise ValueError(f"--n with {flag('invert' if options.invert else 'interpolate')}; valid: one of them")
 

@@ -16,6 +16,7 @@ from safety.policy import Mode
 from safety.prompt import DEFAULT
 from sampling.draw import Sources
 from sampling.limits import RUN
+from sampling.personal import PersonalFiles, personalize
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
 
@@ -27,7 +28,7 @@ class SystemChoice:
     tokenizer, prediction: of a single file that does not hold them. sampler: in place of the checkpoint's own, where
     that cannot be followed. variant: of weights that a folder holds twice. weak: a run folder or a state to be the
     weaker network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles.
-    speed: "fast" computes in bf16 (docs/performance.md).
+    speed: "fast" computes in bf16 (docs/performance.md). personal: adapters and learned tokens that are put on it.
     """
 
     run: str | None = None
@@ -40,6 +41,7 @@ class SystemChoice:
     size: str | None = None
     tiled: bool = False
     speed: Speed = "exact"
+    personal: PersonalFiles = PersonalFiles()
 
     @property
     def path(self) -> Path:
@@ -87,6 +89,7 @@ def load_system(choice: SystemChoice) -> TextToImage:
         system.set_size(int(size[1]), int(size[2] or size[1]))
     if choice.weak is not None:
         system.guide = load_weaker(system, choice.weak)
+    personalize(system, choice.personal)
     system.tiled = choice.tiled
     return system.at_speed(choice.speed)
 

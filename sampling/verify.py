@@ -14,6 +14,7 @@ from pipeline.moderation import blur_image
 from sampling.draw import check_requests, decode_images, exact_arithmetic, latents_of_requests
 from sampling.loading import SourceFiles, SystemChoice, load_system, read_sources
 from sampling.metadata import Call, shared_settings, weight_hashes
+from sampling.personal import files_to_verify
 from sampling.request import OF_CONFIG, OWN, is_older, older_settings_of, request_of, settings_of
 
 
@@ -69,7 +70,8 @@ def choice_of(path: str, call: Call, given: SystemChoice) -> SystemChoice:
     if given.weak and not call.weak:
         raise ValueError(f"{path} was not made with --weak; valid: --verify without it")
     run = given.run or (None if given.pretrained else str(Path("runs") / Path(call.run or "").name))
-    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed)
+    personal = files_to_verify(path, call.adapters, call.embeddings, given.personal)
+    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed, personal=personal)
 
 
 def files_of(path: str, call: Call, given: SourceFiles) -> SourceFiles:

@@ -34,6 +34,7 @@ from training.stages.autoencoder import AutoencoderLoss
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
 from training.stages.perceptual_loss import perceptual_distance
+from training.stages.personal import LEAST, few_images
 
 CHECKED = ("tokenizer", "autoencoder", "denoiser")
 PAIRS = 8
@@ -47,6 +48,8 @@ Step = Callable[[int], torch.Tensor]  # loss of a step
 
 def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     """Print a report on a run of ``experiment`` into ``path``; whether nothing speaks against the run."""
+    if experiment.teaches:
+        return check_few(experiment)
     run = RunFolder(path)
     source = build_source(experiment.data.squares, "train")  # without aspect buckets, since the timing needs one size
     validation = build_source(experiment.data.squares, "validation")
@@ -85,6 +88,19 @@ def check_data(experiment: Experiment, run: RunFolder) -> bool:
     if differs:
         print(f"data: NOT what this run began with ({differs}); training goes on only with --changed-data")
     return not differs
+
+
+def check_few(experiment: Experiment) -> bool:
+    """Print what a run that teaches would learn from; nothing is trained."""
+    for name in experiment.stages:
+        source = build_source(few_images(experiment.data, getattr(experiment, name).captions), "train")
+        captions = getattr(experiment, name).captions or source.captions(0) if len(source) else ()
+        print(f"{name}: {len(source)} images of {experiment.data.size} x {experiment.data.size} to learn from"
+              + (f", as '{captions[0]}'; the training itself is not checked" if captions else ""))
+        if len(source) < LEAST:
+            print(f"too few: {LEAST} at least")
+            return False
+    return True
 
 
 def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:

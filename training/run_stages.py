@@ -8,6 +8,7 @@ from training.distributed import Processes
 from training.experiment import STAGES, Experiment, Stage
 from training.same_data import data_record
 from training.stages.context import StageContext
+from training.stages.personal import few_images
 
 
 def run_stages(experiment: Experiment, run: RunFolder, processes: Processes, changed_data: bool = False) -> None:
@@ -48,6 +49,9 @@ def context_of(stage: Stage, experiment: Experiment, run: RunFolder, processes: 
     if not stage.reads_images:
         return context
     unreadable = run.path / "unreadable.jsonl"
+    if stage.teaches:
+        few = few_images(experiment.data, getattr(experiment, stage.name).captions)
+        return replace(context, source=build_source(few, "train", unreadable))
     source = build_source(experiment.data, "train", unreadable)
     validation = build_source(experiment.data.squares, "validation", unreadable)
     for split, items in (("train", source), ("validation", validation)):
