@@ -252,7 +252,9 @@ def test_a_damaged_index_beside_a_tar_is_made_again(written):
     path = written / "shard-000000.tar"
     wanted, kept = shard_index(path), path.with_name(path.name + ".index")
     for change in ({"samples": [{}]}, {"samples": [{"key": "0"}]}, {"samples": 3}, {"left_out": []}, {"samples": [[]]},
-                   {"samples": [{**wanted["samples"][0], "offset": "x"}]}, {"format": 1}):
+                   {"samples": [{**wanted["samples"][0], "offset": "x"}]}, {"format": 1}, {"sha256": None},
+                   {"samples": [{**wanted["samples"][0], "height": 2**40}]}, {"samples": [
+                       {**wanted["samples"][0], "captions": [["x"]]}]}):
         kept.write_text(json.dumps({**wanted, **change}))
         assert shard_index(path) == wanted
     kept.write_bytes(b"\xff\xfe")

@@ -51,7 +51,8 @@ def _read_index(index: Path) -> dict[str, dict]:
             size = () if "error" in row else (row["height"], row["width"])
             whole = [row["bytes"], row["time"], row["limit"], *size]
             text = [row["name"], row["sha256"], row.get("error", "")]
-            if {type(value) for value in whole} != {int} or {type(value) for value in text} != {str}:
+            if {type(value) for value in whole} != {int} or {type(value) for value in text} != {str} \
+                    or not all(side in range(1, 2**31) for side in size):
                 return {}
             rows[row["name"]] = row
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

@@ -149,7 +149,8 @@ def _is_row(row: Any) -> bool:
         return False
     numbers = [row.get(name) for name in ("offset", "bytes", "height", "width")]
     return isinstance(row.get("error"), str) or (
-        all(type(number) is int and 0 <= number < 2**62 for number in numbers) and "split" in row
+        all(type(number) is int and number in range(2**62) for number in numbers[:2])
+        and all(type(number) is int and number in range(1, 2**31) for number in numbers[2:]) and "split" in row
         and isinstance(row.get("suffix"), str) and isinstance(row.get("members"), str) and "captions" in row
         and all(isinstance(text, str) and isinstance(weight, float) for text, weight in row["captions"] or ()))
 
@@ -162,6 +163,8 @@ def _kept_index(kept: Path, path: Path) -> dict[str, Any] | None:
         if (index["format"], index["bytes"]) != (FORMAT, about.st_size) or not all(map(_is_row, index["samples"])):
             return None
         index["left_out"] = {str(reason): [str(name) for name in names] for reason, names in index["left_out"].items()}
+        if not isinstance(index["sha256"], str):
+            return None
         # a copy has another modification time: then its bytes decide
         return index if index["time"] == about.st_mtime_ns or index["sha256"] == sha256_of(path) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
