@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sample_calls import draw, parameters, pixels
 
+import benchmarks.personalization
 import sample
 import train
 from data.shapes.shapes import Shapes, ShapesConfig
@@ -272,6 +273,14 @@ def test_what_cannot_be_taught_is_said_in_one_line(tiny_run, images, tmp_path):
         assert "\n" not in str(error.value)
         assert not list((tmp_path / str(number)).glob("run/*.safetensors"))
         assert kind is ValueError or not (tmp_path / str(number) / "run").exists()
+
+
+def test_the_benchmark_measures_forgetting(tiny_run, lora, capsys):
+    """Scale 0 is the base, another is not; what needs a CLIP is left out without one."""
+    benchmarks.personalization.main([str(tiny_run), "--adapter", str(lora), "--count", "6", "--scales", "0", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| scale | validation loss |" and len(lines) == 4
+    assert lines[2].split("|")[2] != lines[3].split("|")[2]
 
 
 def test_a_check_says_what_would_be_learned_from(tiny_run, images, tmp_path, capsys):
