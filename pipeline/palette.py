@@ -101,10 +101,10 @@ def palette_of_image(path: Path, colours: int = 8) -> Palette:
     small.thumbnail((128, 128))
     cut = small.quantize(colours, method=Image.Quantize.MEDIANCUT)
     table = np.asarray(cut.getpalette(), dtype=int).reshape(-1, 3)
-    counts = sorted(((count, index) for count, index in cut.getcolors()), reverse=True)
-    total = sum(count for count, _ in counts)
-    return Palette(path.name, tuple((int(r), int(g), int(b)) for r, g, b in (table[index] for _, index in counts)),
-                   tuple(count / total for count, _ in counts))
+    counts = np.bincount(np.asarray(cut).ravel())  # (K,)
+    order = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
+    return Palette(path.name, tuple((int(r), int(g), int(b)) for r, g, b in table[order]),
+                   tuple(float(counts[index] / counts.sum()) for index in order))
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor, directions: Tensor) -> Tensor:
