@@ -173,7 +173,7 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         return model["vocab"], [(first, second) for first, second in pairs]
     except Exception as error:  # the library raises bare Exception for what it cannot read
-        raise ValueError(f"{folder} is no CLIP tokenizer: {error!r}") from None
+        raise ValueError(f"{folder} is no CLIP tokenizer: {type(error).__name__}: {error}") from None
 
 
 def special_tokens(path: Path) -> dict[str, str | AddedToken]:
@@ -185,7 +185,7 @@ def special_tokens(path: Path) -> dict[str, str | AddedToken]:
         return {key: token_from_json(value) for key, value in data.items()
                 if key in ("bos_token", "eos_token", "pad_token") and value is not None}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no configuration of a tokenizer: {error!r}") from None
+        raise ValueError(f"{path} is no configuration of a tokenizer: {type(error).__name__}: {error}") from None
 
 
 def further_ids(content: str, ids: dict[str, int]) -> list[int]:
@@ -207,7 +207,8 @@ def learned_tokens(folder: Path, vocabulary: dict[str, int], special: set[str]) 
                 data = json.loads((folder / name).read_text(encoding="utf-8"))
                 found |= {token.content: (number, token) for number, token in entries(data)}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{folder / name} has no table of added tokens: {error!r}") from None
+                reason = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{folder / name} has no table of added tokens: {reason}") from None
     tokens = sorted(((number, token) for content, (number, token) in found.items() if content not in special),
                     key=lambda pair: pair[0])
     following = len(vocabulary)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
+from files.config import from_dict, to_dict
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.clip import Clip
 from model.pretrained.config import (
@@ -134,7 +135,9 @@ def read_config(folder: Path, convert: Callable[[dict[str, Any], str], T]) -> tu
     """The config.json of a folder, and the result of `convert(data, where)` for it; errors name the file."""
     data = read_json(folder / "config.json")
     try:
-        return data, convert(data, str(folder / "config.json"))
+        config = convert(data, str(folder / "config.json"))
+        from_dict(type(config), to_dict(config), "its network")  # every value has its type
+        return data, config
     except (TypeError, AttributeError) as error:  # a number where a list belongs, and the like
         raise ValueError(f"{folder / 'config.json'} has a value of a wrong type: {error}") from None
     except ValueError as error:

@@ -63,9 +63,14 @@ def weight_files(folder: Path, *stems: str, variant: str | None = None) -> list[
     if found:
         raise FileNotFoundError(f"{folder} holds only variants of the weights: {', '.join(sorted(found))}; valid: one "
                                 "of them as --variant")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(map(described, folder.iterdir())) if folder.is_dir() else []
     raise FileNotFoundError(f"{folder} holds no weights; valid: {', '.join(f'{stem}.safetensors' for stem in stems)}, "
                             f"its shards, or .bin; found there: {', '.join(names) or 'nothing'}")
+
+
+def described(path: Path) -> str:
+    """The name of a path, and what it is if it is no file."""
+    return path.name if path.is_file() else f"{path.name}/" if path.is_dir() else f"{path.name} (a link to nothing)"
 
 
 def weights_in(folder: Path, stems: tuple[str, ...]) -> dict[str, Path]:
