@@ -30,7 +30,7 @@ from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from pipeline.config import SystemConfig
-from pipeline.moderation import Moderation, Refused, blur_or_refuse
+from pipeline.moderation import Moderation, Refused, blur_or_refuse, decision_on_request
 from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
 from pipeline.time_table import TimeTable
 from safety.policy import Decision, most_severe
@@ -232,8 +232,9 @@ class TextToImage:
         decisions = [Decision("allow")] * len(prompts)
         if self.moderation is not None:
             opposite = [parse_prompt(negative, literal=True)] if negative else []
-            decisions = [self.moderation.check_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
-                         for prompt in prompts]
+            guidance = (config or self.config.sampling).guidance
+            decisions = [decision_on_request(self.moderation, self, [parse_prompt(prompt, literal=True)], opposite,
+                                             guidance) for prompt in prompts]
             if any(decision.action == "block" for decision in decisions):
                 raise Refused(decisions)
         images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()

@@ -18,7 +18,8 @@ from safety.prompt import DEFAULT, HeadConfig, PromptHead, load_artefact
 from train import main
 from training.moderation.artefact import NEVER, level_of, limits_within, reaches_limits
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Row, TextFilesError, group_alike, read_corpus
+from training.moderation.corpus import TextFilesError, read_corpus
+from training.moderation.rows import Row, group_alike
 from training.moderation.stage import (
     Network,
     batch_loss,

@@ -19,7 +19,8 @@ from safety.normalize import normalize
 from safety.policy import HEADS, MINORS, VERSION, Limits
 from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Corpus, ListedTerm, Row
+from training.moderation.corpus import Corpus, ListedTerm
+from training.moderation.rows import Row
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
 NEVER = 2.0  # a threshold that no probability reaches

@@ -6,11 +6,11 @@ from safety.prompt import HeadConfig
 
 @dataclass(frozen=True)
 class TextData:
-    """``root``: a folder of text in the format of training/moderation/corpus.py; ``extra``: a second one, or empty.
+    """``root``: a folder of text in the format of training/moderation/corpus.py; ``extra``: further folders.
     ``left_out``: names, without endings, of files that are excluded from training in order to test on them."""
 
     root: str = ""
-    extra: str = ""
+    extra: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 

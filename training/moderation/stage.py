@@ -22,7 +22,8 @@ from safety.policy import HEADS
 from safety.prompt import HeadConfig, PromptHead, ngram_ids
 from training.moderation.artefact import assemble, write_artefact
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Corpus, Row, read_corpus
+from training.moderation.corpus import Corpus, read_corpus
+from training.moderation.rows import Row
 from training.moderation.variations import vary
 from training.stages.context import StageContext
 
@@ -207,7 +208,7 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     if not data.root:
         raise ValueError("moderator.data.root: ''; valid: moderator.data.root=DIR, the folder of text")
     began = time.perf_counter()
-    corpus = read_corpus([data.root, *([data.extra] if data.extra else [])])
+    corpus = read_corpus([data.root, *data.extra])
     rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
