@@ -3,6 +3,7 @@
 A term is stored as 8 bytes of BLAKE2b. A bitmap indexed by CRC-32 rejects almost every other span in a fraction of a
 microsecond, and only a span that passes it is hashed. A dictionary and names are stored as a Bloom filter (Bloom 1970).
 """
+import bisect
 import hashlib
 import itertools
 import re
@@ -20,6 +21,8 @@ WORDS = 4  # words of the longest term
 LETTERS = 24  # letters of the longest term found inside another word
 PHRASE = 6  # the same for a severe term of several words
 JOINED = 8  # least letters of two words that make a term together, even if both are words by themselves
+MISSPELT = 6  # least letters of a blocking term that is found although one of its letters is wrong
+MISSPELLING = "misspelt"  # kind of such a reading
 _HASHES = 3
 SIGNAL, FLAG, BLOCK = 1, 2, 3  # levels: counts only for the rule on minors, flags, blocks
 
@@ -96,12 +99,25 @@ def masked_forms(term: str) -> Iterator[str]:
             yield "".join(WILD if i in hidden else c for i, c in enumerate(term))
 
 
+def misspelt_forms(word: str) -> Iterator[str]:
+    """Forms of a word by which a blocking term is found that differs from it by one letter: dropped, added, replaced, or
+    swapped with the next one. WILD stands for a letter of the term that is not in the word."""
+    for i in range(len(word)):
+        yield word[:i] + word[i + 1:]
+        yield word[:i] + WILD + word[i + 1:]
+        yield word[:i] + WILD + word[i:]
+        yield word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:]
+    yield word + WILD
+
+
 def bold_forms(term: str) -> list[str]:
     """The stored forms of a blocking term: as it is, without spaces, with unknown letters, and without repeats (=)."""
     joined = term.replace(" ", "")
     forms = [term] if len(joined) < STEM and joined != term else [term, joined]
     if joined.isalpha() and len(joined) <= LETTERS:
         forms += masked_forms(joined)
+        if len(joined) >= MISSPELT:
+            forms += [WILD + joined[1:], joined[:-1] + WILD]
         once = re.sub(r"(.)\1+", r"\1", joined)
         if len(once) >= 4 and once != joined:
             forms.append("=" + once)
@@ -118,8 +134,9 @@ class Lexicon:
             raise ValueError(f"lexicon: {len(keys)} keys, {len(categories)} categories, {len(levels)} levels")
         self.keys, self.categories, self.levels, self.inside, self.bitmap = keys, categories, levels, inside, bitmap
         self.words = words
-        self._terms = {key: (category, level, bool(within)) for key, category, level, within in
-                       zip(keys.tolist(), categories.tolist(), levels.tolist(), inside.tolist())}
+        if len(keys) > 1 and not (keys[1:] > keys[:-1]).all():
+            raise ValueError("lexicon: keys that are not sorted; valid: each larger than the one before")
+        self._sorted = memoryview(np.ascontiguousarray(keys))  # a dict of 170,000 would take a tenth of a second
         self._bits, self._mask = bitmap.tobytes(), 8 * len(bitmap) - 1
 
     @classmethod
@@ -157,7 +174,15 @@ class Lexicon:
         place = zlib.crc32(text.encode("ascii", "replace")) & self._mask
         if not self._bits[place >> 3] >> (place & 7) & 1:
             return None
-        return self._terms.get(_key(text))
+        return self._hit(text)
+
+    def _hit(self, text: str) -> tuple[int, int, bool] | None:
+        """As ``term``, for a text that the bitmap does not reject."""
+        key = _key(text)
+        place = bisect.bisect_left(self._sorted, key)
+        if place == len(self._sorted) or self._sorted[place] != key:
+            return None
+        return int(self.categories[place]), int(self.levels[place]), bool(self.inside[place])
 
     def matches(self, normalized: Normalized, bold: bool = False) -> list[Match]:
         """The listed terms in the words of the text and in its readings. Severe readings find blocking terms only, or
@@ -171,11 +196,24 @@ class Lexicon:
         for span, reading in self._stems([reading for reading in normalized.readings if not reading.whole]):
             spans.append(span)
             owners.append(reading)
+        for form, reading in self._misspelt(normalized.readings):
+            spans.append(form)
+            owners.append(reading)
         for place in self._possible([zlib.crc32(span.encode("ascii", "replace")) for span in spans]):
-            hit, reading = self._terms.get(_key(spans[place])), owners[place]
-            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
+            hit, reading = self._hit(spans[place]), owners[place]
+            whole = reading.whole or reading.kind == MISSPELLING
+            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (whole or hit[2]):
                 found[hit[0], hit[1], reading.kind, spans[place]] = None
         return [Match(*key) for key in found]
+
+    def _misspelt(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
+        """(form, reading) of the ``misspelt_forms`` of unknown words, for terms of at least MISSPELT letters."""
+        for reading in readings:
+            if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS:
+                changed = reading._replace(kind=MISSPELLING)
+                for form in misspelt_forms(reading.text):
+                    if len(form) >= MISSPELT:
+                        yield form, changed
 
     def _possible(self, codes: Sequence[int]) -> list[int]:
         """The indices of the CRC-32 codes that are set in the bitmap."""
@@ -192,13 +230,13 @@ class Lexicon:
         found = []
         for start in self._possible(joined):
             span = words[start] + words[start + 1]
-            hit = self._terms.get(_key(span)) if len(span) >= JOINED else None
+            hit = self._hit(span) if len(span) >= JOINED else None
             if hit and hit[1] >= BLOCK:
                 found.append((start, 0, (hit[0], hit[1], span)))
         for size in range(1, WORDS + 1):
             for start in self._possible(code):
                 span = " ".join(words[start:start + size])
-                hit = self._terms.get(_key(span))
+                hit = self._hit(span)
                 if hit:
                     found.append((start, size, (hit[0], hit[1], span)))
             code = list(map(zlib.crc32, spaced[size:], code))  # continues over the next word

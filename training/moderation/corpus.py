@@ -8,14 +8,15 @@ The header of a file defines its kind:
     prompt[,category]               harmless prompts (the category is the one that they seem to have)
     text,category,severity          listed terms, severity 1 to 3
 
-The files words.txt and names.txt hold a dictionary and names, one a line. Several categories are joined by "|" or ", "
+The files words.txt and names.txt hold a dictionary and names, one a line, and homonyms.txt words that have a harmless
+meaning too. A listed term with the category "plain NAME" is no profanity but a plain word of category NAME. Several categories are joined by "|" or ", "
 and may be written in any case. Two labelled texts of one group, of which one is harmful, are twins too.
 """
 import csv
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safety.policy import HEADS
@@ -54,13 +55,14 @@ class Corpus:
     terms: list[ListedTerm]
     words: set[str]
     names: set[str]
+    homonyms: set[str] = field(default_factory=set)
 
 
 def read_corpus(folders: Iterable[str | Path]) -> Corpus:
     """All text of the folders, with near-duplicates in one group. Raises TextFilesError for what cannot be read."""
     rows: list[Row] = []
     terms: list[ListedTerm] = []
-    lists: dict[str, set[str]] = {"words.txt": set(), "names.txt": set()}
+    lists: dict[str, set[str]] = {name: set() for name in ("words.txt", "names.txt", "homonyms.txt")}
     folders = list(map(Path, folders))
     for folder in folders:
         if not folder.is_dir():
@@ -80,7 +82,7 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
     if not any(row.harmful for row in rows) or not any(row.harmless for row in rows):
         raise TextFilesError("moderator.data.root: valid: at least one harmful and one harmless text")
     rows = place_composites(group_alike(paired_by_group(without_slurs(rows, terms))))
-    return Corpus(rows, terms, lists["words.txt"] - {""}, lists["names.txt"] - {""})
+    return Corpus(rows, terms, *(words - {""} for words in lists.values()))
 
 
 def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
@@ -144,10 +146,11 @@ def _number(text: str, where: str, low: float, high: float) -> float:
 
 
 def _row_by_share(line: dict[str, str], source: str, group: int, where: str) -> Row:
-    """A row whose label follows from the share of inappropriate images; between the two limits it has none."""
+    """A row whose label follows from the share of inappropriate images; between the two limits it has none. A high share
+    says something about the images of one model and not about the words: its label is a head of its own."""
     share = _number(line["inappropriate_percentage"], where, 0, 100)
-    names = categories_of(line["categories"], where)
-    labels = dict.fromkeys(names, 1.0) if share >= SHARE_HARMFUL else {}
+    categories_of(line["categories"], where)
+    labels = {"unsafe_images": 1.0} if share >= SHARE_HARMFUL else {}
     labels = _harmless_labels() if share <= SHARE_HARMLESS else labels
     return Row(line["prompt"], labels, source, group, topic=line["categories"], share=share)
 
