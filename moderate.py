@@ -37,7 +37,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--file", type=Path, help="one text a line")
         command.add_argument("--weights", type=Path, help="another file of moderation")
         command.add_argument("--json", action="store_true", help="JSON lines")
-    check.add_argument("--negative", action="store_true", help="the texts are negative prompts of a guidance of 1 or more: "
+    check.add_argument("--negative", action="store_true",
+                       help="the texts are negative prompts of a guidance of 1 or more: "
                        "listed terms only")
     check.add_argument("--mode", choices=MODES, default="block")
     check.add_argument("--prior", type=float, help="share of harmful texts that is expected: scores are probabilities "

@@ -100,14 +100,26 @@ def masked_forms(term: str) -> Iterator[str]:
 
 
 def misspelt_forms(word: str) -> Iterator[str]:
-    """Forms of a word by which a blocking term is found that differs from it by one letter: dropped, added, replaced, or
-    swapped with the next one. WILD stands for a letter of the term that is not in the word."""
+    """Forms of a word by which a blocking term is found that differs from it by one letter: dropped, added, replaced,
+    or swapped with the next one. WILD stands for a letter of the term that is not in the word."""
     for i in range(len(word)):
         yield word[:i] + word[i + 1:]
         yield word[:i] + WILD + word[i + 1:]
         yield word[:i] + WILD + word[i:]
         yield word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:]
     yield word + WILD
+
+
+def misspelt_codes(word: bytes) -> list[int]:
+    """The CRC-32 of each of the ``misspelt_forms`` of a word, in the same order, without building them: the code of a
+    text continues that of its beginning."""
+    found, code = [], 0
+    for i in range(len(word)):
+        rest, wild = word[i + 1:], zlib.crc32(b"*", code)
+        found += (zlib.crc32(rest, code), zlib.crc32(rest, wild), zlib.crc32(word[i:], wild),
+                  zlib.crc32(rest[1:], zlib.crc32(rest[:1] + word[i:i + 1], code)))
+        code = zlib.crc32(word[i:i + 1], code)
+    return [*found, zlib.crc32(b"*", code)]
 
 
 def bold_forms(term: str) -> list[str]:
@@ -207,13 +219,17 @@ class Lexicon:
         return [Match(*key) for key in found]
 
     def _misspelt(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
-        """(form, reading) of the ``misspelt_forms`` of unknown words, for terms of at least MISSPELT letters."""
-        for reading in readings:
-            if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS:
-                changed = reading._replace(kind=MISSPELLING)
-                for form in misspelt_forms(reading.text):
-                    if len(form) >= MISSPELT:
-                        yield form, changed
+        """(form, reading) of those ``misspelt_forms`` of unknown words that the bitmap does not reject, for terms of at
+        least MISSPELT letters."""
+        chosen = [reading for reading in readings
+                  if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS]
+        codes = [misspelt_codes(reading.text.encode("ascii", "replace")) for reading in chosen]
+        owners = [(place, i) for place, some in enumerate(codes) for i in range(len(some))]
+        for at in self._possible(list(itertools.chain.from_iterable(codes))):
+            place, i = owners[at]
+            form = next(itertools.islice(misspelt_forms(chosen[place].text), i, None))
+            if len(form) >= MISSPELT:
+                yield form, chosen[place]._replace(kind=MISSPELLING)
 
     def _possible(self, codes: Sequence[int]) -> list[int]:
         """The indices of the CRC-32 codes that are set in the bitmap."""

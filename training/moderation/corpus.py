@@ -9,8 +9,8 @@ The header of a file defines its kind:
     text,category,severity          listed terms, severity 1 to 3
 
 The files words.txt and names.txt hold a dictionary and names, one a line, and homonyms.txt words that have a harmless
-meaning too. A listed term with the category "plain NAME" is no profanity but a plain word of category NAME. Several categories are joined by "|" or ", "
-and may be written in any case. Two labelled texts of one group, of which one is harmful, are twins too.
+meaning too. A listed term with the category "plain NAME" is no profanity but a plain word of category NAME. Several
+categories are joined by "|" or ", " and may be written in any case. Two labelled texts of one group, of which one is harmful, are twins too.
 """
 import csv
 import re
@@ -146,8 +146,8 @@ def _number(text: str, where: str, low: float, high: float) -> float:
 
 
 def _row_by_share(line: dict[str, str], source: str, group: int, where: str) -> Row:
-    """A row whose label follows from the share of inappropriate images; between the two limits it has none. A high share
-    says something about the images of one model and not about the words: its label is a head of its own."""
+    """A row whose label follows from the share of inappropriate images; between the two limits it has none. A high
+    share says something about the images of one model and not about the words: its label is a head of its own."""
     share = _number(line["inappropriate_percentage"], where, 0, 100)
     categories_of(line["categories"], where)
     labels = {"unsafe_images": 1.0} if share >= SHARE_HARMFUL else {}

@@ -9,10 +9,11 @@ import numpy as np
 from safety.policy import HEADS
 from training.moderation.rows import Row
 
-GROUPS = ("muslim jewish christian hindu sikh buddhist catholic black white african asian chinese japanese korean indian "
-          "mexican latino arab turkish polish irish german french russian nigerian ethiopian vietnamese filipino "
-          "indigenous romani immigrant refugee gay lesbian bisexual transgender queer nonbinary deaf blind disabled "
-          "autistic elderly fat homeless").split()
+GROUPS = (
+    "muslim jewish christian hindu sikh buddhist catholic black white african asian chinese japanese korean indian "
+    "mexican latino arab turkish polish irish german french russian nigerian ethiopian vietnamese filipino "
+    "indigenous romani immigrant refugee gay lesbian bisexual transgender queer nonbinary deaf blind disabled "
+    "autistic elderly fat homeless").split()
 PEOPLE = ("man", "woman", "couple", "family", "teacher", "chef", "dancer", "scientist", "grandmother", "student",
           "farmer", "musician", "nurse", "neighbour", "poet", "athlete", "bride", "father", "mother", "artist")
 DOINGS = ("drinking tea in a kitchen", "at a birthday party", "smiling for a portrait", "walking through the rain",

@@ -34,8 +34,8 @@ NOUNS = {
     "sexual": ("nakedness", "pornography", "sexual_activity", "striptease", "prostitute"),
     "violence": ("killing.2", "torture", "mutilation", "bloodshed", "corpse", "execution", "terrorist", "terrorism"),
     "self_harm": ("suicide",),
-    "illegal": ("explosive_device", "narcotic", "controlled_substance", "hallucinogen", "larceny", "thief", "kidnapping",
-                "arson", "vandalism", "smuggling", "forgery", "drug_dealer", "firearm", "burglary"),
+    "illegal": ("explosive_device", "narcotic", "controlled_substance", "hallucinogen", "larceny", "thief",
+                "kidnapping", "arson", "vandalism", "smuggling", "forgery", "drug_dealer", "firearm", "burglary"),
 }
 ADJECTIVES = {"sexual": ("naked", "topless", "pornographic", "erotic"), "violence": ("bloody", "gory", "murderous"),
               "self_harm": ("suicidal",)}

@@ -14,8 +14,6 @@ import scipy.sparse.csgraph
 from safety.policy import HEADS
 
 ALIKE = 0.6  # least Jaccard similarity of the words of texts in one group
-# harm that says nothing about a category is no example of it; a text of other harm may be one
-APART = {"sexual": {"violence", "hate", "self_harm", "illegal", "privacy"}}
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -93,17 +91,6 @@ def paired_by_group(rows: list[Row]) -> list[Row]:
     twins = {group for group, two in found.items() if len(two) == 2 and two[0].twin < 0
              and two[0].topic == two[1].topic != "" and two[0].harmful != two[1].harmful}
     return [replace(row, twin=row.group) if row.group in twins else row for row in rows]
-
-
-def with_negatives(rows: list[Row]) -> list[Row]:
-    """The rows, with a label of 0 in a category for texts that are harmful in others only that are APART from it.
-    Without them, a category whose harmful texts have few neighbours learns the style of harm in general and names it."""
-    found = []
-    for row in rows:
-        harms = {name for name, value in row.labels.items() if value}
-        negative = {name: 0.0 for name, others in APART.items() if harms and harms <= others and name not in row.labels}
-        found.append(replace(row, labels={**row.labels, **negative}) if negative else row)
-    return found
 
 
 def key_of(text: str) -> str:

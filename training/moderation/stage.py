@@ -24,7 +24,7 @@ from training.moderation.artefact import assemble, write_artefact
 from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Corpus, read_corpus
 from training.moderation.ordinary import ordinary_rows
-from training.moderation.rows import Row, with_negatives
+from training.moderation.rows import Row
 from training.moderation.variations import vary
 from training.stages.context import StageContext
 
@@ -90,9 +90,9 @@ def label_tensors(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def twin_places(rows: Sequence[Row]) -> np.ndarray:
-    """Indices (pairs, 2) of the harmful and the harmless row of every pair of twins of which one is known to be harmless
-    in all categories. Those that are so in one category only are too many and too alike: with them among the pairs, twins
-    of other origin are ordered worse, and less harm of every kind is found."""
+    """Indices (pairs, 2) of the harmful and the harmless row of every pair of twins of which one is known to be
+    harmless in all categories. Those that are so in one category only are too many and too alike: with them among the
+    pairs, twins of other origin are ordered worse, and less harm of every kind is found."""
     found: dict[int, dict[bool, int]] = {}
     for place, row in enumerate(rows):
         if row.twin >= 0 and (row.harmful or row.harmless):
@@ -223,7 +223,7 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     began = time.perf_counter()
     corpus = read_corpus([data.root, *data.extra])
     rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
-    rows = with_negatives(rows) + ordinary_rows(config.ordinary, seed)
+    rows += ordinary_rows(config.ordinary, seed)
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
         raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for training and development")

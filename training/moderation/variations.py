@@ -108,7 +108,7 @@ def vary(text: str, styles: Sequence[str], random: np.random.Generator, others: 
     if len(text.split()) > LONG:
         return text
     draw = random.random()
-    for limit, change in ((0.1, with_disguises), (0.33, with_misspellings), (0.39, glued), (0.47, with_endings)):
+    for limit, change in ((0.09, with_disguises), (0.3, with_misspellings), (0.38, glued), (0.5, with_endings)):
         if draw < limit:
             return change(text, random)
     return text

@@ -1,6 +1,6 @@
 """The operator's tables: how much harm is stopped at which price, what a mode changes, and what a score means.
 
-    python -m benchmarks.moderation.operator --data DIR [DIR ...] [--weights FILE]
+    python -m benchmarks.moderation.price --data DIR [DIR ...] [--weights FILE]
 
 The rows are those of the test split. The price is the share of real prompts that is blocked: all thresholds are moved
 together until it is reached. Calibration is measured on mixtures with a given share of harmful texts, with the prior of
