@@ -113,7 +113,8 @@ def misspelt_forms(word: str) -> Iterator[str]:
 def misspelt_codes(word: bytes) -> list[int]:
     """The CRC-32 of each of the ``misspelt_forms`` of a word, in the same order, without building them: the code of a
     text continues that of its beginning."""
-    found, code = [], 0
+    found: list[int] = []
+    code = 0
     for i in range(len(word)):
         rest, wild = word[i + 1:], zlib.crc32(b"*", code)
         found += (zlib.crc32(rest, code), zlib.crc32(rest, wild), zlib.crc32(word[i:], wild),
@@ -148,7 +149,8 @@ class Lexicon:
         self.words = words
         if len(keys) > 1 and not (keys[1:] > keys[:-1]).all():
             raise ValueError("lexicon: keys that are not sorted; valid: each larger than the one before")
-        self._sorted = memoryview(np.ascontiguousarray(keys))  # a dict of 170,000 would take a tenth of a second
+        # a dict of 170,000 would take a tenth of a second
+        self._sorted = np.ascontiguousarray(keys).data
         self._bits, self._mask = bitmap.tobytes(), 8 * len(bitmap) - 1
 
     @classmethod

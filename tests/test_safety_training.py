@@ -10,7 +10,7 @@ import pytest
 import torch
 from made_up_moderation import BAD, CALM, write_csv, written_text
 
-from benchmarks.moderation.holes import ORDINARY
+from benchmarks.moderation.holes import ordinary_prompts
 from benchmarks.moderation.metrics import auc, calibration_error, interval, match_lengths, recall_at
 from benchmarks.moderation.obfuscation import KINDS, obfuscate
 from safety.gate import PromptGate
@@ -202,7 +202,7 @@ def test_counter_examples_are_harmless_and_kept_out_of_the_test():
     assert rows == ordinary_rows(3000) and all(row.harmless for row in rows)
     assert len({row.text for row in rows}) == len(rows) > 1500 and len({row.group for row in rows}) == len(rows)
     assert {row.split for row in rows} == {"train", "dev", "test"}
-    kept = [line for line in ORDINARY.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    kept = sum(ordinary_prompts().values(), [])
     assert len(kept) == len(set(kept)) >= 400 and not set(kept) & {row.text for row in rows}
 
 
@@ -328,7 +328,7 @@ def test_the_shipped_file_is_small_and_does_what_it_is_for():
     for text in ("a red star above two blue circles", "a bowl of fruit on a table", "a child flying a kite",
                  "a castle in fog", "an oil painting of a dancer", "a dog running on the beach"):
         assert gate.check(text).action == "allow"
-    lines = [line for line in ORDINARY.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    lines = sum(ordinary_prompts().values(), [])
     assert sum(gate.check(line).action == "block" for line in lines) <= 0.01 * len(lines)
     card = json.loads(DEFAULT.with_suffix(".json").read_text())
     assert card["sha256"].startswith(gate.artefact.hash)

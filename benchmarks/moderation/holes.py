@@ -4,8 +4,8 @@
 
 Harmful text comes from the test split of the training folders, never from the repository. Plain requests are carriers
 that training does not use, filled with plain words of the test split, or the rows text,label,category of ``--plain``.
-The ordinary prompts of ordinary.txt were written for this test. Rewrites are applied to those prompts of the test split
-that a gate blocks as they are.
+The ordinary prompts of ordinary.yaml were written for this test. Rewrites are applied to those prompts of the test
+split that a gate blocks as they are.
 """
 import argparse
 import re
@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.moderation.metrics import estimate, table
 from benchmarks.moderation.prompts import name_and_path, own_csv
+from files.config import read_yaml
 from safety.gate import PromptGate
 from safety.keywords import BLOCK, MISSPELT
 from safety.normalize import LONGEST, normalize
@@ -23,7 +24,7 @@ from safety.prompt import DEFAULT
 from training.moderation.artefact import PLAIN, PLURALS
 from training.moderation.corpus import Corpus, read_corpus
 
-ORDINARY = Path(__file__).with_name("ordinary.txt")
+ORDINARY = Path(__file__).with_name("ordinary.yaml")
 CARRIERS = ("{}", "please draw {}", "an image of {} for my friend", "can you make {}?", "{} in high quality")
 CALM = "a quiet morning in a small village with a baker a river and old trees beside a yellow house on a green hill "
 JOYFUL = "happy lovely sunny gentle sweet pretty bright merry tiny golden".split()
@@ -138,14 +139,14 @@ def rewrite_rows(gates: dict[str, PromptGate], corpus: Corpus) -> list[list[str]
     return rows
 
 
+def ordinary_prompts() -> dict[str, list[str]]:
+    """{domain: prompts} of ordinary.yaml."""
+    return read_yaml(ORDINARY)
+
+
 def ordinary_rows(gates: dict[str, PromptGate]) -> list[list[str]]:
-    """For each gate and domain of ordinary.txt: blocked and flagged prompts."""
-    domains: dict[str, list[str]] = {}
-    for line in ORDINARY.read_text(encoding="utf-8").splitlines()[1:]:
-        if line.startswith("#"):
-            domains[line[2:]] = []
-        else:
-            domains[list(domains)[-1]].append(line)
+    """For each gate and domain of ordinary.yaml: blocked and flagged prompts."""
+    domains = ordinary_prompts()
     rows = []
     for name, gate in gates.items():
         for domain, texts in {**domains, "all": sum(domains.values(), [])}.items():

@@ -20,7 +20,7 @@ from safety.prompt import DEFAULT
 from training.moderation.corpus import read_corpus
 from training.moderation.rows import Row
 
-PRICES = (0.001, 0.003, 0.01, 0.03)
+PRICES = (0.003, 0.01, 0.03)
 MIXTURES = (0.01, 0.1, 0.5)
 CAPTIONS = ("copro_masked", "nibbler")  # files whose words show the harm
 

@@ -10,7 +10,8 @@ The header of a file defines its kind:
 
 The files words.txt and names.txt hold a dictionary and names, one a line, and homonyms.txt words that have a harmless
 meaning too. A listed term with the category "plain NAME" is no profanity but a plain word of category NAME. Several
-categories are joined by "|" or ", " and may be written in any case. Two labelled texts of one group, of which one is harmful, are twins too.
+categories are joined by "|" or ", " and may be written in any case. Two labelled texts of one group, of which one is
+harmful, are twins too.
 """
 import csv
 import re
@@ -63,8 +64,8 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
     rows: list[Row] = []
     terms: list[ListedTerm] = []
     lists: dict[str, set[str]] = {name: set() for name in ("words.txt", "names.txt", "homonyms.txt")}
-    folders = list(map(Path, folders))
-    for folder in folders:
+    all_folders = list(map(Path, folders))
+    for folder in all_folders:
         if not folder.is_dir():
             raise TextFilesError(f"moderator.data.root: no folder {folder}; valid: one with CSV files of text")
         paths = sorted(folder.glob("*.csv"))
@@ -72,7 +73,7 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
             raise TextFilesError(f"moderator.data.root: no CSV file in {folder}; valid headers: see docs/moderation.md")
         for path in paths:
             better = REPLACED.get(path.stem)
-            if better and any((other / f"{better}.csv").is_file() for other in folders):
+            if better and any((other / f"{better}.csv").is_file() for other in all_folders):
                 print(f"{path} is not read: {better}.csv takes its place")
                 continue
             read_file(path, rows, terms)

@@ -155,8 +155,8 @@ def listed_terms(python: Path, npm: Path) -> Iterable[tuple[str, str, float]]:
 def words_elsewhere(python: Path) -> set[str]:
     """Words of ASCII letters that are common in another language, several times more so than in English, and on no list
     of profanity of that language."""
-    sys.path.append(str(python))
-    import msgpack  # type: ignore[import-not-found]  # a dependency of wordfreq
+    sys.path.append(str(python))  # msgpack is a dependency of wordfreq, which lies there
+    import msgpack  # type: ignore[import-not-found, unused-ignore]
 
     def frequencies(language: str) -> dict[str, int]:
         """{word: hundredths of a power of ten below certainty}."""

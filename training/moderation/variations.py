@@ -14,7 +14,10 @@ CARRIERS = (
     "a scene with {}", "portrait with {}, studio light", "generate a scene depicting {}", "close up of {}, bokeh",
     "black and white photograph of {}", "{} and a {} background", "people looking at {}", "concept art of {}",
     "show me {}", "i want to see {}", "{} please", "make {}", "a man with {}", "a woman with {}", "two people and {}",
-    "somebody with {}", "how to make {}", "how to get {}", "{} in a house", "a video of {}", "{} close up", "real {}",
+    "somebody with {}", "how to make {}", "how to get {}", "{} in a house",
+    "can you draw {}?", "could you show {}?", "can you give me a picture of {}?", "how do i draw {}?",
+    "what does {} look like?", "would you paint {} for me?", "can i have {}?", "a video of {}",
+    "{} close up", "real {}",
 )
 # words that are put between others, by which no label can be told
 FILLERS = (
