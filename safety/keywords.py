@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -99,28 +100,33 @@ def masked_forms(term: str) -> Iterator[str]:
             yield "".join(WILD if i in hidden else c for i, c in enumerate(term))
 
 
-def misspelt_forms(word: str) -> Iterator[str]:
-    """Forms of a word by which a blocking term is found that differs from it by one letter: dropped, added, replaced,
-    or swapped with the next one. WILD stands for a letter of the term that is not in the word."""
-    for i in range(len(word)):
-        yield word[:i] + word[i + 1:]
-        yield word[:i] + WILD + word[i + 1:]
-        yield word[:i] + WILD + word[i:]
-        yield word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:]
-    yield word + WILD
+def misspelt_forms(word: str) -> list[str]:
+    """Forms of a word, of MISSPELT letters or more, by which a blocking term is found that differs from it by one
+    letter: added, replaced, swapped with the next one, or dropped. WILD stands for a letter of the term that is not in
+    the word."""
+    places, found = range(len(word)), [word[:i] + WILD + word[i:] for i in range(len(word) + 1)]
+    if len(word) >= MISSPELT:
+        found += [word[:i] + WILD + word[i + 1:] for i in places]
+        found += [word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:] for i in places]
+    if len(word) > MISSPELT:
+        found += [word[:i] + word[i + 1:] for i in places]
+    return found
 
 
+@lru_cache(maxsize=2048)  # both lexicons of a gate ask for the same words
 def misspelt_codes(word: bytes) -> list[int]:
     """The CRC-32 of each of the ``misspelt_forms`` of a word, in the same order, without building them: the code of a
     text continues that of its beginning."""
-    found: list[int] = []
-    code = 0
-    for i in range(len(word)):
-        rest, wild = word[i + 1:], zlib.crc32(b"*", code)
-        found += (zlib.crc32(rest, code), zlib.crc32(rest, wild), zlib.crc32(word[i:], wild),
-                  zlib.crc32(rest[1:], zlib.crc32(rest[:1] + word[i:i + 1], code)))
-        code = zlib.crc32(word[i:i + 1], code)
-    return [*found, zlib.crc32(b"*", code)]
+    crc, places = zlib.crc32, range(len(word))
+    begun = list(itertools.accumulate((word[i:i + 1] for i in places), lambda code, one: crc(one, code), initial=0))
+    wild = [crc(b"*", code) for code in begun]
+    found = [crc(word[i:], wild[i]) for i in range(len(word) + 1)]
+    if len(word) >= MISSPELT:
+        found += [crc(word[i + 1:], wild[i]) for i in places]
+        found += [crc(word[i + 2:], crc(word[i:i + 1], crc(word[i + 1:i + 2], begun[i]))) for i in places]
+    if len(word) > MISSPELT:
+        found += [crc(word[i + 1:], begun[i]) for i in places]
+    return found
 
 
 def bold_forms(term: str) -> list[str]:
@@ -226,12 +232,11 @@ class Lexicon:
         chosen = [reading for reading in readings
                   if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS]
         codes = [misspelt_codes(reading.text.encode("ascii", "replace")) for reading in chosen]
-        owners = [(place, i) for place, some in enumerate(codes) for i in range(len(some))]
+        ends = list(itertools.accumulate(map(len, codes)))
         for at in self._possible(list(itertools.chain.from_iterable(codes))):
-            place, i = owners[at]
-            form = next(itertools.islice(misspelt_forms(chosen[place].text), i, None))
-            if len(form) >= MISSPELT:
-                yield form, chosen[place]._replace(kind=MISSPELLING)
+            place = bisect.bisect_right(ends, at)
+            form = misspelt_forms(chosen[place].text)[at - ends[place]]  # counted from the end of its word
+            yield form, chosen[place]._replace(kind=MISSPELLING)
 
     def _possible(self, codes: Sequence[int]) -> list[int]:
         """The indices of the CRC-32 codes that are set in the bitmap."""
