@@ -21,7 +21,6 @@ from files.text import read_lines
 from files.whole import set_aside
 from safety.audit import AuditLog, new_key, read_key
 from safety.gate import PromptGate
-from safety.image import write_concepts
 from safety.policy import ACTIONS, MODES, Decision
 from safety.prompt import DEFAULT
 
@@ -40,8 +39,12 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
         command.add_argument("--file", type=Path, help="one text a line")
         command.add_argument("--weights", type=Path, help="another file of moderation")
         command.add_argument("--json", action="store_true", help="JSON lines")
-    check.add_argument("--negative", action="store_true", help="the texts are negative prompts: listed terms only")
+    check.add_argument("--negative", action="store_true",
+                       help="the texts are negative prompts of a guidance of 1 or more: "
+                       "listed terms only")
     check.add_argument("--mode", choices=MODES, default="block")
+    check.add_argument("--prior", type=float, help="share of harmful texts that is expected: scores are probabilities "
+                       "under it, and no decision changes")
     check.add_argument("--image", type=Path, nargs="+", help="images")
     calibrate = commands.add_parser("calibrate", help="thresholds of concepts for the CLIP of a run")
     calibrate.add_argument("--rate", type=float, default=0.01, help="share of harmless images that may pass (0.01)")
@@ -108,6 +111,7 @@ def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list
 def calibrate(options: argparse.Namespace) -> int:
     """Write the concepts with thresholds for the CLIP of a run; returns the exit code."""
     from pipeline.moderation import CONCEPTS, calibrate_concepts
+    from safety.image import write_concepts
 
     found = calibrate_concepts(options.concepts, options.run, options.rate, clip=options.clip)
     out = options.out or options.run / CONCEPTS
@@ -130,7 +134,7 @@ def check(options: argparse.Namespace) -> int:
             raise ValueError("--negative with --image; valid: with texts")
         decisions = image_decisions(options, audit)
     else:
-        gate = gate_of(options, mode=options.mode, audit=audit)
+        gate = gate_of(options, mode=options.mode, audit=audit, prior=options.prior)
         decisions = [gate.check(text, options.negative) for text in texts_of(options)]
     for decision in decisions:
         print(decision_line(decision, options.json))

@@ -1,7 +1,7 @@
 """The gate between prompts and files. Everything that conditions a sample is checked first, then the sample itself.
 
     moderation = Moderation.load("block", concepts="concepts.yaml", clip="runs/shapes")
-    moderation.check_prompt(parts, negatives, tokenizer) -> Decision   # before anything is sampled
+    decision_on_request(moderation, system, parts, negatives, guidance) -> Decision   # before anything is sampled
     moderation.check_images(images) -> [Decision]                      # before anything is written
 
 The gate fails closed: in every mode but "off", an input that cannot be checked is refused. Training previews and
@@ -19,11 +19,12 @@ import torch
 
 from data.catalog import build_source
 from data.source import image_batch
+from diffusion.guidance import GuidanceConfig
 from files.images import to_uint8, to_unit
 from files.run_folder import RunFolder
 from pipeline.clip_vectors import ClipVectors
 from pipeline.config import read_data_config
-from pipeline.prompt_schedule import AnyPrompt, PromptSchedule
+from pipeline.prompt_schedule import AnyPrompt, PromptSchedule, text_of
 from pipeline.prompts import chunks_of
 from pipeline.text_head import FILE as ENCODER
 from pipeline.text_head import EncoderHead, read_head
@@ -104,12 +105,15 @@ class Moderation:
         return cls.load(mode, moderation_weights(Path(run)), concepts, clip or run, audit, device, run=run)
 
     def check_prompt(self, parts: Sequence[AnyPrompt], negatives: Sequence[AnyPrompt] = (),
-                     tokenizer: Any = None) -> Decision:
+                     tokenizer: Any = None, toward: bool = False) -> Decision:
         """The most severe decision on the parts of one prompt (several in a blend) and on its negative prompts, with
         all that they change to on the way; never raises for a text. ``tokenizer`` determines where the text is cut and
-        where its chunks end."""
+        where its chunks end. ``toward``: the image is pushed toward the negative prompts (``pushes_toward_negative``),
+        so they are parts of the prompt."""
         if self.gate is None:
             return Decision("allow", reason="off")
+        if toward:
+            parts, negatives = [*parts, *(one for one in negatives if text_of(one).strip())], ()
         key = tuple(parts), tuple(negatives)
         if key in self._known:
             return self._known[key]
@@ -166,14 +170,32 @@ def image_moderator(concepts: str | Path, clip: str | Path, mode: Mode = "block"
     return ImageModerator(read_concepts(concepts), vectors, vectors.texts, mode)
 
 
+def pushes_toward_negative(guidance: GuidanceConfig) -> bool:
+    """Whether guidance may move an image toward the negative prompt instead of away from it: the prediction for the
+    negative prompt has the weight 1 - scale. The push of "apg" changes its sign as well if its parallel part is
+    negative, or if a strong negative momentum makes the push of the last step outweigh that of this one."""
+    turned = guidance.method == "apg" and (guidance.apg_parallel < 0 or guidance.apg_momentum < -0.5)
+    return guidance.scale < 1 or turned
+
+
+def decision_on_request(moderation: Moderation, system: Any, parts: Sequence[AnyPrompt],
+                        negatives: Sequence[AnyPrompt], guidance: GuidanceConfig) -> Decision:
+    """The decision on all texts that the images of one request are pushed toward or away from. ``system`` is the
+    ``TextToImage`` that samples: a weaker network that guides it reads the prompt as its own tokenizer cuts it."""
+    tokenizers = [system.tokenizer, *([system.guide.tokenizer] if system.guide is not None else [])]
+    return most_severe([moderation.check_prompt(parts, negatives, tokenizer, pushes_toward_negative(guidance))
+                        for tokenizer in tokenizers])
+
+
 def conditioned_texts(parts: Sequence[AnyPrompt], tokenizer: Any = None,
                       learned: Mapping[str, str] | None = None) -> list[str]:
-    """All texts that one prompt conditions on, each once: every part without its weights, each of its chunks, the
-    text that remains after cutting, all parts joined, and each of these with learned tokens replaced by their
-    source text. Of a part that changes: all that it changes to, and all its options one after the other, since an image
-    shows what several steps have read. A step may read nothing, a whole part may not."""
+    """All texts that one prompt conditions on, each once: every part without its weights (a word of weight 0 still
+    counts, because the words around it have read it in the text encoder), each of its chunks, the text that remains
+    after cutting, all parts joined, and each of these with learned tokens replaced by their source text. Of a part that
+    changes: all that it changes to, and all its options one after the other, since an image shows what several steps
+    have read. A step may read nothing, a whole part may not."""
     whole = [part.whole if isinstance(part, PromptSchedule) else part for part in parts]
-    texts = [part if isinstance(part, str) else part.text for part in whole]
+    texts = [text_of(part) for part in whole]
     if len(texts) > 1:
         texts.append(" ".join(texts))
     steps = [prompt for part in parts if isinstance(part, PromptSchedule) for prompt in part.prompts]

@@ -40,7 +40,7 @@ from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.unet import UNet
 from pipeline.config import SystemConfig
-from pipeline.moderation import Moderation, Refused, blur_or_refuse
+from pipeline.moderation import Moderation, Refused, blur_or_refuse, decision_on_request
 from pipeline.prompt_schedule import AnyPrompt, StepContexts, as_prompt, text_of
 from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
 from pipeline.time_table import TimeTable
@@ -266,7 +266,8 @@ class TextToImage:
         decisions = [Decision("allow")] * len(prompts)
         if self.moderation is not None:
             opposite = [as_prompt(negative)] if negative else []
-            decisions = [self.moderation.check_prompt([as_prompt(prompt)], opposite, self.tokenizer)
+            guidance = (config or self.config.sampling).guidance
+            decisions = [decision_on_request(self.moderation, self, [as_prompt(prompt)], opposite, guidance)
                          for prompt in prompts]
             if any(decision.action == "block" for decision in decisions):
                 raise Refused(decisions)

@@ -14,7 +14,8 @@ from pathlib import Path
 from safety.audit import AuditError, AuditLog
 from safety.keywords import BLOCK, FLAG, Match
 from safety.normalize import LONGEST, Normalized, TextError, is_foreign, latin_words, normalize, with_spaces_for_signs
-from safety.policy import CATEGORIES, HEADS, MODES, Decision, Mode, action_in_mode, most_severe, refusal
+from safety.parts import parts_of
+from safety.policy import CATEGORIES, HEADS, MODES, Decision, Mode, Policy, action_in_mode, most_severe, refusal
 from safety.prompt import DEFAULT, Artefact, load_artefact
 
 Encoder = Callable[[str], Mapping[str, float]]  # text -> probability by category
@@ -24,7 +25,7 @@ _NUMBERS = {word: str(number) for number, word in enumerate(
 _TENS = "(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety) "
 _AGE = re.compile(rf"\b(?:{_TENS}\w+|(\d{{1,2}}|{'|'.join(_NUMBERS)})) ?(?:(?:years?|yrs?) ?olds?|yo|y o)\b"
                   rf"|\bage[ds]? (\d{{1,2}}|{'|'.join(_NUMBERS)})\b")
-WINDOW = 250  # letters; a smaller window finds more hidden harm and blocks more harmless text
+_APART = re.compile(r"\b([1-9]) (\d)(?= ?(?:years?|yrs?) ?old\b(?! \w+s\b))")
 _SEXUAL = HEADS.index("sexual")
 _log = logging.getLogger(__name__)
 _log.addHandler(logging.NullHandler())
@@ -42,15 +43,18 @@ class Explanation:
 
 class PromptGate:
     """Checks prompts. ``encoder`` is an optional second head on the states of a text encoder; if it fails, returns no
-    number, or takes longer than ``timeout`` seconds, the prompt is refused."""
+    number, or takes longer than ``timeout`` seconds, the prompt is refused. ``prior`` is the share of harmful prompts
+    that is expected: scores are probabilities under it, and no decision depends on it."""
 
     def __init__(self, artefact: Artefact, mode: Mode = "block", audit: AuditLog | None = None,
-                 encoder: Encoder | None = None, timeout: float = 10.0):
+                 encoder: Encoder | None = None, timeout: float = 10.0, prior: float | None = None):
         if mode not in MODES:
             raise ValueError(f"moderation: '{mode}'; valid: {', '.join(MODES)}")
         if not timeout > 0:
             raise ValueError(f"timeout: {timeout}; valid: above 0 seconds")
         self.artefact, self.mode, self.audit, self.encoder, self.timeout = artefact, mode, audit, encoder, timeout
+        self.prior = prior
+        artefact.policy.with_prior(prior)  # raises ValueError for a prior that is no share
         if mode == "off":
             _log.warning("moderation is off: prompts are not checked")
 
@@ -110,13 +114,17 @@ class PromptGate:
                         if match.category == _SEXUAL and match not in matches]
         heads: list[Mapping[str, float]] = []
         if not negative:
-            plains = [part for one in read for part in windows(one.plain)]
+            judged = list(read)
             if not text.isascii():  # lookalikes may be the words of another language
-                plains.append(normalize(latin_words(text), lexicon.is_word, LONGEST).plain)
-            heads.append(_highest_scores([self.artefact.head.scores(plain) for plain in dict.fromkeys(plains)]))
+                judged.append(normalize(latin_words(text), lexicon.is_word, LONGEST))
+            heads.append(_highest_scores([self.artefact.head.highest_scores(*parts_of(one)) for one in judged]))
             if self.encoder is not None:
                 heads.append(_highest_scores([self._encoder_scores(one.plain) for one in read]))
         return Explanation(read[0], tuple(dict.fromkeys(matches)), minor, tuple(heads))
+
+    def _policy(self) -> Policy:
+        """The policy of the file, under the prior of the gate."""
+        return self.artefact.policy if self.prior is None else self.artefact.policy.with_prior(self.prior)
 
     def _encoder_scores(self, plain: str) -> Mapping[str, float]:
         """The scores of the encoder, or NaN if it takes too long; its thread is then abandoned."""
@@ -151,7 +159,7 @@ class PromptGate:
             hits = [category for category, action in rules if action == "block"]
             return refusal("rule", hits[0]) if hits else Decision("allow")
         sexual = any(match.category == _SEXUAL for match in read.matches)
-        decision = self.artefact.policy.decide(read.heads, rules, read.minor, sexual)
+        decision = self._policy().decide(read.heads, rules, read.minor, sexual)
         if decision.action == "allow" and strange:
             return Decision("flag", "", reason="most of it is not in English: not checked")
         letters = [len(word) == 1 for word in read.normalized.plain.split()]
@@ -160,25 +168,10 @@ class PromptGate:
         return decision
 
 
-def windows(plain: str) -> list[str]:
-    """A text of words and, if it is long, its parts of at most WINDOW letters that overlap by half. In one bag of
-    n-grams, a sentence could be hidden among many others."""
-    if len(plain) <= WINDOW:
-        return [plain]
-    found, start = [plain], 0
-    words = [word[at:at + WINDOW] for word in plain.split() for at in range(0, len(word), WINDOW)]
-    while start < len(words):
-        end, size = start, 0
-        while end < len(words) and (end == start or size + len(words[end]) < WINDOW):
-            size += len(words[end]) + 1
-            end += 1
-        found.append(" ".join(words[start:end]))
-        start = len(words) if end == len(words) else max(start + 1, (start + end) // 2)
-    return found
-
-
 def _names_minor_age(plain: str) -> bool:
-    """Whether the text names an age under 18."""
+    """Whether the text names an age under 18. Digits that stand apart are one number, 2 0 years old, unless several are
+    meant: in 2 5 year old dogs the first one counts the dogs."""
+    plain = _APART.sub(r"\1\2", plain)
     return any(int(_NUMBERS.get(age, age)) < 18 for pair in _AGE.findall(plain) for age in pair if age)
 
 

@@ -3,12 +3,14 @@
 A term is stored as 8 bytes of BLAKE2b. A bitmap indexed by CRC-32 rejects almost every other span in a fraction of a
 microsecond, and only a span that passes it is hashed. A dictionary and names are stored as a Bloom filter (Bloom 1970).
 """
+import bisect
 import hashlib
 import itertools
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -20,6 +22,8 @@ WORDS = 4  # words of the longest term
 LETTERS = 24  # letters of the longest term found inside another word
 PHRASE = 6  # the same for a severe term of several words
 JOINED = 8  # least letters of two words that make a term together, even if both are words by themselves
+MISSPELT = 6  # least letters of a blocking term that is found although one of its letters is wrong
+MISSPELLING = "misspelt"  # kind of such a reading
 _HASHES = 3
 SIGNAL, FLAG, BLOCK = 1, 2, 3  # levels: counts only for the rule on minors, flags, blocks
 
@@ -96,12 +100,43 @@ def masked_forms(term: str) -> Iterator[str]:
             yield "".join(WILD if i in hidden else c for i, c in enumerate(term))
 
 
+def misspelt_forms(word: str) -> list[str]:
+    """Forms of a word, of MISSPELT letters or more, by which a blocking term is found that differs from it by one
+    letter: added, replaced, swapped with the next one, or dropped. WILD stands for a letter of the term that is not in
+    the word."""
+    places, found = range(len(word)), [word[:i] + WILD + word[i:] for i in range(len(word) + 1)]
+    if len(word) >= MISSPELT:
+        found += [word[:i] + WILD + word[i + 1:] for i in places]
+        found += [word[:i] + word[i + 1:i + 2] + word[i] + word[i + 2:] for i in places]
+    if len(word) > MISSPELT:
+        found += [word[:i] + word[i + 1:] for i in places]
+    return found
+
+
+@lru_cache(maxsize=2048)  # both lexicons of a gate ask for the same words
+def misspelt_codes(word: bytes) -> list[int]:
+    """The CRC-32 of each of the ``misspelt_forms`` of a word, in the same order, without building them: the code of a
+    text continues that of its beginning."""
+    crc, places = zlib.crc32, range(len(word))
+    begun = list(itertools.accumulate((word[i:i + 1] for i in places), lambda code, one: crc(one, code), initial=0))
+    wild = [crc(b"*", code) for code in begun]
+    found = [crc(word[i:], wild[i]) for i in range(len(word) + 1)]
+    if len(word) >= MISSPELT:
+        found += [crc(word[i + 1:], wild[i]) for i in places]
+        found += [crc(word[i + 2:], crc(word[i:i + 1], crc(word[i + 1:i + 2], begun[i]))) for i in places]
+    if len(word) > MISSPELT:
+        found += [crc(word[i + 1:], begun[i]) for i in places]
+    return found
+
+
 def bold_forms(term: str) -> list[str]:
     """The stored forms of a blocking term: as it is, without spaces, with unknown letters, and without repeats (=)."""
     joined = term.replace(" ", "")
     forms = [term] if len(joined) < STEM and joined != term else [term, joined]
     if joined.isalpha() and len(joined) <= LETTERS:
         forms += masked_forms(joined)
+        if len(joined) >= MISSPELT:
+            forms += [WILD + joined[1:], joined[:-1] + WILD]
         once = re.sub(r"(.)\1+", r"\1", joined)
         if len(once) >= 4 and once != joined:
             forms.append("=" + once)
@@ -118,8 +153,10 @@ class Lexicon:
             raise ValueError(f"lexicon: {len(keys)} keys, {len(categories)} categories, {len(levels)} levels")
         self.keys, self.categories, self.levels, self.inside, self.bitmap = keys, categories, levels, inside, bitmap
         self.words = words
-        self._terms = {key: (category, level, bool(within)) for key, category, level, within in
-                       zip(keys.tolist(), categories.tolist(), levels.tolist(), inside.tolist())}
+        if len(keys) > 1 and not (keys[1:] > keys[:-1]).all():
+            raise ValueError("lexicon: keys that are not sorted; valid: each larger than the one before")
+        # a dict of 170,000 would take a tenth of a second
+        self._sorted = np.ascontiguousarray(keys).data
         self._bits, self._mask = bitmap.tobytes(), 8 * len(bitmap) - 1
 
     @classmethod
@@ -157,7 +194,15 @@ class Lexicon:
         place = zlib.crc32(text.encode("ascii", "replace")) & self._mask
         if not self._bits[place >> 3] >> (place & 7) & 1:
             return None
-        return self._terms.get(_key(text))
+        return self._hit(text)
+
+    def _hit(self, text: str) -> tuple[int, int, bool] | None:
+        """As ``term``, for a text that the bitmap does not reject."""
+        key = _key(text)
+        place = bisect.bisect_left(self._sorted, key)
+        if place == len(self._sorted) or self._sorted[place] != key:
+            return None
+        return int(self.categories[place]), int(self.levels[place]), bool(self.inside[place])
 
     def matches(self, normalized: Normalized, bold: bool = False) -> list[Match]:
         """The listed terms in the words of the text and in its readings. Severe readings find blocking terms only, or
@@ -171,11 +216,27 @@ class Lexicon:
         for span, reading in self._stems([reading for reading in normalized.readings if not reading.whole]):
             spans.append(span)
             owners.append(reading)
+        for form, reading in self._misspelt(normalized.readings):
+            spans.append(form)
+            owners.append(reading)
         for place in self._possible([zlib.crc32(span.encode("ascii", "replace")) for span in spans]):
-            hit, reading = self._terms.get(_key(spans[place])), owners[place]
-            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (reading.whole or hit[2]):
+            hit, reading = self._hit(spans[place]), owners[place]
+            whole = reading.whole or reading.kind == MISSPELLING
+            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (whole or hit[2]):
                 found[hit[0], hit[1], reading.kind, spans[place]] = None
         return [Match(*key) for key in found]
+
+    def _misspelt(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
+        """(form, reading) of those ``misspelt_forms`` of unknown words that the bitmap does not reject, for terms of at
+        least MISSPELT letters."""
+        chosen = [reading for reading in readings
+                  if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS]
+        codes = [misspelt_codes(reading.text.encode("ascii", "replace")) for reading in chosen]
+        ends = list(itertools.accumulate(map(len, codes)))
+        for at in self._possible(list(itertools.chain.from_iterable(codes))):
+            place = bisect.bisect_right(ends, at)
+            form = misspelt_forms(chosen[place].text)[at - ends[place]]  # counted from the end of its word
+            yield form, chosen[place]._replace(kind=MISSPELLING)
 
     def _possible(self, codes: Sequence[int]) -> list[int]:
         """The indices of the CRC-32 codes that are set in the bitmap."""
@@ -192,13 +253,13 @@ class Lexicon:
         found = []
         for start in self._possible(joined):
             span = words[start] + words[start + 1]
-            hit = self._terms.get(_key(span)) if len(span) >= JOINED else None
+            hit = self._hit(span) if len(span) >= JOINED else None
             if hit and hit[1] >= BLOCK:
                 found.append((start, 0, (hit[0], hit[1], span)))
         for size in range(1, WORDS + 1):
             for start in self._possible(code):
                 span = " ".join(words[start:start + size])
-                hit = self._terms.get(_key(span))
+                hit = self._hit(span)
                 if hit:
                     found.append((start, size, (hit[0], hit[1], span)))
             code = list(map(zlib.crc32, spaced[size:], code))  # continues over the next word

@@ -6,14 +6,16 @@ the syntax of prompts; then collect the readings (safety/disguises.py).
 """
 import re
 import unicodedata
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from safety.disguises import IsWord, Reading, disguised_parts, read_piece, readings_of
+from safety.disguises import IsWord, Piece, Reading, disguised_parts, read_piece, readings_of
 from safety.lookalikes import LOOKALIKES
 
 LONGEST = 2000  # characters of a prompt; longer prompts are refused
 MOST_DISGUISED = 50  # disguised words of a prompt; the worst of 34,400 prompts and captions has 39
 
+END = frozenset(".,;:!?")  # signs at which a clause ends
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _INVISIBLE = dict.fromkeys([0xAD, 0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180E, 0x2800, 0x3164, 0xFEFF, 0xFFA0,
                             *range(0x180B, 0x1810), *range(0x200B, 0x2010), *range(0x202A, 0x202F),
@@ -41,11 +43,13 @@ class TextError(ValueError):
 @dataclass(frozen=True)
 class Normalized:
     """``plain`` holds words of a-z and 0-9 separated by one space, as the network reads them; ``notes`` name steps of
-    the folding that found a disguise."""
+    the folding that found a disguise; ``clauses`` are the ranges of words of ``plain`` between commas, full stops and
+    the ends of lines."""
 
     plain: str
     notes: tuple[str, ...] = ()
     readings: tuple[Reading, ...] = ()
+    clauses: tuple[tuple[int, int], ...] = ()
 
 
 def fold(text: str, longest: int = LONGEST) -> tuple[str, tuple[str, ...]]:
@@ -134,4 +138,19 @@ def normalize(text: str, is_word: IsWord = lambda word: False, longest: int = LO
         raise TextError(f"prompt: {count} words are written with signs or repeated letters; valid: up to "
                         f"{MOST_DISGUISED}")
     plain = " ".join(word for piece in pieces for word in piece.plain)
-    return Normalized(plain, notes, readings_of(pieces, parts, is_word))
+    return Normalized(plain, notes, readings_of(pieces, parts, is_word), tuple(clauses_of(text, read)))
+
+
+def clauses_of(text: str, read: Mapping[str, Piece]) -> Iterator[tuple[int, int]]:
+    """(first, end): the range of plain words of each part of a folded text that ends with a comma, a full stop or a
+    line."""
+    first = end = 0
+    for line in text.splitlines():
+        for chunk in line.split():
+            end += len(read[chunk].plain)
+            if end > first and chunk.rstrip("\"'\u2019")[-1:] in END:
+                yield first, end
+                first = end
+        if end > first:
+            yield first, end
+            first = end

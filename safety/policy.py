@@ -5,15 +5,16 @@ by noisy-or. A score that is not a finite number leads to a refusal.
 """
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-VERSION = "1"
+VERSION = "2"
 Action = Literal["allow", "flag", "blur", "block"]
 ACTIONS: tuple[Action, ...] = ("allow", "flag", "blur", "block")  # from mild to severe
 Mode = Literal["block", "blur", "flag", "off"]
 MODES: tuple[Mode, ...] = ("block", "blur", "flag", "off")
-HEADS = ("sexual", "violence", "hate", "self_harm", "harassment", "illegal", "privacy")  # learned, in this order
+# learned, in this order; the last from shares of images that were judged unsafe, which the words may not show
+HEADS = ("sexual", "violence", "hate", "self_harm", "harassment", "illegal", "privacy", "unsafe_images")
 CATEGORIES = (*HEADS, "sexual_minors")  # the last is a rule, never learned
 MINORS = len(HEADS)
 
@@ -23,13 +24,15 @@ HELP = ("If you are thinking about harming yourself, you are not alone: please t
 _NEUTRAL = {
     "sexual": "sexual content", "sexual_minors": "content that is never made", "violence": "violence",
     "hate": "hate", "self_harm": "self-harm", "harassment": "harassment", "illegal": "illegal activity",
-    "privacy": "private data of a person", "": "content that could not be checked",
+    "privacy": "private data of a person", "unsafe_images": "a prompt whose images are often unsafe",
+    "": "content that could not be checked",
 }
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The action taken on a text or an image, and its reason. ``reason`` may be logged and shown: it names no word."""
+    """The action taken on a text or an image, and its reason. ``reason`` may be logged and shown: it names no word.
+    ``score`` and ``threshold`` are those that decided; ``category`` is the kind of harm that fits best."""
 
     action: Action
     category: str = ""
@@ -72,6 +75,12 @@ def noisy_or(scores: Sequence[float]) -> float:
     return 1 - math.prod(1 - score for score in scores)
 
 
+def log_odds(probability: float) -> float:
+    """ln(p / (1 - p)) of a probability; that of 0, of 1 and of a limit above 1 is finite."""
+    kept = min(max(probability, 1e-9), 1 - 1e-9)
+    return math.log(kept / (1 - kept))
+
+
 def refusal(reason: str, category: str = "", score: float = 1.0, threshold: float = 0.0,
             scores: Mapping[str, float] | None = None) -> Decision:
     """A decision to block, with its reason."""
@@ -84,24 +93,63 @@ def most_severe(decisions: Sequence[Decision]) -> Decision:
 
 
 class Policy:
-    """The limits of every category. ``minors`` is the least sexual score for which a text with a minor is refused."""
+    """The limits of every category. ``minors`` is the least sexual score for which a text with a minor is refused.
 
-    def __init__(self, limits: Mapping[str, Limits], minors: float):
+    ``rates`` are the shares of harmful texts by category for which the scores are calibrated, and ``prior`` is the
+    share that is expected instead. It moves scores and thresholds alike (``at_prior``): the meaning of a score changes,
+    and no decision does, because thresholds are set by what harmless text they block.
+
+    ``naming`` (K, K + 1) turns the log odds of the K scores and a 1 into a rank of the categories: the first names the
+    harm. Without it, the category that is farthest above its threshold does.
+    """
+
+    def __init__(self, limits: Mapping[str, Limits], minors: float, rates: Mapping[str, float] | None = None,
+                 prior: float | None = None, naming: Sequence[Sequence[float]] | None = None):
         missing = [name for name in HEADS if name not in limits]
         unknown = [name for name in limits if name not in HEADS]
         if missing or unknown:
             raise ValueError(f"limits: missing {missing}, unknown {unknown}; valid: {', '.join(HEADS)}")
         if not 0 < minors <= 1:
             raise ValueError(f"minors: {minors}; valid: above 0 and up to 1")
-        self.limits, self.minors = dict(limits), minors
+        if prior is not None and not 0 < prior < 1:
+            raise ValueError(f"prior: {prior}; valid: the share of harmful texts, between 0 and 1")
+        if naming is not None and [len(row) for row in naming] != [len(HEADS) + 1] * len(HEADS):
+            raise ValueError(f"naming: rows of {[len(row) for row in naming]}; valid: {len(HEADS)} of {len(HEADS) + 1}")
+        self.limits, self.minors, self.rates, self.prior = dict(limits), minors, dict(rates or {}), prior
+        self.naming = naming
+
+    def with_prior(self, prior: float | None) -> "Policy":
+        """The same policy whose scores are probabilities where the share ``prior`` of the texts is harmful."""
+        return Policy(self.limits, self.minors, self.rates, prior, self.naming)
+
+    def at_prior(self, probability: float, category: str) -> float:
+        """A probability under ``prior`` instead of the rate of the category: the odds are multiplied by the ratio of
+        the prior odds (Saerens et al. 2002, equation 2.4)."""
+        rate = self.rates.get(category)
+        if self.prior is None or rate is None or not 0 < probability < 1:
+            return probability
+        shifted = log_odds(probability) + log_odds(self.prior) - log_odds(rate)
+        return 1 / (1 + math.exp(-min(max(shifted, -60), 60)))
 
     def decide(self, heads: Sequence[Mapping[str, float]], rules: Sequence[tuple[str, str]] = (),
                minor: bool = False, sexual_term: bool = False) -> Decision:
-        """The decision on a text.
+        """The decision on a text, with its scores under ``prior``.
 
         heads: the probabilities by category of each head; rules: the (category, action) of listed terms;
         minor: the text has a term for a minor; sexual_term: it has a listed sexual term of any level.
         """
+        found = self._decide(heads, rules, minor, sexual_term)
+        if self.prior is None:
+            return found
+        decided = next((name for name, value in found.scores.items() if value == found.score), found.category)
+        score, threshold = ((self.at_prior(value, decided) for value in (found.score, found.threshold))
+                            if found.reason == "score" else (found.score, found.threshold))
+        return replace(found, score=score, threshold=threshold,
+                       scores={name: self.at_prior(value, name) for name, value in found.scores.items()})
+
+    def _decide(self, heads: Sequence[Mapping[str, float]], rules: Sequence[tuple[str, str]], minor: bool,
+                sexual_term: bool) -> Decision:
+        """As ``decide``, with the scores as they are."""
         scores = {name: noisy_or([head[name] for head in heads if name in head]) for name in HEADS}
         if not all(math.isfinite(score) and 0 <= score <= 1 for score in scores.values()):
             return refusal("the score is not a number between 0 and 1")
@@ -111,17 +159,27 @@ class Policy:
             hits = [category for category, listed in rules if listed == action]
             if action == "block" and hits:
                 return Decision("block", hits[0], 1.0, 0.0, "rule", scores=scores)
-            # the category that exceeds its threshold by the largest factor names the decision
-            over = [(score / self.limit(name, action), name) for name, score in scores.items()
+            # the category that is farthest above its threshold, in log odds, names the decision: a ratio would favour
+            # those with low thresholds, because no score exceeds 1
+            over = [(log_odds(score) - log_odds(self.limit(name, action)), name) for name, score in scores.items()
                     if score >= self.limit(name, action)]
             if over:
                 name = max(over)[1]
-                return Decision(action, name, scores[name], self.limit(name, action), "score",  # type: ignore[arg-type]
-                                scores=scores)
+                return Decision(action, self.name_of(scores, name), scores[name],  # type: ignore[arg-type]
+                                self.limit(name, action), "score", scores=scores)
             if hits:
                 return Decision("flag", hits[0], 1.0, 0.0, "rule", scores=scores)
-        name = max(scores, key=lambda name: scores[name] / self.limits[name].flag)
+        name = max(scores, key=lambda name: log_odds(scores[name]) - log_odds(self.limits[name].flag))
         return Decision("allow", name, scores[name], self.limits[name].flag, "score", scores=scores)
+
+    def name_of(self, scores: Mapping[str, float], decided: str) -> str:
+        """The kind of harm of a text that a category has ``decided`` on: whether there is harm and which are different
+        questions, because violence, for example, is in most texts about self-harm."""
+        if self.naming is None or decided == HEADS[-1]:
+            return decided
+        inputs = [*(log_odds(scores[name]) for name in HEADS), 1.0]
+        ranks = [sum(weight * value for weight, value in zip(row, inputs)) for row in self.naming]
+        return max(zip(ranks[:-1], HEADS))[1]  # the last one is no kind of harm
 
     def limit(self, category: str, action: str) -> float:
         """The least score for which ``action`` is taken in ``category``."""

@@ -7,7 +7,7 @@ Bojanowski et al. 2017). Inference is NumPy alone. Axis letters: N n-grams, D em
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safety.keywords import Lexicon, WordFilter
 from safety.policy import HEADS, Limits, Policy
 
-FORMAT = "1"
+FORMAT = "2"
 DEFAULT = Path(__file__).with_name("moderation.safetensors")  # the shipped file; its card is moderation.json
 LONGEST_GRAM = 5
 _CODES = np.zeros(128, np.uint64)
@@ -35,22 +35,30 @@ def ngram_ids(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
 
     plain: words of a-z and 0-9 separated by one space. The spaces around a word count as letters of its n-grams.
     """
+    characters, _, words = placed_ngrams(plain, bits)
+    return characters, words
+
+
+def placed_ngrams(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As ``ngram_ids``, with the word (N,) that each character n-gram is in: (characters, their words, words). The
+    pairs of words follow the words; pair i begins with word i."""
     codes = _CODES[np.frombuffer(f" {plain} ".encode("ascii", "replace"), np.uint8) & 127]
     space = codes == 0
     before = np.concatenate([[0], np.cumsum(space)])  # spaces before each place
-    shift, grams, found = np.uint64(64 - bits[0]), codes, []
+    shift, grams, found, owners = np.uint64(64 - bits[0]), codes, [], []
     for size in range(2, LONGEST_GRAM + 1):
         if len(codes) < size:
             break
         grams = grams[:-1] * np.uint64(37) + codes[size - 1:]
-        inner = before[size - 1:len(codes)] - before[1:len(codes) - size + 2]  # spaces inside the n-gram
-        kept = grams[inner == 0] + np.uint64(size * 0x1000003)
-        found.append((kept * _MIX) >> shift)
-    characters = np.concatenate(found).astype(np.int64) if found else np.zeros(0, np.int64)
+        kept = before[size - 1:len(codes)] == before[1:len(codes) - size + 2]  # no space inside the n-gram
+        found.append(((grams[kept] + np.uint64(size * 0x1000003)) * _MIX) >> shift)
+        owners.append(before[1:len(codes) - size + 2][kept] - 1)
     words = np.array([zlib.crc32(word.encode()) for word in plain.split()], np.uint64)
     pairs = words[:-1] * np.uint64(31) + words[1:] * np.uint64(0x85EBCA6B) + np.uint64(97)
     mixed = (np.concatenate([words, pairs]) * _MIX) >> np.uint64(64 - bits[1])
-    return characters, mixed.astype(np.int64)
+    none = np.zeros(0, np.int64)
+    return (np.concatenate(found).astype(np.int64) if found else none,
+            np.concatenate(owners) if owners else none, mixed.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -96,29 +104,55 @@ class PromptHead:
                 raise ArtefactError(f"moderation weights: {name} is not finite")
         self.config, self.weights = config, dict(weights)
 
-    def bags(self, plain: str) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (2D,) and linear scores (K,): sums over n-grams divided by the square root of their number."""
-        deep, wide = [], np.zeros(len(HEADS), np.float32)
-        for name, ids in zip(("char", "word"), ngram_ids(plain, self.config.bits)):
-            rows = self.weights[f"{name}.table"][ids]  # (N, D + K)
-            total = rows.sum(axis=0, dtype=np.int32) * self.weights[f"{name}.scale"] / max(1, len(ids)) ** 0.5
-            deep.append(total[: self.config.width])
-            wide += total[self.config.width:]
-        return np.concatenate(deep).astype(np.float32), wide
+    def bags(self, plain: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings (P, 2D) and linear scores (P, K) of P ranges of words: sums over their n-grams divided by the
+        square root of the number of these."""
+        characters, owners, words = placed_ngrams(plain, self.config.bits)
+        count = (len(words) + 1) // 2  # the other n-grams of words are pairs
+        ends = np.array(spans, np.int64).reshape(-1, 2)
+        lone = len(spans) == 1
+        order = slice(None) if lone else np.argsort(owners, kind="stable")
+        at = np.searchsorted(owners[order], ends) if not lone else np.array([[0, len(owners)]])
+        pairs = np.maximum(ends - [0, 1], ends[:, :1])  # pair i belongs to a range that holds words i and i + 1
+        ranges = {"char": [(characters[order], at)], "word": [(words[:count], ends), (words[count:], pairs)]}
+        deep, wide = [], np.zeros((len(ends), len(HEADS)), np.float32)
+        for name, parts in ranges.items():
+            total, number = np.zeros((len(ends), self.config.width + len(HEADS)), np.int32), np.zeros(len(ends))
+            for ids, places in parts:
+                total += _sums(self.weights[f"{name}.table"][ids], places)
+                number += places[:, 1] - places[:, 0]
+            scaled = total * self.weights[f"{name}.scale"] / np.sqrt(np.maximum(number, 1))[:, None]
+            deep.append(scaled[:, : self.config.width])
+            wide += scaled[:, self.config.width:].astype(np.float32)
+        return np.concatenate(deep, axis=1).astype(np.float32), wide
 
-    def logits(self, plain: str) -> np.ndarray:
-        """Logits (K,) before calibration."""
-        deep, wide = self.bags(plain)
+    def logits(self, plain: str, spans: Sequence[tuple[int, int]] | None = None) -> np.ndarray:
+        """Logits (P, K) of P ranges of words before calibration, by default of all words."""
+        deep, wide = self.bags(plain, [(0, len(plain.split()))] if spans is None else spans)
         w = self.weights
-        hidden = np.maximum(w["hidden.weight"] @ deep + w["hidden.bias"], 0)
-        return w["out.weight"] @ hidden + w["out.bias"] + wide
+        hidden = np.maximum(deep @ w["hidden.weight"].T + w["hidden.bias"], 0)  # (P, H)
+        return hidden @ w["out.weight"].T + w["out.bias"] + wide
 
     def scores(self, plain: str) -> dict[str, float]:
         """The calibrated probability of each category: sigmoid(slope logit + shift) (Platt 1999)."""
+        return self.highest_scores(plain, [(0, len(plain.split()))])
+
+    def highest_scores(self, plain: str, spans: Sequence[tuple[int, int]]) -> dict[str, float]:
+        """The highest calibrated probability of each category over ranges of words; NaN if any is NaN."""
         if not plain:
             return dict.fromkeys(HEADS, 0.0)
-        z = np.clip(self.logits(plain) * self.weights["slope"] + self.weights["shift"], -60, 60)
-        return dict(zip(HEADS, (1 / (1 + np.exp(-z))).tolist()))
+        z = np.clip(self.logits(plain, spans) * self.weights["slope"] + self.weights["shift"], -60, 60)  # (P, K)
+        return dict(zip(HEADS, (1 / (1 + np.exp(-z.max(axis=0)))).tolist()))
+
+
+def _sums(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Sums (P, C) int32 of the rows (N, C) in the ranges ``places`` (P, 2)."""
+    if len(places) == 1:
+        [(first, end)] = places
+        return rows[first:end].sum(axis=0, dtype=np.int32)[None]
+    total = np.zeros((len(rows) + 1, rows.shape[1]), np.int32)
+    np.cumsum(rows, axis=0, dtype=np.int32, out=total[1:])
+    return total[places[:, 1]] - total[places[:, 0]]
 
 
 @dataclass(frozen=True)
@@ -177,7 +211,8 @@ def load_artefact(path: str | Path = DEFAULT) -> Artefact:
                            for kind in ("lexicon", "minors"))
         head = PromptHead(HeadConfig(**settings["head"]), {name.removeprefix("head."): value for name, value in
                                                            tensors.items() if name.startswith("head.")})
-        policy = Policy({name: Limits(**value) for name, value in settings["limits"].items()}, settings["minors"])
+        policy = Policy({name: Limits(**value) for name, value in settings["limits"].items()}, settings["minors"],
+                        settings.get("rates"), naming=settings.get("naming"))
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{path} does not fit this version: {error}") from None
     return Artefact(head, lexicon, minors, policy, settings, found[:16])

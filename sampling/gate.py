@@ -3,7 +3,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.moderation import Moderation, blur_image
+from pipeline.moderation import Moderation, blur_image, decision_on_request
 from pipeline.system import TextToImage
 from safety.policy import Decision, most_severe, refusal
 from sampling.draw import Sources
@@ -54,13 +54,15 @@ class Gate:
 
 def decision_on_prompts(moderation: Moderation, request: Request, system: TextToImage,
                         silent: bool = False) -> Decision:
-    """The decision on everything that a request conditions on: its prompt, the one it goes towards, and what it pushes
-    away from, each with all that it changes to on the way. ``silent``: there may be no prompt."""
+    """The decision on everything that a request conditions on: its prompt, the one it goes towards, and the negative
+    prompt, which is pushed away from or, below a guidance of 1, toward; each with all that it changes to on the way.
+    ``silent``: there may be no prompt."""
     prompts = [request.prompt, *([request.toward.prompt] if request.toward else [])]
     negatives = [request.read(request.negative)] if request.negative else []
     if silent and not request.prompt and not negatives:
         return Decision("allow", reason="no prompt")
-    return moderation.check_prompt([request.read(text) for text in dict.fromkeys(prompts)], negatives, system.tokenizer)
+    parts = [request.read(text) for text in dict.fromkeys(prompts)]
+    return decision_on_request(moderation, system, parts, negatives, request.config.guidance)
 
 
 def blur_where_decided(image: torch.Tensor, decision: Decision) -> torch.Tensor:

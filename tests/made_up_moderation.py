@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter
 from safety.policy import HEADS, MINORS
-from safety.prompt import HeadConfig, PromptHead, content_hash, tensors_of
+from safety.prompt import FORMAT, HeadConfig, PromptHead, content_hash, tensors_of
 
 CONFIG = HeadConfig(char_bits=8, word_bits=8, width=4, hidden=6)
 COLUMNS = CONFIG.width + len(HEADS)
@@ -37,7 +37,7 @@ def written(path, out_bias: float = -4.0):
     tensors = tensors_of(PromptHead(CONFIG, head_weights(out_bias=out_bias)), lexicon, minors)
     settings = json.dumps({"head": {"char_bits": 8, "word_bits": 8, "width": 4, "hidden": 6}, "minors": 0.9,
                            "limits": {name: {"flag": 0.95, "block": 0.99} for name in HEADS}})
-    save_file(tensors, path, {"format": "1", "settings": settings, "sha256": content_hash(tensors, settings)})
+    save_file(tensors, path, {"format": FORMAT, "settings": settings, "sha256": content_hash(tensors, settings)})
     return path
 
 

@@ -36,6 +36,7 @@ LATE = {  # imports of our own modules inside functions; they only save time whe
     "moderate.py imports files.run_folder": CHECK,
     "moderate.py imports pipeline.config": CHECK,
     "moderate.py imports pipeline.moderation": CHECK,
+    "moderate.py imports safety.image": CHECK,
     "training/checkpoints/state.py imports training.checkpoints.sharded": SHARDED,
     "training/loop.py imports training.checkpoints.sharded": SHARDED,
 }

@@ -1,6 +1,7 @@
 """The gate on every path that writes an image: a refusal leaves a row and no file, and nothing broken lets one by."""
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ from safety.gate import PromptGate
 from safety.image import Concept, ImageModerator, read_concepts, write_concepts
 from safety.policy import HEADS, Decision
 from safety.prompt import ArtefactError
+from sampling.draw import Sources
+from sampling.gate import Gate
+from sampling.request import Request, cross, interpolate, parse_axis
 
 BAD, MILD = "a zorbic star", "a mildo star"
 
@@ -79,6 +83,57 @@ def test_signs_chunks_and_disguises_hide_nothing(run, tmp_path, prompt):
     code, files, rows = call(run, tmp_path, prompt)
     assert [row for row in rows if row["action"] == "block"] and not any("zorbic" in name for name in files)
     assert code == (0 if prompt.startswith("{") else 5)
+
+
+def slow_reader(run: Path) -> Moderation:
+    """A moderation whose network, and no listed term, blocks the word gorvax."""
+    def encoder(text: str) -> dict[str, float]:
+        return {**dict.fromkeys(HEADS, 0.0), "violence": float("gorvax" in text)}
+
+    return Moderation(PromptGate.load(run / "moderation.safetensors", encoder=encoder))
+
+
+@pytest.mark.parametrize("negative", ["gorvax", "(gorvax:0) stone", "[gorvax] stone", "a gor(vax:0.5)"])
+@pytest.mark.parametrize("settings, blocked", [
+    ({"scale": 0.0}, True), ({"scale": 0.99}, True), ({"scale": 0.5, "interval": (0.1, 3.0)}, True), ({}, False),
+    ({"scale": 1.0}, False), ({"scale": 2.0, "method": "apg"}, False),
+    ({"scale": 2.0, "method": "apg", "apg_parallel": -1.0}, True),
+    ({"scale": 2.0, "method": "apg", "apg_momentum": -0.9}, True)])
+def test_what_the_image_is_pushed_toward_gets_the_full_gate(run, settings, blocked, negative):
+    """Below a scale of 1 the negative prompt is drawn: 0 draws it alone."""
+    system = load_run(run)
+    config = replace(system.config.sampling, guidance=replace(system.config.sampling.guidance, **settings))
+    moderation = slow_reader(run)
+    requests = [Request("a red star", 0, config, negative), Request("a red star", 0, config, "a blue moon")]
+    gate = Gate(moderation, system, requests, Sources())
+    assert gate.allowed == ([1] if blocked else [0, 1])
+    system.moderation = moderation
+    if blocked:
+        with pytest.raises(Refused):
+            system.images(["a red star"], [0], config, negative="a gorvax")
+
+
+def test_every_cell_of_a_grid_is_judged_by_its_own_scale(run):
+    system, first = load_run(run), Request("a red star", 0, load_run(run).config.sampling, "a gorvax")
+    cells = cross(first, [parse_axis("guidance=0,0.5,1,3")])
+    assert Gate(slow_reader(run), system, cells, Sources()).allowed == [2, 3]
+    assert Gate(slow_reader(run), system, interpolate(replace(first, negative=""), "a gorvax", 1, 3),
+                Sources()).allowed == []
+
+
+def test_a_word_of_weight_0_is_read_and_so_is_what_a_weaker_network_reads(run):
+    system = load_run(run)
+    requests = [Request("a (gorvax:0) star", 0, system.config.sampling)]
+    assert Gate(slow_reader(run), system, requests, Sources()).allowed == []
+    long = "a star " * 30 + "zor bicy"  # the weaker network reads fewer tokens of it
+    system.guide = load_run(run)
+    system.guide.tokenizer.length = 8
+    cuts = []
+    moderation = Moderation(None, mode="off")
+    moderation.check_prompt = lambda parts, negatives, tokenizer, toward: cuts.append(  # type: ignore
+        conditioned_texts(parts, tokenizer)) or Decision("allow")
+    Gate(moderation, system, [Request(long, 0, system.config.sampling, chunks=1)], Sources())
+    assert len(cuts) == 2 and min(map(len, cuts[1][1:])) < min(map(len, cuts[0][1:]))
 
 
 @pytest.mark.parametrize("arguments", [

@@ -2,8 +2,11 @@
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +15,11 @@ from safetensors.numpy import load_file, save_file
 
 from moderate import main
 from safety.audit import AuditLog
-from safety.gate import WINDOW, PromptGate, windows
-from safety.normalize import LONGEST, latin_words
+from safety.gate import PromptGate
+from safety.normalize import LONGEST, latin_words, normalize
+from safety.parts import WINDOW, parts_of, windows
 from safety.policy import HEADS, MODES, Limits, Policy
-from safety.prompt import ArtefactError, PromptHead, content_hash, load_artefact, ngram_ids
+from safety.prompt import FORMAT, ArtefactError, PromptHead, content_hash, load_artefact, ngram_ids
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +100,31 @@ def test_what_a_tokenizer_reads_is_read(gate, text):
 
 def test_long_texts_are_read_in_parts_that_overlap():
     words = [f"w{number}" for number in range(500)]
-    parts = windows(" ".join(words))
-    assert parts[0] == " ".join(words) and all(len(part) <= WINDOW for part in parts[1:])
-    assert {word for part in parts[1:] for word in part.split()} == set(words)
-    runs = [part.split() for part in parts[1:]]
-    assert all(one[len(one) // 2 + 1] in other for one, other in zip(runs, runs[1:]))  # what is cut in one is whole in
-    assert windows("a red star") == ["a red star"]  # another
-    assert all(len(part) <= WINDOW for part in windows("x" * 2000)[1:])
+    parts = [words[first:end] for first, end in windows(words)]
+    assert parts[0] == words and all(len(" ".join(part)) <= WINDOW for part in parts[1:])
+    assert {word for part in parts[1:] for word in part} == set(words)
+    runs = parts[1:]  # what is cut in one is whole in another
+    assert all(one[len(one) // 2 + 1] in other for one, other in zip(runs, runs[1:]))
+    assert windows("a red star".split()) == [(0, 3)]
+    plain, spans = parts_of(normalize("x" * 2000))
+    assert all(len(" ".join(plain.split()[first:end])) <= WINDOW for first, end in spans[1:]) and len(spans) > 8
+
+
+def test_clauses_are_parts():
+    text = "one two three four, five six\nseven eight nine ten. 'eleven twelve thirteen fourteen!' red"
+    assert parts_of(normalize(text))[1] == [(0, 15), (0, 4), (6, 10), (10, 14)]
+    assert parts_of(normalize("one two three four five."))[1] == [(0, 5)]
+
+
+def test_scores_of_parts_are_those_of_their_texts(gate):
+    head, words = gate.artefact.head, [f"w{number % 37} star" for number in range(60)]
+    plain = " ".join(words)
+    spans = [(0, 120), (0, 1), (5, 9), (7, 120), (118, 120)]
+    each = [head.logits(" ".join(plain.split()[first:end]))[0] for first, end in spans]
+    np.testing.assert_allclose(head.logits(plain, spans), each, atol=1e-5)
+    best = head.highest_scores(plain, spans)
+    assert all(best[name] == pytest.approx(max(head.scores(" ".join(plain.split()[first:end]))[name]
+                                               for first, end in spans)) for name in HEADS)
 
 
 def test_a_sentence_is_not_drowned(weights):
@@ -125,6 +147,28 @@ def test_what_is_never_made_is_found_in_disguise_and_blocked_in_every_mode(weigh
         decision = PromptGate.load(weights, mode=mode).check(text)
         assert (decision.action, decision.category) == ("block", "sexual_minors")
     assert PromptGate.load(weights, mode="off").check(text).action == "allow"
+
+
+@pytest.mark.parametrize("text, minor", [
+    ("2 0 year old", False), ("a 3 5 years old one", False), ("1 5 year old", True), ("2 5 year old dogs", True),
+    ("20 year old", False), ("9 year old", True), ("aged 1 2", True), ("0 year old", True)])
+def test_digits_that_stand_apart_are_one_age_unless_several_are_meant(gate, text, minor):
+    assert gate.explain(text).minor == minor
+
+
+def test_a_prior_changes_scores_and_no_decision(weights):
+    texts = ("a red star", "zorbic", "a mildo star")
+    plain = [PromptGate.load(weights).check(text) for text in texts]
+    moved = [PromptGate.load(weights, prior=0.3).check(text) for text in texts]
+    assert [one.action for one in plain] == [one.action for one in moved]
+    with pytest.raises(ValueError, match="prior"):
+        PromptGate.load(weights, prior=1.5)
+
+
+def test_checking_a_text_needs_no_torch(weights):
+    code = (f"import sys, moderate; moderate.main(['check', 'a red star', '--weights', {str(weights)!r}]);"
+            "sys.exit(any(name in sys.modules for name in ('torch', 'yaml', 'scipy')))")
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
 @pytest.mark.parametrize("text", ["signo 18 years old", "signo, aged 40", "signo, forty-five years old", "smallperson",
@@ -254,12 +298,12 @@ def test_weights_that_are_no_numbers(weights, tmp_path, name, change):
     tensors[name] = np.full_like(tensors[name], change)
     settings = json.dumps(load_artefact(weights).card)
     path = tmp_path / "nan.safetensors"
-    save_file(tensors, path, {"format": "1", "settings": settings, "sha256": content_hash(tensors, settings)})
+    save_file(tensors, path, {"format": FORMAT, "settings": settings, "sha256": content_hash(tensors, settings)})
     with pytest.raises(ArtefactError, match="finite"):
         load_artefact(path)
 
 
-@pytest.mark.parametrize("metadata", [{}, {"format": "2"}, {"format": "1", "settings": "{}"}])
+@pytest.mark.parametrize("metadata", [{}, {"format": "1"}, {"format": FORMAT, "settings": "{}"}])
 def test_another_format(weights, tmp_path, metadata):
     path = tmp_path / "other.safetensors"
     tensors = load_file(weights)

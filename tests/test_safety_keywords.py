@@ -2,12 +2,23 @@
 import random
 import time
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
 
 from safety.disguises import neighbours
-from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter, masked_forms
+from safety.keywords import (
+    BLOCK,
+    FLAG,
+    SIGNAL,
+    Lexicon,
+    Term,
+    WordFilter,
+    masked_forms,
+    misspelt_codes,
+    misspelt_forms,
+)
 from safety.lookalikes import LOOKALIKES
 from safety.normalize import LONGEST, MOST_DISGUISED, TextError, fold, normalize, with_spaces_for_signs
 
@@ -91,6 +102,30 @@ def test_expansion_is_capped():
 ])
 def test_a_term_is_found_in_disguise(lexicon, text):
     assert (0, BLOCK) in found(lexicon, text)
+
+
+@pytest.mark.parametrize("word", [
+    "zrbic", "orbic", "zorbi", "zorbiic", "zorbaic", "azorbic", "zorbicx", "zorpic", "qorbic", "zorbik", "zrobic",
+    "zorbci", "grvelnax", "gravelnxa"])
+def test_one_wrong_letter_of_a_term_of_six_letters_is_read(lexicon, word):
+    assert {level for _, level in found(lexicon, f"a photo of {word}")} == {BLOCK}
+
+
+@pytest.mark.parametrize("word", ["zrbi", "zobricc", "mirdo", "blab", "zorbide", "zorbicide", "gravel", "zobic"])
+def test_two_wrong_letters_short_terms_and_words_of_the_dictionary_are_not(word):
+    words = WordFilter.build([*WORDS, "zorbide", "zobic"], 2**12)
+    assert found(Lexicon.build(TERMS, words, 2**16), f"a photo of {word}") == set()
+
+
+def test_codes_of_misspelt_forms_are_theirs():
+    for word in ("a", "zo", "zorbic", "abcdefghijk"):
+        assert misspelt_codes(word.encode()) == [zlib.crc32(form.encode()) for form in misspelt_forms(word)]
+
+
+def test_keys_are_looked_up_in_their_order(lexicon):
+    with pytest.raises(ValueError, match="sorted"):
+        Lexicon(lexicon.keys[::-1].copy(), lexicon.categories, lexicon.levels, lexicon.inside, lexicon.bitmap,
+                lexicon.words)
 
 
 @pytest.mark.parametrize("text", [

@@ -27,11 +27,35 @@ def scores(**given: float) -> dict[str, float]:
     ({}, "allow", "sexual"), ({"violence": 0.39}, "allow", "violence"), ({"violence": 0.4}, "flag", "violence"),
     ({"violence": 0.8}, "block", "violence"), ({"harassment": 1.0}, "flag", "harassment"),
     ({"violence": 0.81, "sexual": 0.9}, "block", "sexual"),
+    ({"sexual": 0.95, "hate": 0.999}, "block", "hate"),
 ])
 def test_scores_against_thresholds(policy, given, action, category):
     decision = policy.decide([scores(**given)])
     assert (decision.action, decision.category) == (action, category)
     assert decision.reason == "score" and decision.score == pytest.approx(given.get(category, 0))
+
+
+def test_the_category_is_that_farthest_above_its_threshold_in_log_odds():
+    """0.999 is farther above 0.9 than 0.95 above 0.5, although the ratio of the first two is smaller."""
+    limits = {name: Limits(0.5, 0.5) for name in HEADS} | {"illegal": Limits(0.9, 0.9)}
+    assert Policy(limits, 0.05).decide([scores(illegal=0.999, sexual=0.95)]).category == "illegal"
+
+
+def test_a_prior_moves_scores_and_thresholds_and_no_decision():
+    limits = {name: Limits(0.4, 0.8) for name in HEADS}
+    policy = Policy(limits, 0.05, dict.fromkeys(HEADS, 0.02))
+    for given in ({"violence": 0.79}, {"violence": 0.81}, {"violence": 0.39}, {}):
+        plain = policy.decide([scores(**given)])
+        for prior in (0.5, 0.02, 0.001):
+            moved = policy.with_prior(prior).decide([scores(**given)])
+            assert (moved.action, moved.category) == (plain.action, plain.category)
+            assert (moved.score >= moved.threshold) == (plain.score >= plain.threshold)
+    half = policy.with_prior(0.5)
+    odds = 0.81 / 0.19 * (0.5 / 0.5) / (0.02 / 0.98)
+    assert half.at_prior(0.81, "violence") == pytest.approx(odds / (1 + odds))
+    assert policy.with_prior(0.02).at_prior(0.81, "violence") == pytest.approx(0.81)
+    with pytest.raises(ValueError, match="prior: 1"):
+        policy.with_prior(1.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.1, 1.1])

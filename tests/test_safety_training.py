@@ -10,15 +10,19 @@ import pytest
 import torch
 from made_up_moderation import BAD, CALM, write_csv, written_text
 
+from benchmarks.moderation.holes import ordinary_prompts
 from benchmarks.moderation.metrics import auc, calibration_error, interval, match_lengths, recall_at
 from benchmarks.moderation.obfuscation import KINDS, obfuscate
 from safety.gate import PromptGate
+from safety.keywords import BLOCK, FLAG
 from safety.policy import HEADS
 from safety.prompt import DEFAULT, HeadConfig, PromptHead, load_artefact
 from train import main
-from training.moderation.artefact import NEVER, level_of, limits_within, reaches_limits
+from training.moderation.artefact import NEVER, level_of, lexicon_terms, limits_within, reaches_limits
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Row, TextFilesError, group_alike, read_corpus
+from training.moderation.corpus import Corpus, ListedTerm, TextFilesError, categories_of, read_corpus, without_slurs
+from training.moderation.ordinary import ordinary_rows
+from training.moderation.rows import Row, group_alike, place_composites
 from training.moderation.stage import (
     Network,
     batch_loss,
@@ -28,7 +32,7 @@ from training.moderation.stage import (
     train_network,
     twin_places,
 )
-from training.moderation.variations import CARRIERS, disguise, vary
+from training.moderation.variations import CARRIERS, diluted, disguise, drowned, glued, vary, with_endings
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "moderation"
@@ -92,7 +96,7 @@ def test_inference_is_the_network_that_was_trained():
     for text in ("a red star", "two BLUE boats, (gorvax:1.2)", "x", ""):
         expected = network([ngram_bag(text, SMALL)])[0].detach().numpy()
         np.testing.assert_allclose(head.logits(" ".join(text.lower().replace(",", "").replace("(", "").replace(
-            ":1.2)", "").split())), expected, atol=0.03)  # tables in 8 bits
+            ":1.2)", "").split()))[0], expected, atol=0.03)  # tables in 8 bits
 
 
 # ---- parts of training
@@ -134,6 +138,74 @@ def test_splits_keep_twins_and_copies_together(folder):
     assert found[0].group == found[1].group != found[2].group
 
 
+def test_names_of_categories_in_any_case_and_with_the_usual_misspellings():
+    names = {"Harrasment": "harassment", "Illegal Activity": "illegal", "ILLEGAL_ACTIVITIES": "illegal",
+             "Self-Harm": "self_harm", "self harm": "self_harm", " Shocking": "violence", "Sexual_Content": "sexual"}
+    for name, expected in names.items():
+        assert categories_of(name, "here") == [expected]
+    assert categories_of("Hate, Violence", "here") == ["hate", "violence"]
+
+
+def test_a_file_is_not_read_where_its_better_form_is(tmp_path, capsys):
+    write_csv(tmp_path / "copro_pairs.csv", "benign,harmful,category",
+              [("a calm lake", "a gorvax lake", "Violence")] * 3)
+    write_csv(tmp_path / "calm.csv", "prompt", [("a tree",)])
+    assert sum(row.source == "copro_pairs" for row in read_corpus([tmp_path]).rows) == 6
+    write_csv(tmp_path / "copro_masked.csv", "text,label,category,group",
+              [("a gorvax lake", 1, "violence", 0), ("a calm lake", 0, "violence", 0), ("a hill", 0, "violence", 1)])
+    rows = read_corpus([tmp_path]).rows
+    assert {row.source for row in rows} == {"copro_masked", "calm"} and "takes its place" in capsys.readouterr().out
+    one, two, alone, _ = sorted(rows, key=lambda row: (row.source != "copro_masked", row.text != "a gorvax lake",
+                                                       row.text != "a calm lake"))
+    assert one.twin == two.twin >= 0 and alone.twin < 0 and two.labels == {"violence": 0.0} and not two.harmless
+
+
+def test_texts_made_of_other_texts_stay_in_their_split(capsys):
+    rows = [Row(f"sentence number {number}.", {"hate": 0.0}, "a", number) for number in range(40)]
+    train = [row for row in rows if row.split == "train"]
+    [test, *_] = [row for row in rows if row.split == "test"]
+    made = [Row(f"{train[0].text} {train[1].text}", {"hate": 0.0}, "b", 100),
+            Row(f"{train[0].text} {test.text}", {"hate": 0.0}, "b", 101),
+            Row(f"{test.text} And something else.", {"hate": 0.0}, "b", 102),
+            Row(f"{train[0].text} One. Two. Three.", {"hate": 0.0}, "b", 103)]
+    found = {row.text: row for row in place_composites([*rows, *made]) if row.source == "b"}
+    assert set(found) == {made[0].text, made[2].text, made[3].text} and "b: 1 texts left out" in capsys.readouterr().out
+    assert found[made[0].text].split == "train" and found[made[2].text].split == "test"
+    assert found[made[3].text].group == 103  # a quarter of it is not enough
+
+
+def test_a_row_that_is_labelled_harmless_but_holds_a_slur_of_two_words_is_dropped():
+    terms = [ListedTerm("quib dorfen", "racial / ethnic slurs", 2.5)]
+    rows = [Row("two Quib dorfens at a fair", {"hate": 0.0}, "a", 1, topic="Hate"),
+            Row("two quib dorfens", {"hate": 1.0}, "a", 2, topic="hate"),
+            Row("a quib and a dorfen", {"hate": 0.0}, "a", 3, topic="hate")]
+    assert without_slurs(rows, terms) == rows[1:]
+
+
+def test_levels_of_listed_terms():
+    """A word of the dictionary is no form of a term unless it is its plural; a slur with another meaning only flags; a
+    plain word flags unless harmless text uses it."""
+    slur = "racial / ethnic slurs"
+    corpus = Corpus([], [ListedTerm("zorb", slur, 3), ListedTerm("quandle", slur, 3), ListedTerm("drub", slur, 3),
+                         ListedTerm("vimt", "plain illegal", 2), ListedTerm("lamp", "plain violence", 2)],
+                    {"zorbe", "zorbes", "zorbs", "vimt", "lamp", "drubs", "drubes", "drubing"}, set(), {"quandle"})
+    calm = [Row("a lamp and a tree", dict.fromkeys(HEADS, 0.0), "calm", 0)] * 3
+    terms = {term.text: (HEADS[term.category], term.level) for term in lexicon_terms(corpus, calm)}
+    assert terms["zorb"] == terms["zorbs"] == ("hate", BLOCK) and "zorbes" not in terms
+    assert terms["drubes"] == ("hate", BLOCK) and "drubing" not in terms and terms["drubed"] == ("hate", BLOCK)
+    assert terms["quandle"] == ("hate", FLAG) and terms["vimt"] == terms["vimts"] == ("illegal", FLAG)
+    assert "lamp" not in terms and "quandleing" not in terms
+
+
+def test_counter_examples_are_harmless_and_kept_out_of_the_test():
+    rows = ordinary_rows(3000)
+    assert rows == ordinary_rows(3000) and all(row.harmless for row in rows)
+    assert len({row.text for row in rows}) == len(rows) > 1500 and len({row.group for row in rows}) == len(rows)
+    assert {row.split for row in rows} == {"train", "dev", "test"}
+    kept = sum(ordinary_prompts().values(), [])
+    assert len(kept) == len(set(kept)) >= 400 and not set(kept) & {row.text for row in rows}
+
+
 def test_thresholds_keep_the_budget():
     generator = np.random.default_rng(0)
     groups = {"a": generator.random((2000, len(HEADS))) ** 3, "b": generator.random((900, len(HEADS)))}
@@ -155,6 +227,12 @@ def test_variations_keep_what_is_said():
     texts = [vary("lamp", ["a tree, oil on canvas"], generator) for _ in range(200)]
     assert len(set(texts)) > 50 and sum("lamp" in text for text in texts) > 170
     assert len({disguise("window", generator) for _ in range(100)}) >= 8
+    text = "a lamp on an old table"
+    for change in (diluted, with_endings):
+        letters = iter(change(text, generator).replace(" ", ""))
+        assert all(letter in letters for letter in text.replace(" ", ""))
+    assert glued(text, generator).replace(" ", "") == text.replace(" ", "")
+    assert text in drowned(text, ["a red ball"], generator) and "ball" in drowned(text, ["a red ball"], generator)
 
 
 @pytest.mark.parametrize("name, header, rows", [
@@ -250,5 +328,7 @@ def test_the_shipped_file_is_small_and_does_what_it_is_for():
     for text in ("a red star above two blue circles", "a bowl of fruit on a table", "a child flying a kite",
                  "a castle in fog", "an oil painting of a dancer", "a dog running on the beach"):
         assert gate.check(text).action == "allow"
+    lines = sum(ordinary_prompts().values(), [])
+    assert sum(gate.check(line).action == "block" for line in lines) <= 0.01 * len(lines)
     card = json.loads(DEFAULT.with_suffix(".json").read_text())
     assert card["sha256"].startswith(gate.artefact.hash)

@@ -26,7 +26,8 @@ from safety.gate import PromptGate
 from safety.normalize import LONGEST, normalize
 from safety.policy import HEADS, noisy_or
 from safety.prompt import DEFAULT
-from training.moderation.corpus import ALIASES, Corpus, Row, read_corpus
+from training.moderation.corpus import ALIASES, Corpus, alias, read_corpus
+from training.moderation.rows import Row
 
 TOPICS = {"sexual": "sexual", "violence": "violence", "disturbing": "shocking", "illegal": "illegal activity",
           "hate": "hate", "self-harm": "self-harm", "harassment": "harassment"}
@@ -154,7 +155,7 @@ def own_csv(path: Path) -> list[Row]:
             raise ValueError(f"{path}, line {place}: {fault or 'no text or no label; valid: text,label,category'}")
         number = len(rows)
         harmful = line["label"].strip() in ("1", "1.0", "true", "harmful")
-        name = ALIASES.get((line.get("category") or "").strip(), "")
+        name = ALIASES.get(alias(line.get("category") or ""), "")
         labels = {name: 1.0} if harmful and name else {"": 1.0} if harmful else dict.fromkeys(HEADS, 0.0)
         rows.append(Row(line["text"], labels, path.stem, number, topic=(line.get("category") or "").strip()))
     return rows

