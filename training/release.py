@@ -66,6 +66,7 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
     for name, tensors in networks.items():
         with whole_file(out / f"{name}.safetensors") as temporary:
             save_file(in_bf16(tensors), temporary)
+            temporary.chmod(0o644)  # the library writes 0600
     for name, source in copied.items():
         shutil.copyfile(source, out / name)
     record(run, evaluator, out, step)
