@@ -109,12 +109,15 @@ class PersonalStage:
 
 @dataclass(frozen=True)
 class Base:
-    """The system that is taught: ``stage`` says how its loss is computed, ``hash`` identifies its networks."""
+    """The system that is taught: ``stage`` says how its loss is computed, ``hash`` identifies its networks, ``flags``
+    names it on the command line of sample.py."""
 
     system: TextToImage
     stage: DenoiserStage
     hash: str
     name: str
+
+    flags: str
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -138,7 +141,8 @@ def load_base(config: PersonalStage, context: StageContext) -> Base:
         raise ValueError(f"{path}: gradient_checkpointing: true; valid for this stage: false, it would compute "
                          "activations again with the weights of the base")
     stage = replace(stage, grounding=GroundingConfig(), caption_dropout=config.caption_dropout, train=config.train)
-    return Base(system, stage, hash_of_networks(networks_of(system.unet, system.text_encoder)), path.name)
+    return Base(system, stage, hash_of_networks(networks_of(system.unet, system.text_encoder)), path.name,
+                f"--{'pretrained' if config.pretrained else 'run'} {path}")
 
 
 # ---- images
