@@ -35,9 +35,7 @@ REFUSED = 5  # exit code, as that of `python moderate.py check`
 
 def output_folder(command: Command) -> Path:
     """The folder of the images, made where it is missing. Raises OSError when nothing can be written to it."""
-    choice = command.system
-    run = Path("runs") / choice.name if choice.pretrained else choice.path
-    out = Path(command.out) if command.out else run / "samples" / "out"
+    out = Path(command.out) if command.out else command.system.default_output
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} cannot be written to")

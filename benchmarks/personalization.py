@@ -116,8 +116,11 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("nothing to measure; valid: --adapter or --embedding")
     if not options.adapter:
         options.scales = [1.0]  # learned words have no scale
-    with torch.no_grad():
-        rows = measure(options)
+    try:
+        with torch.no_grad():
+            rows = measure(options)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from None
     names = [name for name in COLUMNS if name in rows[0]]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for row in rows:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from files.config import ConfigError, from_dict, read_yaml
+from files.config import from_dict, read_yaml
 
+DEFAULT = Path(__file__).parents[1] / "configs" / "styles.yaml"  # those of the repository
 PLACE = "{prompt}"  # where a style puts the prompt; without it the style stands behind the prompt
 COLUMNS = {"name", "prompt", "negative_prompt"}
 
@@ -145,19 +146,8 @@ def apply_styles(prompt: str, negative: str, chosen: Sequence[tuple[Style, float
 
 def only_one(values: Sequence[Any], what: str) -> Any:
     """The one value among those that are set, None if there is none. Raises ValueError for different ones."""
-    found = list(dict.fromkeys(value for value in values if value))
+    found = list(dict.fromkeys(value for value in values if value not in (None, "")))
     if len(found) > 1:
         raise ValueError(f"--style: styles with {what} {' and '.join(map(str, found))}; valid: styles with the same, "
                          f"or --{what}")
     return found[0] if found else None
-
-
-def read_default_styles() -> dict[str, Style]:
-    """The styles that come with the repository. Raises ConfigError if the file is damaged."""
-    try:
-        return read_styles(DEFAULT)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-DEFAULT = Path(__file__).parents[1] / "configs" / "styles.yaml"

@@ -50,7 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--chunks", type=int, default=CHUNKS, metavar="K", help="contexts that a long prompt may fill before it is cut "
         "(%(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--run", metavar="DIR", help=f"run folder ({RUN})")
+    add("--run", metavar="DIR", help=f"run folder ({RUN} where it is, else the weights that come with the "
+        "repository)")
     add("--pretrained", metavar="PATH", help="a published Stable Diffusion 1.x or 2.x instead of a run: a diffusers "
         "folder, or a single .safetensors or .ckpt file")
     add("--tokenizer", metavar="DIR", help="vocab.json and merges.txt for a single file (tokenizer/ beside it)")

@@ -1,6 +1,9 @@
 """The limits of a call of `sample.py`, and its defaults."""
 
-RUN = "runs/shapes"
+from pathlib import Path
+
+RUN = "runs/shapes"  # the demo's, which samples where no run is named
+SHIPPED = Path(__file__).parents[1] / "weights" / "emoji-64"  # samples where there is no demo either
 LARGEST = 100_000  # images of one call
 STRENGTH = 0.6  # of image to image; inpainting begins from noise
 CHUNKS, MOST_CHUNKS = 4, 64  # contexts that a prompt may fill by default, and at most

@@ -15,7 +15,7 @@ from safety.audit import AuditLog, read_key
 from safety.policy import Mode
 from safety.prompt import DEFAULT
 from sampling.draw import Sources
-from sampling.limits import RUN
+from sampling.limits import RUN, SHIPPED
 from sampling.personal import PersonalFiles, personalize
 
 ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # of files of weights
@@ -46,7 +46,15 @@ class SystemChoice:
     @property
     def path(self) -> Path:
         """The folder or file that the system is in."""
-        return Path(self.pretrained or self.run or RUN)
+        if self.pretrained or self.run:
+            return Path(self.pretrained or self.run or "")
+        return SHIPPED if SHIPPED.is_dir() and not (Path(RUN) / "config.yaml").is_file() else Path(RUN)
+
+    @property
+    def default_output(self) -> Path:
+        """The folder of images where none is named: in the run, or under runs/ for weights that came from elsewhere."""
+        elsewhere = self.pretrained or self.path == SHIPPED
+        return (Path("runs") / self.name if elsewhere else self.path) / "samples" / "out"
 
     @property
     def name(self) -> str:

@@ -18,6 +18,7 @@ peft = pytest.importorskip("peft")
 diffusers = pytest.importorskip("diffusers")
 from test_pretrained import KINDS, PROMPTS, difference, ours, published, theirs  # noqa: E402
 
+pytestmark = pytest.mark.slow
 LEVEL = 0.02  # of 255, as for pipelines without adapters; 1 is asked for
 ALL = ("attention", "feed_forward", "projection", "convolution", "time")
 UNET = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",

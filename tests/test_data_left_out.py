@@ -82,7 +82,7 @@ def test_values_without_a_known_range_are_refused(tmp_path):
         root=str(tmp_path), size=16, validation=0, test=0, fallback="x"), bad_share=0.9), "train", tmp_path / "list")
     assert [source[i]["id"] for i in range(3)] == ["0.png"] * 3
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "list").read_text().splitlines()]
-    assert sum("no known range" in reason for reason in reasons) == 2
+    assert sum("valid: 8 or 16 bits a channel" in reason for reason in reasons) == 2
 
 
 def test_folders_of_splits_by_any_of_their_names_and_what_lies_outside(tmp_path):

@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import benchmarks.personalization
 import sample
 import train
 from data.shapes.shapes import Shapes, ShapesConfig
-from files.config import ConfigError
+from files.config import ConfigError, from_dict, to_dict
 from files.whole import sha256_of
 from model.pretrained.adapters import networks_of
 from model.pretrained.card import card_of, hash_of_networks, read_header
@@ -24,6 +25,10 @@ from model.pretrained.embeddings import read_embeddings
 from pipeline.loading import load_run
 from pipeline.personal import Personal, cards_of_run
 from sampling.personal import parse_adapter
+from training.experiment import with_base
+from training.stages.dreambooth import DreamboothStage
+from training.stages.lora import LoraStage
+from training.stages.textual_inversion import TextualInversionStage
 
 TRAIN = {"steps": 3, "batch": 2, "log_every": 1, "validate_every": 3, "preview_every": 3, "checkpoint_every": 2,
          "precision": "fp32"}
@@ -281,6 +286,24 @@ def test_the_benchmark_measures_forgetting(tiny_run, lora, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| scale | validation loss |" and len(lines) == 4
     assert lines[2].split("|")[2] != lines[3].split("|")[2]
+
+
+def test_one_key_of_train_leaves_the_others_as_the_stage_has_them():
+    for stage in (LoraStage, TextualInversionStage, DreamboothStage):
+        given = {"train": {"steps": 7, "optim": {"warmup": 3}}}
+        usual, some = stage().train, from_dict(stage, given).train
+        assert some == replace(usual, steps=7, optim=replace(usual.optim, warmup=3)) and usual.batch == 4
+        assert from_dict(stage, to_dict(some_stage := from_dict(stage, given))) == some_stage
+    assert DreamboothStage().train.optim.learning_rate < LoraStage().train.optim.learning_rate
+    with pytest.raises(ConfigError, match="unknown key 'lora.train.stepz'"):
+        from_dict(LoraStage, {"train": {"stepz": 7}}, "lora")
+
+
+def test_how_the_base_was_trained_does_not_matter(tiny_run, images):
+    """The configuration that the base was trained with will do, with any override of its training."""
+    data = {**yaml.safe_load((tiny_run / "config.yaml").read_text()), **config_of(tiny_run, images, "lora")}
+    data["denoiser"] = {**data["denoiser"], "images": 7, "train": {"steps": 1}}
+    assert with_base(data)["denoiser"] == yaml.safe_load((tiny_run / "config.yaml").read_text())["denoiser"]
 
 
 def test_a_check_says_what_would_be_learned_from(tiny_run, images, tmp_path, capsys):

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 TREE = (ROOT / "docs" / "tree.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 UNLISTED = {"build", "dist", "runs", "__pycache__"}  # what work leaves behind
-CLOSED = {"docs/", "tests/"}  # folders whose files have no line of their own: pages have the table of the README
+CLOSED = {"docs/", "weights/", "tests/"}  # their files have no line of their own: pages have the table of the README
 LISTED = re.compile(r"[\w./-]+\.(?:py|yaml|md|cfg|toml|json|safetensors)|[\w-]+/|Makefile|LICENSE")
 
 

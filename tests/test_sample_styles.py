@@ -12,7 +12,7 @@ from sample_calls import PROMPT, draw, parameters, pixels
 import sample
 from eval.colour import palette_error
 from pipeline.palette import THEMES, parse_palette
-from pipeline.styles import read_default_styles
+from pipeline.styles import DEFAULT, read_styles
 from sampling import flags
 from sampling.styling import list_of_styles
 
@@ -83,13 +83,16 @@ def test_a_style_is_its_words_and_its_strength_a_way_between_prompts(vivid_run, 
 
 def test_styles_of_a_file_bring_negative_prompt_guidance_and_palette(tiny_run, tmp_path):
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump({"styles": [{"name": "mine", "prompt": "my {prompt}", "negative": "dull",
-                                               "guidance": 2.0, "palette": "#fff,#000"}]}))
+    file.write_text(yaml.safe_dump({"styles": [
+        {"name": "bare", "guidance": 0.0},
+        {"name": "mine", "prompt": "my {prompt}", "negative": "dull", "guidance": 2.0, "palette": "#fff,#000"}]}))
     arguments = [PROMPT, "--style", "mine", "--style-file", str(file)]
     [path] = [path for name, path in draw(tiny_run, tmp_path / "a", *arguments).items() if name != "grid.png"]
     found = parameters(path)
     assert (found["prompt"], found["negative"], found["guidance"]["scale"]) == (f"my {PROMPT}", "dull", 2.0)
     assert found["palette"] == "#ffffff:0.5000,#000000:0.5000"
+    bare = draw(tiny_run, tmp_path / "bare", PROMPT, "--style", "bare", "--style-file", str(file))[FILE]
+    assert parameters(bare)["guidance"]["scale"] == 0.0
     made = draw(tiny_run, tmp_path / "b", *arguments, "--guidance", "4", "--palette", "ocean")
     [path] = [path for name, path in made.items() if name != "grid.png"]
     assert parameters(path)["guidance"]["scale"] == 4.0 and parameters(path)["palette"] != found["palette"]
@@ -101,7 +104,7 @@ def test_what_is_judged_is_what_is_drawn(tiny_run, monkeypatch):
         text for request in requests for text in request.texts) or (_ for _ in ()).throw(ValueError("seen")))
     with pytest.raises(ValueError, match="seen"):
         sample.main([PROMPT, "--run", str(tiny_run), "--style", "impressionist", "noto:0.5"])
-    painted = read_default_styles()["impressionist"]
+    painted = read_styles(DEFAULT)["impressionist"]
     assert {painted.of_prompt(PROMPT), f"{painted.of_prompt(PROMPT)}, noto style", painted.negative} <= set(seen)
 
 
@@ -125,5 +128,5 @@ def test_mistakes_are_one_line(tiny_run, tmp_path, arguments, message):
 def test_styles_are_listed(capsys):
     assert sample.main(["--styles"]) == 0
     assert capsys.readouterr().out.strip() == list_of_styles(None)
-    assert all(name in list_of_styles(None) for name in read_default_styles())
+    assert all(name in list_of_styles(None) for name in read_styles(DEFAULT))
     assert flags.THEMES == tuple(THEMES)

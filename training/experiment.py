@@ -56,7 +56,9 @@ STAGES = {stage.name: stage for stage in (
     Stage("moderator", (), ("moderation.json", "moderation.safetensors"), train_moderator, reads_images=False),
 )}
 PLACED = ("shapes", "emoji")  # data sources that say where in their images things are: what grounding needs
-OF_BASE = ("tokenizer", "autoencoder", "denoiser")  # sections that a run which teaches has from its base
+# sections that a run which teaches has from its base, and the parts of them that decide what the base is
+OF_BASE = {"tokenizer": ("vocab_size", "length"), "autoencoder": ("model",),
+           "denoiser": ("unet", "text_encoder", "schedule", "prediction_type")}
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
 
 
@@ -192,16 +194,16 @@ def with_base(data: dict[str, Any]) -> dict[str, Any]:
     if not (path := RunFolder(start).path / "config.yaml").is_file():
         return data  # training says that there is no such run
     base = read_yaml(path)
-    for name in OF_BASE:
-        if wrong := _conflict(data.get(name), base.get(name), name):
+    for name, parts in OF_BASE.items():
+        given = {part: data[name].get(part) for part in parts} if isinstance(data.get(name), dict) else None
+        if wrong := _conflict(given, base.get(name), name):
             raise ConfigError(f"{wrong}; valid: that of {start}, which is taught, or nothing")
     return {"sampling": base.get("sampling", {}), **data, **{name: base[name] for name in OF_BASE if name in base}}
 
 
 def _conflict(given: Any, base: Any, path: str) -> str:
-    """The first value that both mappings have and that differs, as "path: given"; else an empty string. How the base
-    was trained does not matter any more."""
+    """The first value that both mappings have and that differs, as "path: given"; else an empty string."""
     if isinstance(given, dict) and isinstance(base, dict):
-        return next((found for key in given if key in base and key != "train"
+        return next((found for key in given if key in base
                      if (found := _conflict(given[key], base[key], f"{path}.{key}"))), "")
     return "" if given is None or base is None or given == base else f"{path}: {given}"

@@ -66,6 +66,7 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
     for name, tensors in networks.items():
         with whole_file(out / f"{name}.safetensors") as temporary:
             save_file(in_bf16(tensors), temporary)
+            temporary.chmod(0o644)  # the library writes 0600
     for name, source in copied.items():
         shutil.copyfile(source, out / name)
     record(run, evaluator, out, step)
@@ -75,12 +76,12 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
 
 def record(run: RunFolder, evaluator: RunFolder, out: Path, step: int | None) -> None:
     """Write config.yaml and manifest.json of the released folder. The configuration is that of the run without the
-    folder it started from, which is recorded in the manifest."""
-    config, about = read_yaml(run.path / "config.yaml"), run.about()["manifest"]
+    folder it started from, which is recorded in the manifest; command, versions and time are those of the training."""
+    config, about = read_yaml(run.path / "config.yaml"), run.read_manifest()
     config.pop("start_from", None)
     if evaluator is not run:
         config["clip"] = read_yaml(evaluator.path / "config.yaml")["clip"]
-        about["clip"] = evaluator.about()["manifest"].get("clip")
+        about["clip"] = evaluator.read_manifest().get("clip")
     config["stages"] = [name for name, stage in STAGES.items() if all((out / file).exists() for file in stage.leaves)]
     train = config["denoiser"]["train"]
     steps = train["steps"] if step is None else step

@@ -95,6 +95,5 @@ def train_lora(config: LoraStage, context: StageContext) -> None:
     if context.processes.main:
         path = context.run.path / "adapter.safetensors"
         write_adapter(path, average, card, config.layout)
-        flag = "--pretrained" if config.pretrained else "--run"
-        print(f"lora: {path.stat().st_size / 1e6:.2f} MB; sample with: python sample.py {flag} "
-              f"{config.pretrained or context.start and context.start.path} --adapter {path}:1 \"a prompt\"")
+        print(f"lora: {path.stat().st_size / 1e6:.2f} MB; sample with: python sample.py {base.flags} "
+              f"--adapter {path}:1 \"a prompt\"")

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -56,6 +56,13 @@ def few_steps(steps: int, rate: float, decay: float = 0.01) -> TrainConfig:
                        optim=OptimConfig(learning_rate=rate, weight_decay=decay, warmup=10, schedule="constant"))
 
 
+def completed(given: Any, own: Any) -> Any:
+    """Nested settings, with ``own`` for those that are not given."""
+    if not isinstance(given, dict) or not isinstance(own, dict):
+        return given
+    return {**own, **{key: completed(value, own.get(key)) for key, value in given.items()}}
+
+
 @dataclass(frozen=True)
 class PriorConfig:
     """What the base is to keep: ``images`` samples of it for the ``prompts`` in turn, drawn before training, whose loss
@@ -84,6 +91,14 @@ class PersonalStage:
     prior: PriorConfig = field(default_factory=PriorConfig)
     train: TrainConfig = field(default_factory=lambda: few_steps(400, 1e-3))
 
+    @classmethod
+    def upgrade(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a configuration, with this stage's own ``train`` where it is given in part: without this, one
+        key of it would bring the batch and the rate of a long training."""
+        own = next(to_dict(part.default_factory()) for part in fields(cls)  # type: ignore[operator, misc]
+                   if part.name == "train")
+        return {**data, "train": completed(data["train"], own)} if "train" in data else dict(data)
+
     def __post_init__(self) -> None:
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"caption_dropout: {self.caption_dropout}; valid: a share in [0, 1)")
@@ -94,12 +109,15 @@ class PersonalStage:
 
 @dataclass(frozen=True)
 class Base:
-    """The system that is taught: ``stage`` says how its loss is computed, ``hash`` identifies its networks."""
+    """The system that is taught: ``stage`` says how its loss is computed, ``hash`` identifies its networks, ``flags``
+    names it on the command line of sample.py."""
 
     system: TextToImage
     stage: DenoiserStage
     hash: str
     name: str
+
+    flags: str
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -123,7 +141,8 @@ def load_base(config: PersonalStage, context: StageContext) -> Base:
         raise ValueError(f"{path}: gradient_checkpointing: true; valid for this stage: false, it would compute "
                          "activations again with the weights of the base")
     stage = replace(stage, grounding=GroundingConfig(), caption_dropout=config.caption_dropout, train=config.train)
-    return Base(system, stage, hash_of_networks(networks_of(system.unet, system.text_encoder)), path.name)
+    return Base(system, stage, hash_of_networks(networks_of(system.unet, system.text_encoder)), path.name,
+                f"--{'pretrained' if config.pretrained else 'run'} {path}")
 
 
 # ---- images

@@ -131,7 +131,5 @@ def train_textual_inversion(config: TextualInversionStage, context: StageContext
     if context.processes.main:
         path = context.run.path / "embedding.safetensors"
         write_embeddings(path, {token.token: rows for token, rows in zip(config.tokens, average.words)}, card)
-        flag = "--pretrained" if config.pretrained else "--run"
-        print(f"textual_inversion: {path.stat().st_size / 1e3:.1f} kB; sample with: python sample.py {flag} "
-              f"{config.pretrained or context.start and context.start.path} --embedding {path} "
-              f"\"a drawing of {config.tokens[0].token}\"")
+        print(f"textual_inversion: {path.stat().st_size / 1e3:.1f} kB; sample with: python sample.py {base.flags} "
+              f"--embedding {path} \"a drawing of {config.tokens[0].token}\"")
