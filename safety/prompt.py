@@ -2,7 +2,8 @@
 
 Hashed character 2-5-grams inside words, words and pairs of words -> bags of embeddings -> a small network, beside a
 linear weight for every n-gram ("wide and deep", Cheng et al. 2016; hashing: Weinberger et al. 2009; subwords:
-Bojanowski et al. 2017). Inference is NumPy alone. Axis letters: N n-grams, D embedding width, H hidden, K categories.
+Bojanowski et al. 2017). An n-gram is in a bag once, however often it is in the text (Pang et al. 2002; Wang and Manning
+2012). Inference is NumPy alone. Axis letters: N n-grams, P parts, D embedding width, H hidden, K categories.
 """
 import hashlib
 import json
@@ -31,17 +32,22 @@ class ArtefactError(ValueError):
 
 
 def ngram_ids(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Buckets of the character n-grams (N,), below 2^bits[0], and of words and pairs of words, below 2^bits[1].
+    """The distinct buckets, sorted, of the character n-grams, below 2^bits[0], and of words and pairs of words, below
+    2^bits[1]: a word that is repeated says no more than a word that is said once.
 
     plain: words of a-z and 0-9 separated by one space. The spaces around a word count as letters of its n-grams.
     """
     characters, _, words = placed_ngrams(plain, bits)
-    return characters, words
+    return np.unique(characters), np.unique(words)
 
 
 def placed_ngrams(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As ``ngram_ids``, with the word (N,) that each character n-gram is in: (characters, their words, words). The
-    pairs of words follow the words; pair i begins with word i."""
+    """(buckets of all character n-grams (N,), the word (N,) that each is in, buckets of words and pairs (2M - 1,)) of
+    M words. Word i is at place 2i of the last and its pair with the next word at 2i + 1."""
+    split = plain.split()
+    if not split:
+        none = np.zeros(0, np.int64)
+        return none, none, none
     codes = _CODES[np.frombuffer(f" {plain} ".encode("ascii", "replace"), np.uint8) & 127]
     space = codes == 0
     before = np.concatenate([[0], np.cumsum(space)])  # spaces before each place
@@ -53,12 +59,11 @@ def placed_ngrams(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.nda
         kept = before[size - 1:len(codes)] == before[1:len(codes) - size + 2]  # no space inside the n-gram
         found.append(((grams[kept] + np.uint64(size * 0x1000003)) * _MIX) >> shift)
         owners.append(before[1:len(codes) - size + 2][kept] - 1)
-    words = np.array([zlib.crc32(word.encode()) for word in plain.split()], np.uint64)
-    pairs = words[:-1] * np.uint64(31) + words[1:] * np.uint64(0x85EBCA6B) + np.uint64(97)
-    mixed = (np.concatenate([words, pairs]) * _MIX) >> np.uint64(64 - bits[1])
-    none = np.zeros(0, np.int64)
-    return (np.concatenate(found).astype(np.int64) if found else none,
-            np.concatenate(owners) if owners else none, mixed.astype(np.int64))
+    words = np.empty(2 * len(split) - 1, np.uint64)
+    words[::2] = [zlib.crc32(word.encode()) for word in split]
+    words[1::2] = words[:-2:2] * np.uint64(31) + words[2::2] * np.uint64(0x85EBCA6B) + np.uint64(97)
+    mixed = (words * _MIX) >> np.uint64(64 - bits[1])
+    return np.concatenate(found).astype(np.int64), np.concatenate(owners), mixed.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -105,22 +110,17 @@ class PromptHead:
         self.config, self.weights = config, dict(weights)
 
     def bags(self, plain: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings (P, 2D) and linear scores (P, K) of P ranges of words: sums over their n-grams divided by the
-        square root of the number of these."""
+        """Embeddings (P, 2D) and linear scores (P, K) of P ranges of words: sums over their distinct n-grams divided by
+        the square root of the number of these, which is the length of the vector of ones and zeros that says which
+        n-grams are there."""
         characters, owners, words = placed_ngrams(plain, self.config.bits)
-        count = (len(words) + 1) // 2  # the other n-grams of words are pairs
         ends = np.array(spans, np.int64).reshape(-1, 2)
-        lone = len(spans) == 1
-        order = slice(None) if lone else np.argsort(owners, kind="stable")
-        at = np.searchsorted(owners[order], ends) if not lone else np.array([[0, len(owners)]])
-        pairs = np.maximum(ends - [0, 1], ends[:, :1])  # pair i belongs to a range that holds words i and i + 1
-        ranges = {"char": [(characters[order], at)], "word": [(words[:count], ends), (words[count:], pairs)]}
+        order = np.argsort(owners, kind="stable")
+        ranges = {"char": (characters[order], np.searchsorted(owners[order], ends)),
+                  "word": (words, np.maximum(2 * ends - [0, 1], 2 * ends[:, :1]))}  # a pair is where both words are
         deep, wide = [], np.zeros((len(ends), len(HEADS)), np.float32)
-        for name, parts in ranges.items():
-            total, number = np.zeros((len(ends), self.config.width + len(HEADS)), np.int32), np.zeros(len(ends))
-            for ids, places in parts:
-                total += _sums(self.weights[f"{name}.table"][ids], places)
-                number += places[:, 1] - places[:, 0]
+        for name, (ids, places) in ranges.items():
+            total, number = distinct_sums(self.weights[f"{name}.table"], ids, places)
             scaled = total * self.weights[f"{name}.scale"] / np.sqrt(np.maximum(number, 1))[:, None]
             deep.append(scaled[:, : self.config.width])
             wide += scaled[:, self.config.width:].astype(np.float32)
@@ -145,14 +145,27 @@ class PromptHead:
         return dict(zip(HEADS, (1 / (1 + np.exp(-z.max(axis=0)))).tolist()))
 
 
-def _sums(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Sums (P, C) int32 of the rows (N, C) in the ranges ``places`` (P, 2)."""
-    if len(places) == 1:
-        [(first, end)] = places
-        return rows[first:end].sum(axis=0, dtype=np.int32)[None]
-    total = np.zeros((len(rows) + 1, rows.shape[1]), np.int32)
-    np.cumsum(rows, axis=0, dtype=np.int32, out=total[1:])
-    return total[places[:, 1]] - total[places[:, 0]]
+def distinct_sums(table: np.ndarray, ids: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums (P, C) int32 of the rows of a table at the distinct ids of each range (P, 2) of ids (N,), and the numbers
+    (P,) of these."""
+    if len(ranges) == 1:
+        [(first, end)] = ranges
+        own = np.unique(ids[first:end])
+        return table[own].sum(axis=0, dtype=np.int32)[None], np.array([len(own)])
+    order = np.argsort(ids, kind="stable")
+    again = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+    earlier = np.full(len(ids), -1)  # the last place before each place that has the same id
+    earlier[order[again + 1]] = order[again]
+    sizes = ranges[:, 1] - ranges[:, 0]
+    owner = np.repeat(np.arange(len(ranges)), sizes)
+    place = np.arange(sizes.sum()) + np.repeat(ranges[:, 0] - (np.cumsum(sizes) - sizes), sizes)
+    first = earlier[place] < ranges[owner, 0]  # the id is not in the range before this place
+    number = np.bincount(owner[first], minlength=len(ranges))
+    total, held = np.zeros((len(ranges), table.shape[1]), np.int32), number > 0
+    if held.any():
+        starts = np.cumsum(number) - number
+        total[held] = np.add.reduceat(table[ids[place[first]]], starts[held], axis=0, dtype=np.int32)
+    return total, number
 
 
 @dataclass(frozen=True)

@@ -322,7 +322,22 @@ def test_ngrams_are_those_of_a_plain_loop():
     for piece in ("red", "star", "42"):
         assert set(ngram_ids(piece, (30, 30))[0]) <= set(ids)
     assert len(set(ngram_ids("abc", (30, 30))[0]) - set(ngram_ids("abd", (30, 30))[0])) > 3
-    assert [len(part) for part in ngram_ids("", (8, 8))] == [1, 0]  # one 2-gram of the two ends
+    assert [len(part) for part in ngram_ids("", (8, 8))] == [0, 0]
+
+
+def test_a_word_that_is_repeated_says_no_more_than_one_that_is_said_once(gate):
+    """Repeated words have further n-grams only in the pair that joins their copies."""
+    head, text = gate.artefact.head, "a moon on a hill"
+    twice = head.logits(f"{text} {text}")
+    for times in (3, 12, 50):
+        np.testing.assert_allclose(head.logits(" ".join([text] * times)), twice, atol=1e-6)
+        ids = ngram_ids(" ".join([text] * times), CONFIG.bits)
+        assert all(map(np.array_equal, ids, ngram_ids(f"{text} {text}", CONFIG.bits)))
+        assert all((np.diff(part) > 0).all() for part in ids)
+    parts = [(0, 5), (0, 10), (3, 40), (7, 7), (45, 250)]
+    found = head.logits(" ".join([text] * 50), parts)
+    np.testing.assert_allclose(found[[0, 1, 2, 4]], [head.logits(text)[0], *[twice[0]] * 3], atol=1e-6)
+    assert np.isfinite(found[3]).all()
 
 
 def test_head_is_its_formula():

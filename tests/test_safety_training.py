@@ -93,10 +93,24 @@ def test_inference_is_the_network_that_was_trained():
     network.char.weight.data.normal_(std=0.3)
     network.word.weight.data.normal_(std=0.3)
     head = PromptHead(SMALL, quantize(network))
-    for text in ("a red star", "two BLUE boats, (gorvax:1.2)", "x", ""):
+    for text in ("a red star", "two BLUE boats, (gorvax:1.2)", "x", "", "a star, " * 20):
         expected = network([ngram_bag(text, SMALL)])[0].detach().numpy()
         np.testing.assert_allclose(head.logits(" ".join(text.lower().replace(",", "").replace("(", "").replace(
             ":1.2)", "").split()))[0], expected, atol=0.03)  # tables in 8 bits
+
+
+@pytest.mark.parametrize("names", [{"deep": ()}, {"wide": ()}, {"wide": HEADS[1:], "deep": HEADS[:1]}])
+def test_a_category_may_have_linear_logits_only_or_none(folder, names):
+    rows = [row for row in read_corpus([folder]).rows if row.split == "train"][:150]
+    config = ModeratorStage(head=SMALL, epochs=1, batch=32, twins=4, **names)
+    weights = quantize(train_network(rows, config, 0, log=False))
+    for place, name in enumerate(HEADS):
+        assert weights["out.weight"][place].any() == (name in config.deep)
+        if name not in config.wide:
+            assert not any(weights[f"{table}.table"][:, SMALL.width + place].any() for table in ("char", "word"))
+    assert weights["word.table"][:, SMALL.width:].any() == bool(config.wide)
+    with pytest.raises(ValueError, match="valid: each of"):
+        ModeratorStage(wide=HEADS[1:], deep=HEADS[1:])
 
 
 # ---- parts of training
@@ -319,6 +333,28 @@ def test_the_repository_holds_no_listed_term():
     wrong = [f"{name}: a listed term of {len(term)} letters" for name, text in texts.items() for term in held(text)]
     data = DEFAULT.read_bytes().lower()
     assert wrong + ["weights: a listed term" for term in terms if term.encode() in data] == []
+
+
+REPEATED = (
+    *"moon star cat dog tree river house boat lamp bread red blue garden mountain window flower bird horse cloud stone "
+    "snow rain sun sea bridge castle train apple chair violin very the and".split(),
+    "a moon", "a red star", "the old bridge", "two small boats", "a cup of tea", "oil painting", "highly detailed",
+    "soft light", "a dog on a beach", "children flying a kite", "a family at dinner", "a bowl of fruit",
+    "a castle in the fog", "4k", "masterpiece", "in the style of monet", "a man and a woman", "a black horse",
+    "a doctor with a patient", "a knight with a sword", "trees in autumn", "a happy birthday", "she sells sea shells",
+    "row row row your boat")
+
+
+@pytest.mark.skipif(not DEFAULT.is_file(), reason="the weights are not here")
+@pytest.mark.parametrize("between", [" ", ", "])
+def test_repeating_what_is_harmless_changes_nothing(between):
+    gate = PromptGate.load()
+    assert len(REPEATED) >= 40 and {gate.check(text).action for text in REPEATED} == {"allow"}
+    for text in REPEATED:
+        found = [gate.check(between.join([text] * times)) for times in (2, 12, 50)]
+        assert [one.action for one in found] == ["allow"] * 3, text
+        assert len({one.category for one in found}) == 1, text
+    assert gate.check("(a star:1.2) (" + "a moon, " * 12 + ")").action == "allow"
 
 
 @pytest.mark.skipif(not DEFAULT.is_file(), reason="the weights are not here")

@@ -162,7 +162,7 @@ def limits_within(groups: dict[str, np.ndarray], budget: dict[str, float], categ
 def fit_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned: set[str]) -> dict[str, Limits]:
     """The limits of every category, from the budget of false positives on harmless development text; NEVER for a
     category that is not ``learned``, whose score means nothing without examples."""
-    harmless = [row for row in dev if row.harmless]
+    harmless = [row for row in dev if row.labels and not row.harmful]  # twins known in their own category too
     scores = scores_of(head, harmless)
     names = {name: [i for i, row in enumerate(harmless) if row.source == name] for name in config.budget}
     groups = {name: scores[places] for name, places in names.items() if places}

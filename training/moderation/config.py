@@ -1,6 +1,7 @@
 """The configuration of the stage that trains the classifier of prompts."""
 from dataclasses import dataclass, field
 
+from safety.policy import HEADS
 from safety.prompt import HeadConfig
 
 
@@ -19,15 +20,19 @@ class ModeratorStage:
     """``data`` is the labelled text. Every text is trained on with ``variations`` variations; every batch has ``twins``
     pairs of twins, whose logits are pushed apart by ``margin``.
 
-    ``kept`` is the share of a file that is used, for files with more text than is useful. ``forget`` is the share of
-    n-grams that is dropped from every text in every step, so that no single n-gram decides. ``ordinary`` is the number
-    of harmless counter-examples that are made (training/moderation/ordinary.py). ``budget`` is the share of
-    harmless development text of each kind that may be blocked, and ``flag_budget`` times as much may be flagged.
-    ``minors_budget`` is the share of harmless text about minors that the rule on minors may refuse.
+    ``wide`` and ``deep`` are the categories that have linear logits and logits of the hidden layer; with ``deep=[]``
+    the classifier is a linear one. ``kept`` is the share of a file that is used, for files with more text than is
+    useful. ``forget`` is the share of n-grams that is dropped from every text in every step, so that no single n-gram
+    decides. ``ordinary`` is the number of harmless counter-examples that are made (training/moderation/ordinary.py).
+    ``budget`` is the share of harmless development text of each kind that may be blocked, and ``flag_budget`` times as
+    much may be flagged. ``minors_budget`` is the share of harmless text about minors that the rule on minors may
+    refuse.
     """
 
     data: TextData = field(default_factory=TextData)
     head: HeadConfig = field(default_factory=HeadConfig)
+    wide: tuple[str, ...] = HEADS
+    deep: tuple[str, ...] = HEADS
     epochs: int = 4
     batch: int = 256
     learning_rate: float = 5e-3
@@ -49,6 +54,8 @@ class ModeratorStage:
         for name, low in (("epochs", 1), ("batch", 2), ("variations", 0), ("twins", 0), ("ordinary", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: from {low} up")
+        if set(HEADS) != {*self.wide, *self.deep}:
+            raise ValueError(f"wide: {self.wide}, deep: {self.deep}; valid: each of {', '.join(HEADS)} in at least one")
         if not 0 < self.learning_rate < 1 or not 0 <= self.dropout < 1 or self.margin < 0 or self.twin_weight < 0:
             raise ValueError(f"learning_rate {self.learning_rate}, dropout {self.dropout}, margin {self.margin}, "
                              f"twin_weight {self.twin_weight}; valid: (0, 1), [0, 1), from 0 up, from 0 up")

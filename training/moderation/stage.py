@@ -28,16 +28,18 @@ from training.moderation.rows import Row
 from training.moderation.variations import vary
 from training.stages.context import StageContext
 
-Bags = list[tuple[np.ndarray, np.ndarray]]  # ids of character n-grams and of words, for each text
+Bags = list[tuple[np.ndarray, np.ndarray]]  # distinct ids of character n-grams and of words, for each text
 
 
 class Network(nn.Module):
-    """``safety.prompt.PromptHead`` as a trainable module."""
+    """``safety.prompt.PromptHead`` as a trainable module. ``wide`` and ``deep`` name the categories that have linear
+    logits and logits of the hidden layer; a category that has both has their sum."""
 
-    def __init__(self, config: HeadConfig, dropout: float):
+    def __init__(self, config: HeadConfig, dropout: float, wide: Sequence[str] = HEADS, deep: Sequence[str] = HEADS):
         super().__init__()
         columns = config.width + len(HEADS)
         self.config = config
+        self.is_wide, self.is_deep = (torch.tensor([float(name in names) for name in HEADS]) for names in (wide, deep))
         self.char = nn.EmbeddingBag(2**config.char_bits, columns, mode="sum")
         self.word = nn.EmbeddingBag(2**config.word_bits, columns, mode="sum")
         for table in (self.char, self.word):
@@ -49,7 +51,7 @@ class Network(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, bags: Bags) -> torch.Tensor:
-        """Logits (B, K)."""
+        """Logits (B, K) of texts, each with its distinct n-grams."""
         deep, wide = [], torch.zeros(())
         for place, table in enumerate((self.char, self.word)):
             counts = torch.tensor([len(bag[place]) for bag in bags])
@@ -58,11 +60,15 @@ class Network(nn.Module):
             deep.append(rows[:, : self.config.width])
             wide = wide + rows[:, self.config.width:]
         hidden = self.dropout(F.relu(self.hidden(self.dropout(torch.cat(deep, 1)))))
-        return self.out(hidden) + wide
+        return F.linear(hidden, self.out_weight(), self.out.bias) + wide * self.is_wide
+
+    def out_weight(self) -> torch.Tensor:
+        """Weights (K, H) of the hidden layer: 0 for the categories that have linear logits only."""
+        return self.out.weight * self.is_deep[:, None]
 
 
 def ngram_bag(text: str, config: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the n-grams of a raw text."""
+    """The distinct ids of the n-grams of a raw text."""
     return ngram_ids(normalize(text, longest=10**6).plain[:2000], config.bits)
 
 
@@ -127,7 +133,7 @@ def train_network(rows: list[Row], config: ModeratorStage, seed: int, log: bool 
         all_rows += chosen
         bags += [varied_bag(row.text, styles, calm, config.head, random) for row in chosen]
     values, known = label_tensors(all_rows)
-    network = Network(config.head, config.dropout)
+    network = Network(config.head, config.dropout, config.wide, config.deep)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, fused=True)
     num_steps = config.epochs * max(1, len(all_rows) // config.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
@@ -158,10 +164,9 @@ def quantize(network: Network) -> dict[str, np.ndarray]:
         scale = np.maximum(np.abs(values).max(axis=0), 1e-8) / 127  # (D + K,)
         weights[f"{name}.table"] = np.round(values / scale).astype(np.int8)
         weights[f"{name}.scale"] = scale.astype(np.float32)
-    for name, layer in (("hidden", network.hidden), ("out", network.out)):
-        weights[f"{name}.weight"] = layer.weight.detach().numpy().copy()
-        weights[f"{name}.bias"] = layer.bias.detach().numpy().copy()
-    return weights
+    rest = {"hidden.weight": network.hidden.weight, "hidden.bias": network.hidden.bias,
+            "out.weight": network.out_weight(), "out.bias": network.out.bias}
+    return {**weights, **{name: value.detach().numpy().copy() for name, value in rest.items()}}
 
 
 def raw_logits(head: PromptHead, texts: list[str]) -> np.ndarray:
