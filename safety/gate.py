@@ -116,7 +116,7 @@ class PromptGate:
         if not negative:
             judged = list(read)
             if not text.isascii():  # lookalikes may be the words of another language
-                judged.append(normalize(latin_words(text), lexicon.is_word, LONGEST))
+                judged.append(normalize(latin_words(text), lexicon.is_word, LONGEST, with_readings=False))
             heads.append(_highest_scores([self.artefact.head.highest_scores(*parts_of(one)) for one in judged]))
             if self.encoder is not None:
                 heads.append(_highest_scores([self._encoder_scores(one.plain) for one in read]))

@@ -122,8 +122,9 @@ def is_foreign(text: str) -> bool:
     return 2 * sum(count for count, latin in letters if not latin) > sum(count for count, _ in letters)
 
 
-def normalize(text: str, is_word: IsWord = lambda word: False, longest: int = LONGEST) -> Normalized:
-    """The plain words of a text and its readings; linear in the length of the text.
+def normalize(text: str, is_word: IsWord = lambda word: False, longest: int = LONGEST,
+              with_readings: bool = True) -> Normalized:
+    """The plain words of a text and its readings, or its words alone; linear in the length of the text.
 
     Raises TextError as ``fold`` does, and for more than MOST_DISGUISED words that are written with signs or repeated
     letters: each of them has many readings, and no harmless prompt has so many.
@@ -138,7 +139,8 @@ def normalize(text: str, is_word: IsWord = lambda word: False, longest: int = LO
         raise TextError(f"prompt: {count} words are written with signs or repeated letters; valid: up to "
                         f"{MOST_DISGUISED}")
     plain = " ".join(word for piece in pieces for word in piece.plain)
-    return Normalized(plain, notes, readings_of(pieces, parts, is_word), tuple(clauses_of(text, read)))
+    readings = readings_of(pieces, parts, is_word) if with_readings else ()
+    return Normalized(plain, notes, readings, tuple(clauses_of(text, read)))
 
 
 def clauses_of(text: str, read: Mapping[str, Piece]) -> Iterator[tuple[int, int]]:

@@ -106,7 +106,8 @@ def uses(terms: set[str], harmless: list[Row]) -> Counter[str]:
     found: Counter[str] = Counter()
     for row in harmless:
         weight = 1 if row.source == "real_prompts" else 2
-        found.update({span: weight for span in spans(normalize(row.text, longest=10**6).plain) if span in terms})
+        plain = normalize(row.text, longest=10**6, with_readings=False).plain
+        found.update({span: weight for span in spans(plain) if span in terms})
     return found
 
 
@@ -206,7 +207,7 @@ def fit_naming(head: PromptHead, rows: list[Row]) -> list[list[float]]:
 
 def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
     """Calibrated probabilities (B, K) of the texts of rows: the highest over the parts that the gate reads."""
-    read = [parts_of(normalize(row.text[:LONGEST], longest=10**6)) for row in rows]
+    read = [parts_of(normalize(row.text[:LONGEST], longest=10**6, with_readings=False)) for row in rows]
     found = [list(head.highest_scores(*parts).values()) for parts in read]
     return np.array(found).reshape(-1, len(HEADS))
 

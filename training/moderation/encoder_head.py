@@ -31,7 +31,7 @@ EXTRA_BUDGET = 0.001  # share of harmless text of each kind that this head alone
 
 def plain_texts(rows: Sequence[Row]) -> list[str]:
     """The plain text of each row, as the gate passes it to its heads."""
-    return [normalize(row.text, longest=10**6).plain[:2000] for row in rows]
+    return [normalize(row.text, longest=10**6, with_readings=False).plain[:2000] for row in rows]
 
 
 def fit(head: EncoderHead, rows: Sequence[Row], config: ModeratorStage, seed: int = 0,

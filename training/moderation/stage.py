@@ -69,7 +69,7 @@ class Network(nn.Module):
 
 def ngram_bag(text: str, config: HeadConfig) -> tuple[np.ndarray, np.ndarray]:
     """The distinct ids of the n-grams of a raw text."""
-    return ngram_ids(normalize(text, longest=10**6).plain[:2000], config.bits)
+    return ngram_ids(normalize(text, longest=10**6, with_readings=False).plain[:2000], config.bits)
 
 
 def varied_bag(text: str, styles: list[str], calm: list[str], config: HeadConfig,
@@ -171,7 +171,7 @@ def quantize(network: Network) -> dict[str, np.ndarray]:
 
 def raw_logits(head: PromptHead, texts: list[str]) -> np.ndarray:
     """Logits (B, K) before calibration, computed as at inference."""
-    found = [head.logits(normalize(text, longest=10**6).plain[:2000])[0] for text in texts]
+    found = [head.logits(normalize(text, longest=10**6, with_readings=False).plain[:2000])[0] for text in texts]
     return np.stack(found) if found else np.zeros((0, len(HEADS)), np.float32)
 
 
