@@ -2,8 +2,8 @@
 
 Hashed character 2-5-grams inside words, words and pairs of words -> bags of embeddings -> a small network, beside a
 linear weight for every n-gram ("wide and deep", Cheng et al. 2016; hashing: Weinberger et al. 2009; subwords:
-Bojanowski et al. 2017). An n-gram is in a bag once, however often it is in the text (Wang and Manning 2012; Wilbur and Kim
-2009). Inference is NumPy alone. Axis letters: N n-grams, P parts, D embedding width, H hidden, K categories.
+Bojanowski et al. 2017). An n-gram is in a bag once, however often it is in the text (Wang and Manning 2012; Wilbur and
+Kim 2009). Inference is NumPy alone. Axis letters: N n-grams, P parts, D embedding width, H hidden, K categories.
 """
 import hashlib
 import json
