@@ -45,8 +45,8 @@ class ModeratorStage:
     margin: float = 1.5
     twin_weight: float = 0.5
     budget: dict[str, float] = field(default_factory=lambda: {
-        "real_prompts": 0.005, "captions": 0.0008, "overt_benign_edge": 0.008, "subjects": 0.01, "ordinary": 0.005,
-        "long_harmless": 0.008, "long_captions": 0.005, "scenes": 0.002})
+        "real_prompts": 0.006, "captions": 0.0008, "overt_benign_edge": 0.004, "subjects": 0.005,
+        "long_harmless": 0.02, "copro_masked": 0.012, "ordinary": 0.005, "long_captions": 0.005, "scenes": 0.002})
     flag_budget: float = 3.0
     minors_budget: float = 0.01
 

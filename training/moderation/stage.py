@@ -236,7 +236,8 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     head = calibrate(head, parts["dev"])
     tensors, settings = assemble(head, corpus, parts, config)
     card = {"seed": seed, "data": corpus_hash(corpus), "left_out": list(data.left_out),
-            "config": asdict(config), "rows": {split: len(found) for split, found in parts.items()},
+            "config": {name: value for name, value in asdict(config).items() if name != "data"},  # paths say nothing
+            "rows": {split: len(found) for split, found in parts.items()},
             "seconds": round(time.perf_counter() - began), **settings}
     write_artefact(out, tensors, settings, card)
     return card
