@@ -23,7 +23,10 @@ def test_a_revision_against_itself(tmp_path, stage, tiny_config, capsys):
 def test_ratios_are_paired_and_leave_out_the_first_steps():
     seconds = {stages.HERE: [9.0] * stages.WARM + [1.0, 2.0, 3.0], stages.AGAIN: [9.0] * stages.WARM + [1.0, 2.0, 3.0],
                stages.AGAINST: [9.0] * stages.WARM + [2.0, 4.0, 6.0]}
-    rows = {row.call: row for row in stages.rows_of("x", seconds, 32, dict.fromkeys(seconds, 0.5))}
+    shares, batches = dict.fromkeys(seconds, 0.5), dict.fromkeys(seconds, 32)
+    larger = stages.rows_of("x", seconds, batches | {stages.HERE: 64, stages.AGAIN: 64}, shares)
+    assert [row.ratio for row in larger] == [4, 1, None] and [row.images for row in larger] == [32, 32, 8]
+    rows = {row.call: row for row in stages.rows_of("x", seconds, batches, shares)}
     assert rows[stages.HERE].ratio == 2 and rows[stages.AGAIN].ratio == 1 and rows[stages.AGAINST].ratio is None
     assert rows[stages.HERE].images == 16 and rows[stages.HERE].first == 9
 
