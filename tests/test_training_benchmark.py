@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from benchmarks import stages, training_diffusers
+from benchmarks import operators, stages, training_diffusers
 
 
 @pytest.mark.slow
@@ -48,3 +48,14 @@ def test_the_step_of_diffusers(tmp_path, capsys):
     assert [row["call"] for row in found["rows"]] == ["ours, adamw", "ours, muon", "diffusers", "diffusers, tuned",
                                                       "ours, adamw (again)"]
     assert "| times as fast" in capsys.readouterr().out
+
+
+def test_the_operators_of_a_step(tiny_config, capsys):
+    """Their shares add up to the whole, and the stage is left as it was."""
+    fit = operators.importlib.import_module("training.stages.denoiser").fit
+    operators.main(["--quick", "--steps", "2", "--config", str(tiny_config)])
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    shares = [float(row[4].strip(" %")) for row in rows[:-1]]
+    assert abs(sum(shares) - 100) < 1 and shares[:-1] == sorted(shares[:-1], reverse=True)
+    assert rows[-1][1].strip() == "all" and any("mm" in row[1] for row in rows)
+    assert operators.importlib.import_module("training.stages.denoiser").fit is fit
