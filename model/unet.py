@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.attention import ContextCache, ContextPool, CrossAttention, key_mask
 from model.blocks import (
     Downsample,
+    GuidanceMLP,
     Positions,
     ResBlock,
     SpatialTransformer,
@@ -50,6 +51,7 @@ class UNetConfig:
     qk_norm: bool = False
     positions: int = 0  # learned positions after conv_in, for latents of this side only; 0: none, any size
     pooled_context: bool = False  # the mean of the context is added to the time embedding, as in SDXL
+    guidance_input: bool = False  # the time embedding also reads beta = 1 / guidance scale, for guidance folded in
     dropout: float = 0.0
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
@@ -174,6 +176,7 @@ class UNet(nn.Module):
 
         self.time = TimeMLP(channels[0], 4 * channels[0])
         self.pool = ContextPool(config.context_width, 4 * channels[0]) if config.pooled_context else None
+        self.guidance = GuidanceMLP(channels[0], 4 * channels[0]) if config.guidance_input else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.positions = Positions(config.positions, channels[0]) if config.positions else None
         self.down = nn.ModuleList()
@@ -220,9 +223,9 @@ class UNet(nn.Module):
         self.check_context(context)
         return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
-    def time_biases(self, t: Tensor) -> list[Tensor]:
+    def time_biases(self, t: Tensor, beta: Tensor | None = None) -> list[Tensor]:
         """The vectors that each time t (S,) adds in the residual blocks, (S, c_out) for each block; `forward` takes one
-        row of each.
+        row of each. beta (S,) as in `forward`.
 
         They depend on nothing else, so a sampler computes those of all its steps at once. Raises ValueError for a
         network whose time embedding also reads the prompt.
@@ -230,17 +233,20 @@ class UNet(nn.Module):
         if self.pool is not None:
             raise ValueError("time_biases: the time embedding of this network reads the prompt; valid: a UNet with "
                              "pooled_context: false")
-        time = self.time(t, self.conv_in.weight.dtype)  # (S, 4 channels[0])
+        dtype = self.conv_in.weight.dtype
+        time = self.time(t, dtype, self.guidance_vector(beta, t, dtype))  # (S, 4 channels[0])
         return [block.time(time) for level in (*self.down, self.mid, *self.up) for block in level.resblocks
                 if block.time is not None]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None) -> Tensor:
+                cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None,
+                beta: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
         `context_cache`. Both give the same bits. time_biases: one row of what the method of that name returns,
-        (B or 1, c_out) each, used in place of t. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
+        (B or 1, c_out) each, used in place of t and beta. beta (B,): one over the guidance scale, for a network with
+        `guidance_input`, which takes 1 if there is none. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
         for a cache together with a context or in training mode, and for a cache that is older than the weights may be.
         """
         self.check_input(x, t)
@@ -248,7 +254,8 @@ class UNet(nn.Module):
 
         if time_biases is not None and self.pool is not None:
             raise ValueError("time_biases: given to a network whose time embedding reads the prompt; valid: None")
-        time: Time = self.time(t, x.dtype, pooled) if time_biases is None else iter(time_biases)
+        time: Time = iter(time_biases) if time_biases is not None else self.time(
+            t, x.dtype, pooled, self.guidance_vector(beta, t, x.dtype))
         x = self.conv_in(x)  # (B, channels[0], H, W)
         if self.positions is not None:
             x = self.positions(x)
@@ -259,6 +266,15 @@ class UNet(nn.Module):
         for up in self.up:
             x = up(x, skips, time, pairs, mask)
         return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+
+    def guidance_vector(self, beta: Tensor | None, t: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What beta (B,) adds to the time embedding, (B, 4 channels[0]), 1 if it is None; None for a network without
+        this input. Raises ValueError for a beta that the network does not read."""
+        if self.guidance is None:
+            if beta is not None:
+                raise ValueError("beta: given to a network without guidance_input; valid: None")
+            return None
+        return self.guidance(torch.ones_like(t, dtype=torch.float32) if beta is None else beta, dtype)
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
         """Raises ValueError unless x is (B, in_channels, H, W) with sizes that halve at every level, and t is (B,)."""

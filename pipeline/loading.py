@@ -90,6 +90,8 @@ def load_weaker(system: TextToImage, path: str | Path) -> TextToImage:
 
     Raises FileNotFoundError or ValueError naming what is missing, damaged or different.
     """
+    if system.config.scales is not None:
+        raise ValueError(f"{path} cannot guide: guidance is folded into the denoiser of this run; valid: no weaker one")
     if Path(path).is_dir():
         guide = load_run(path, system.device, moderation=None)
         for name in ("schedule", "prediction_type"):

@@ -16,6 +16,8 @@ from torch import nn
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
 from diffusion.denoise import Denoise, time_tensor
+from diffusion.guidance import GuidanceConfig
+from diffusion.guidance_free import check_folded, without_pair
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
 from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
@@ -128,7 +130,7 @@ class TextToImage:
         if not prompts or len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
         config = config or self.config.sampling
-        guided = config.guidance.scale != 1.0
+        guided = self.has_pair(config, negative)
         opposite = [negative] * len(prompts) if guided and self.guide is None else []
         context, mask = self.encode([*opposite, *prompts])  # (2B, L, D) or (B, L, D)
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
@@ -151,8 +153,9 @@ class TextToImage:
             for _ in run.progress(times):
                 pass
             return latents
-        denoisers = self.denoisers(context, mask, count, times)
-        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type, config, run)
+        denoisers = self.denoisers(context, mask, count, times, config)
+        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
+                              self.solver_config(config), run)
 
     def replay(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, noise: Callable[[], torch.Tensor],
                config: SamplingConfig, times: list) -> torch.Tensor:
@@ -161,26 +164,52 @@ class TextToImage:
 
         def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor,
                    mask: torch.Tensor | None = None) -> torch.Tensor:
-            denoisers = self.denoisers(context, mask, count, times)
-            return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type, config)
+            denoisers = self.denoisers(context, mask, count, times, config)
+            return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type,
+                                  self.solver_config(config))
 
         kind = (repr(config), context.shape, mask is None, count, self.latent_shape)
         return self.runs(kind, sample, [context] if mask is None else [context, mask], noise)
 
-    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
-                  times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
+    def has_pair(self, config: SamplingConfig, negative: str | Prompt = "") -> bool:
+        """Whether a run with these settings makes two predictions, also for the negative prompt: it is guided, and the
+        guidance is not folded into the denoiser. Raises ValueError for settings that a denoiser with folded guidance
+        does not follow."""
+        if self.config.scales is None:
+            return config.guidance.scale != 1.0
+        try:
+            check_folded(config.guidance, self.config.scales)
+        except ValueError as error:
+            raise ValueError(f"guidance.{error}") from None
+        if (negative if isinstance(negative, str) else negative.text):
+            raise ValueError("a negative prompt; valid for a run whose guidance is folded into its denoiser: none")
+        return False
+
+    def solver_config(self, config: SamplingConfig) -> SamplingConfig:
+        """The settings as the solver takes them: guidance that is folded into the denoiser is none to it."""
+        return config if self.config.scales is None else replace(config, guidance=without_pair(config.guidance))
+
+    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, times: Sequence[float] = (),
+                  config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
         """The network bound to the prompts alone, and to the whole context, whose keys and values are computed here.
-        With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
+        A network with folded guidance is bound to the guidance of ``config``, and to none without it. With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
         is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype
         doubled_cache = self.unet.context_cache(context.to(dtype), mask)
         cond_cache = doubled_cache.last(count)
-        table = TimeTable(self.unet, self.schedule, times) if self.speed == "fast" else None
+        guidance = config.guidance if config else GuidanceConfig(scale=1.0)
+
+        def beta_at(t: float) -> float:
+            return 1.0 / guidance.scale_at(*self.schedule.alpha_sigma(t))
+
+        folded = beta_at if self.unet.guidance is not None else None
+        table = TimeTable(self.unet, self.schedule, times, folded) if self.speed == "fast" else None
 
         def bind(cache: ContextCache) -> Denoise:
             def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
                 network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,), or (2B,) when guided
-                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t])
+                beta = time_tensor(folded(t), x_t) if folded else None
+                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t], beta=beta)
             return denoise
 
         return bind(cond_cache), bind(doubled_cache)

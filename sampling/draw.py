@@ -110,7 +110,7 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     contexts = [mix_contexts(states_of(system, request, request.prompt), states_of(system, request, end.prompt),
                              end.weight)
                 for request, end in zip(requests, ends, strict=True)]  # (n, D) each
-    if config.guidance.scale != 1.0:
+    if system.has_pair(config, requests[0].negative):
         contexts = [states_of(system, requests[0], requests[0].negative)] * len(requests) + contexts
     context, mask = pad_contexts(contexts)
     noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
@@ -130,13 +130,14 @@ def reconstruct(system: TextToImage, request: Request, sources: Sources, progres
     """Latents (1, C, H, W) of the source, inverted to noise by ``ddim_inversion`` and sampled from there by ``ddim``,
     the sampler of the request. Raises ValueError where there is no source."""
     config = request.config
-    guided = config.guidance.scale != 1.0
+    guided = system.has_pair(config, request.negative)
     context, mask = system.encode([request.read(request.negative)] * guided + [request.read(request.prompt)])
-    conditional, doubled = system.denoisers(context, mask, 1)
+    conditional, doubled = system.denoisers(context, mask, 1, config=config)
     kind = system.config.prediction_type
     if sources.image is None:
         raise ValueError("image: value None; valid: an image to invert")
-    denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)
+    denoise = classifier_free_guidance(conditional, doubled, system.solver_config(config).guidance, system.schedule,
+                                       kind)
     times = times_of(system, request, sources)
     x_T = ddim_inversion(denoise, system.encode_images(sources.image[None]), times, system.schedule, kind,
                          sources.refinements or 0)
