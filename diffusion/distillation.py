@@ -5,7 +5,7 @@ points of a path (Song et al. 2023):
 
     f(x_t, t) = f(x_r, r) for every r < t on the path of x_t,        f(x, end) = x
 
-A network of any prediction type has an f, the x_0 that its prediction implies. Before tuning it is only a mean over all
+A network of any prediction type has an f, made of the x_0 that its prediction implies. Before tuning it is only a mean over all
 images that x_t may belong to. Tuning (Geng et al. 2024, "ECT", arXiv 2406.14548) starts from such a network and makes f
 agree along paths: of two neighbouring points the one with less noise is right, and no gradient flows into it,
 
@@ -28,22 +28,23 @@ from diffusion.prediction import epsilon_from_prediction, x_0_from_prediction
 from diffusion.schedule import Schedule, per_image
 
 Levels = tuple[Tensor | float, Tensor | float]
-SKIP = 0.05  # noise level at which f of an x_0 network is half x_t
+SKIP = 0.05  # noise level sigma / alpha at which f is half x_t
 END = -1  # the time behind the last one of a discrete schedule; for flow it is 0
 
 
 def consistency_function(prediction: Tensor, x_t: Tensor, alpha: Tensor | float, sigma: Tensor | float,
                          prediction_type: str) -> Tensor:
-    """f(x_t, t) (B, C, H, W) of a prediction at the level (alpha, sigma): the x_0 that it implies.
+    """f(x_t, t) (B, C, H, W) of a prediction at the level (alpha, sigma): the x_0 that it implies, and near the end a
+    mixture of it with x_t,
 
-    f(x, end) = x holds by itself for epsilon, v and flow, whose x_0 is x_t plus sigma times something. A network that
-    predicts x_0 is mixed with x_t near the end, with the weight d^2 / (d^2 + (sigma / alpha)^2), d = SKIP.
+        f = s x_t + (1 - s) x_0        s = d^2 / (d^2 + (sigma / alpha)^2)        d = SKIP
+
+    so that f(x, end) = x to the bit. Without it nothing would tie a network that predicts x_0 to x_t there, and any
+    constant would be consistent. It is the same function whatever the network predicts.
     """
     x_0 = x_0_from_prediction(prediction, x_t, alpha, sigma, prediction_type)
-    if prediction_type != "sample":
-        return x_0
     skip = (SKIP * alpha) ** 2 / ((SKIP * alpha) ** 2 + sigma**2)
-    return x_0 + skip * (x_t - x_0)
+    return skip * x_t + (1.0 - skip) * x_0
 
 
 def levels(schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,9 +87,8 @@ def consistency_loss(student: DenoiseAtTimes, x_t: Tensor, t: Tensor, x_r: Tenso
     with torch.no_grad():
         known = r if schedule.is_flow else r.clamp(min=0)
         known = torch.where(is_end(schedule, r), t, known)  # any time that the network knows: it is not used
-        there = levels(schedule, r)
-        found = consistency_function((target or student)(x_r, known).to(x_r.dtype), x_r, *there, prediction_type)
-        wanted = torch.where(per_image(is_end(schedule, r), x_r), x_r, found)
+        prediction = (target or student)(x_r, known).to(x_r.dtype)
+        wanted = consistency_function(prediction, x_r, *levels(schedule, r), prediction_type)  # x_r itself at the end
     found = consistency_function(student(x_t, t).to(x_t.dtype), x_t, *levels(schedule, t), prediction_type)
     return huber(found, wanted, offset)
 
