@@ -99,6 +99,17 @@ class UNetConfig:
         return cls(head_width=64, context_width=1024, linear_projection=True)
 
 
+class DeepFeatures:
+    """What the last block of a UNet received from all blocks before it, in the last full call of `UNet.forward`.
+
+    It changes slowly from step to step, so that some calls may reuse it and compute the last block alone (Ma et al.
+    2024, "DeepCache", arXiv 2312.00858; their shallowest branch). That is an approximation.
+    """
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+
+
 class Level(nn.Module):
     """Residual blocks at one resolution, each followed by a transformer if the level attends."""
 
@@ -157,12 +168,22 @@ class MidLevel(Level):
 class UpLevel(Level):
     """A level of the upward path, in which every block first concatenates one result of the downward path."""
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
-        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), or (B, c_out, H, W) at the finest level."""
-        for index in range(len(self.resblocks)):
-            x = torch.cat([x, skips.pop()], dim=1)  # (B, c_in + c_skip, H, W)
-            x = self.block(index, x, time, pairs, mask)
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None,
+                kept: "DeepFeatures | None" = None) -> Tensor:
+        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), or (B, c_out, H, W) at the finest level.
+        `kept`, at the finest level, is given what its last block receives from below."""
+        last = len(self.resblocks) - 1
+        for index in range(last):
+            x = self.joined(index, x, skips, time, pairs, mask)
+        if kept is not None:
+            kept.features = x
+        x = self.joined(last, x, skips, time, pairs, mask)
         return x if self.resample is None else self.resample(x)
+
+    def joined(self, index: int, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs,
+               mask: Tensor | None) -> Tensor:
+        """Block `index` on x joined with the last of `skips`, (B, c_in, H, W) -> (B, c_out, H, W)."""
+        return self.block(index, torch.cat([x, skips.pop()], dim=1), time, pairs, mask)
 
 
 class UNet(nn.Module):
@@ -240,13 +261,13 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None,
-                beta: Tensor | None = None) -> Tensor:
+                beta: Tensor | None = None, deep: DeepFeatures | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
         `context_cache`. Both give the same bits. time_biases: one row of what the method of that name returns,
         (B or 1, c_out) each, used in place of t and beta. beta (B,): one over the guidance scale, for a network with
-        `guidance_input`, which takes 1 if there is none. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
+        `guidance_input`, which takes 1 if there is none. deep: features to reuse; empty ones are computed and kept. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
         for a cache together with a context or in training mode, and for a cache that is older than the weights may be.
         """
         self.check_input(x, t)
@@ -259,13 +280,29 @@ class UNet(nn.Module):
         x = self.conv_in(x)  # (B, channels[0], H, W)
         if self.positions is not None:
             x = self.positions(x)
+        if deep is not None and deep.features is not None:
+            x = self.shallow(x, deep.features, time, pairs, mask)
+        else:
+            x = self.whole(x, time, pairs, mask, deep)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+
+    def whole(self, x: Tensor, time: Time, pairs: Pairs, mask: Tensor | None, deep: DeepFeatures | None) -> Tensor:
+        """All levels down and up again, (B, channels[0], H, W) -> the same shape; `deep` keeps what can be reused."""
         skips = [x]
         for down in self.down:
             x = down(x, skips, time, pairs, mask)
         x = self.mid(x, time, pairs, mask)
-        for up in self.up:
-            x = up(x, skips, time, pairs, mask)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+        for level, up in enumerate(self.up, start=1):
+            x = up(x, skips, time, pairs, mask, deep if level == len(self.up) else None)
+        return x
+
+    def shallow(self, x: Tensor, features: Tensor, time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
+        """The last block alone, on `features` kept from another call."""
+        up = self.up[-1]
+        assert isinstance(up, UpLevel)
+        of_block = iter(list(pairs)[-up.depth:]) if len(up.transformers) == len(up.resblocks) else iter(())
+        biases = time if isinstance(time, Tensor) else iter(list(time)[-1:])
+        return up.joined(len(up.resblocks) - 1, features, [x], biases, of_block, mask)
 
     def guidance_vector(self, beta: Tensor | None, t: Tensor, dtype: torch.dtype) -> Tensor | None:
         """What beta (B,) adds to the time embedding, (B, 4 channels[0]), 1 if it is None; None for a network without

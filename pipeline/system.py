@@ -3,6 +3,7 @@ checkpoint.
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -30,7 +31,7 @@ from model.device import autocast_dtype, freeze, place_on
 from model.graphed import Runs
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
-from model.unet import UNet
+from model.unet import DeepFeatures, UNet
 from pipeline.config import SystemConfig
 from pipeline.moderation import Moderation, Refused, blur_or_refuse
 from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
@@ -205,11 +206,19 @@ class TextToImage:
         folded = beta_at if self.unet.guidance is not None else None
         table = TimeTable(self.unet, self.schedule, times, folded) if self.speed == "fast" else None
 
+        reuse = config.reuse if config else 1
+
         def bind(cache: ContextCache) -> Denoise:
+            deep = DeepFeatures()
+            calls = itertools.count()
+
             def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
                 network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,), or (2B,) when guided
                 beta = time_tensor(folded(t), x_t) if folded else None
-                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t], beta=beta)
+                if next(calls) % reuse == 0:
+                    deep.features = None
+                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t], beta=beta,
+                                 deep=deep if reuse > 1 else None)
             return denoise
 
         return bind(cond_cache), bind(doubled_cache)

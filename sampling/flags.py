@@ -7,7 +7,7 @@ from sampling.limits import CHUNKS, LARGEST, LAST_SEED, MOST_CHUNKS, MOST_REFINE
 # names that modules define which take seconds to import; a test compares them
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
             "dpm_solver_sde", "unipc", "consistency", "lcm", "flow_euler", "flow_heun")
-SETTINGS = ("spacing", "offset", "variance", "repeats", "eta", "clean_end", "order", "sigma_data", "timestep_scaling",
+SETTINGS = ("spacing", "offset", "reuse", "variance", "repeats", "eta", "clean_end", "order", "sigma_data", "timestep_scaling",
             "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum", "zero_init", "threshold",
             "threshold_limit")
 AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", *SETTINGS)

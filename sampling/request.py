@@ -128,7 +128,7 @@ OF_SAMPLING: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float,
 READERS: dict[type, Callable[[str], Any]] = {bool: parse_switch, int: int, float: float, str: str}
 OF_SAMPLER = {name: READERS[option.kind] for sampler in SAMPLERS.values() for name, option in sampler.options.items()}
 # what has no flag of its own
-SETTINGS: dict[str, Callable[[str], Any]] = {"spacing": str, "offset": int, **OF_SAMPLER, **OF_GUIDANCE}
+SETTINGS: dict[str, Callable[[str], Any]] = {"spacing": str, "offset": int, "reuse": int, **OF_SAMPLER, **OF_GUIDANCE}
 AXES = {**OF_SAMPLING, **OF_REQUEST, **SETTINGS}
 NOUNS: dict[Callable[[str], Any], str] = {int: "a whole number", float: "a number", parse_switch: "true or false",
                                           parse_span: "LOW:HIGH or off"}
