@@ -12,10 +12,16 @@ from diffusion.schedule import ScheduleConfig
 from files.config import from_dict, read_yaml
 from model.autoencoder import AutoencoderConfig
 from model.text_encoder import TextEncoderConfig
+from model.tiny_decoder import TinyDecoderConfig
 from model.unet import UNetConfig
 
 
 STUDENT = "student"  # the stage that trains the denoiser of few steps
+
+
+def read_tiny_decoder_config(path: str | Path) -> TinyDecoderConfig:
+    """The shape of the tiny decoder of a run. Raises ConfigError naming the key of an invalid value."""
+    return from_dict(TinyDecoderConfig, _section(read_yaml(path), "tiny_decoder", "model"), "tiny_decoder.model")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from model.device import autocast_dtype, freeze, place_on
 from model.graphed import Runs
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
+from model.tiny_decoder import TinyDecoder
 from model.unet import DeepFeatures, UNet
 from pipeline.config import SystemConfig
 from pipeline.moderation import Moderation, Refused, blur_or_refuse
@@ -40,6 +41,7 @@ from safety.policy import Decision, most_severe
 
 Progress = Callable[[list], Iterable]
 Speed = Literal["exact", "fast"]  # fast rounds: see docs/performance.md
+Decoder = Literal["full", "tiny"]  # tiny is approximate: see docs/student.md
 WHOLE = 256 * 256  # pixels of an image up to which a batch is decoded at once; one at a time is as fast above
 
 
@@ -58,7 +60,7 @@ class TextToImage:
 
     ``masked`` says whether the denoiser was trained with padding masked; published denoisers see the padding.
     ``files`` maps names to the files that the system was read from. ``tiled`` may be set to decode with less memory,
-    approximately. ``guide`` may be set to a weaker system of the same latents (`load_weaker`): guidance then pushes
+    approximately, and ``tiny_decoder`` to decode by it. ``guide`` may be set to a weaker system of the same latents (`load_weaker`): guidance then pushes
     away from its prediction for the prompt instead of from the negative prompt (autoguidance). ``images`` asks
     ``moderation`` if there is one, and both loaders set it; ``latents`` and ``decode`` are the steps below and do not
     ask.
@@ -74,6 +76,7 @@ class TextToImage:
         self.device = next(unet.parameters()).device
         self.files: dict[str, Path] = {}
         self.tiled = False
+        self.tiny_decoder: TinyDecoder | None = None
         self.guide: TextToImage | None = None
         self.speed: Speed = "exact"
         self.runs: Runs | None = None  # on a GPU, where "fast" replays whole runs as CUDA graphs
@@ -252,8 +255,10 @@ class TextToImage:
         return self.autoencoder.encode(to_unit(images).to(self.device)).mean
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of unit-scale latents, decoded in tiles if ``tiled``, and one at a time if they are
+        """Images (B, 3, H, W) of unit-scale latents, by the tiny decoder if there is one, in tiles if ``tiled``, and one at a time if they are
         large."""
+        if self.tiny_decoder is not None:
+            return self.tiny_decoder(latents).float()
         pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2
         decode = self.autoencoder.decode if pixels <= WHOLE else partial(decode_sliced, self.autoencoder)
         with torch.autocast(self.device.type, torch.bfloat16, self.speed == "fast" and self.device.type == "cuda"):

@@ -47,7 +47,7 @@ def command_of(options: argparse.Namespace) -> Command:
     return Command(
         plan,
         SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, options.weak, options.size,
-                     options.tiled, options.speed),
+                     options.tiled, options.speed, options.decoder),
         SourceFiles(options.init, options.mask, options.invert, refinements),
         DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
                      options.attention),

@@ -15,7 +15,7 @@ CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
-         ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
+         ("decoder", "tiled"), ("decoder", "pretrained"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
 OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
 
@@ -66,6 +66,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         f"of the sampler among them: {', '.join(SETTINGS)}")
     add("--size", metavar="N or HxW", help="pixels of an image (what the model was trained at)")
     add("--tiled", action="store_true", help="decode in tiles: less memory, approximate")
+    add("--decoder", choices=("full", "tiny"), default="full", help="tiny: the run's small decoder, for previews; "
+        "approximate (%(default)s)")
     add("--speed", choices=("exact", "fast"), default="exact", help="fast: in bf16 where the machine has it, with "
         "rounding that is measured in docs/performance.md (%(default)s)")
     add("--batch", type=int, help="images computed at a time (64, with --pretrained 1)")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from files.images import read_image, read_mask
 from model.device import default_device
-from pipeline.loading import load_pretrained, load_run, load_weaker
+from pipeline.loading import load_pretrained, load_run, load_weaker, use_tiny_decoder
 from pipeline.moderation import Moderation, moderation_weights
-from pipeline.system import Speed, TextToImage
+from pipeline.system import Decoder, Speed, TextToImage
 from safety.audit import AuditLog, read_key
 from safety.policy import Mode
 from safety.prompt import DEFAULT
@@ -22,7 +22,7 @@ class SystemChoice:
 
     tokenizer, prediction: of a single file that does not hold them. weak: a run folder or a state to be the weaker
     network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles. speed:
-    "fast" computes in bf16 (docs/performance.md).
+    "fast" computes in bf16 (docs/performance.md). decoder: "tiny" is the small one of the run (docs/student.md).
     """
 
     run: str | None = None
@@ -33,6 +33,7 @@ class SystemChoice:
     size: str | None = None
     tiled: bool = False
     speed: Speed = "exact"
+    decoder: Decoder = "full"
 
     @property
     def path(self) -> Path:
@@ -74,6 +75,8 @@ def load_system(choice: SystemChoice) -> TextToImage:
     if choice.weak is not None:
         system.guide = load_weaker(system, choice.weak)
     system.tiled = choice.tiled
+    if choice.decoder == "tiny":
+        use_tiny_decoder(system, choice.path)
     return system.at_speed(choice.speed)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from files.config import to_dict
 from files.whole import sha256_of
-from pipeline.system import Speed, TextToImage
+from pipeline.system import Decoder, Speed, TextToImage
 from sampling.limits import MOST_REFINEMENTS
 from sampling.loading import SourceFiles, SystemChoice
 
@@ -53,6 +53,7 @@ class Call:
     size: str | None = None
     tiled: bool = False
     speed: Speed = "exact"
+    decoder: Decoder = "full"
     exact: Exact | None = None
     weak: Guide | None = None
     init: SourceFile | None = None
@@ -75,10 +76,10 @@ def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFile
     """The metadata that the images of a call share; defaults are omitted."""
     call = Call(weight_hashes(system), run=None if choice.pretrained else choice.path.name,
                 pretrained=choice.path.name if choice.pretrained else None, size=choice.size, tiled=choice.tiled,
-                speed=system.speed,
+                speed=system.speed, decoder=choice.decoder,
                 exact=Exact(torch.get_num_threads()) if exact else None,
                 weak=Guide(Path(choice.weak or "").name, weight_hashes(system.guide)) if system.guide else None,
                 init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
                 invert=SourceFile.of(files.invert), refinements=files.refinements if files.invert else None)
     return {key: value for key, value in to_dict(call).items() if value not in (None, False)
-            and (key, value) != ("speed", "exact")}
+            and (key, value) not in (("speed", "exact"), ("decoder", "full"))}

@@ -65,7 +65,7 @@ def choice_of(path: str, call: Call, given: SystemChoice) -> SystemChoice:
     if given.weak and not call.weak:
         raise ValueError(f"{path} was not made with --weak; valid: --verify without it")
     run = given.run or (None if given.pretrained else str(Path("runs") / Path(call.run or "").name))
-    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed)
+    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed, decoder=call.decoder)
 
 
 def files_of(path: str, call: Call, given: SourceFiles) -> SourceFiles:

@@ -20,6 +20,7 @@ from training.stages.clip import ClipStage, train_clip
 from training.stages.context import StageContext
 from training.stages.denoiser import DenoiserStage, train_denoiser
 from training.stages.student import StudentStage, train_student
+from training.stages.tiny_decoder import TinyDecoderStage, train_tiny_decoder
 from training.stages.tokenizer import train_tokenizer
 
 
@@ -47,6 +48,7 @@ STAGES = {stage.name: stage for stage in (
           train_denoiser),
     Stage("student", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"), train_student,
           inherits=("tokenizer.json",)),
+    Stage("tiny_decoder", ("autoencoder",), ("tiny_decoder.safetensors",), train_tiny_decoder),
     Stage("moderator", (), ("moderation.json", "moderation.safetensors"), train_moderator, reads_images=False),
 )}
 PLACED = ("shapes", "emoji")  # data sources that say where in their images things are: what grounding needs
@@ -70,6 +72,7 @@ class Experiment:
     clip: ClipStage = field(default_factory=ClipStage)
     denoiser: DenoiserStage = field(default_factory=DenoiserStage)
     student: StudentStage = field(default_factory=StudentStage)
+    tiny_decoder: TinyDecoderStage = field(default_factory=TinyDecoderStage)
     moderator: ModeratorStage = field(default_factory=ModeratorStage)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
