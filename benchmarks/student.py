@@ -1,6 +1,6 @@
 """A teacher, its student and the lossy options beside each other: calls, time, scores and images.
 
-    python -m benchmarks.student runs/shapes --student runs/shapes_student [--folded runs/shapes_gft] [--out docs/images]
+    python -m benchmarks.student runs/shapes --student runs/shapes_student [--folded runs/shapes_gft] [--tiny RUN]
 
 draws prompts of the test split that training never saw, the same prompts from the same first noise for every row, reads
 the images back into scenes and prints a table: calls of the network an image, seconds of processor time an image with

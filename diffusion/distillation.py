@@ -5,9 +5,10 @@ points of a path (Song et al. 2023):
 
     f(x_t, t) = f(x_r, r) for every r < t on the path of x_t,        f(x, end) = x
 
-A network of any prediction type has an f, made of the x_0 that its prediction implies. Before tuning it is only a mean over all
-images that x_t may belong to. Tuning (Geng et al. 2024, "ECT", arXiv 2406.14548) starts from such a network and makes f
-agree along paths: of two neighbouring points the one with less noise is right, and no gradient flows into it,
+A network of any prediction type has an f, made of the x_0 that its prediction implies. Before tuning it is only a mean
+over all images that x_t may belong to. Tuning (Geng et al. 2024, "ECT", arXiv 2406.14548) starts from such a network
+and makes f agree along paths: of two neighbouring points the one with less noise is right, and no gradient flows into
+it,
 
     L = d( f(x_t, t), sg f(x_r, r) )        d(a, b) = sqrt(mean |a - b|^2 + c^2) - c
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from diffusion.denoise import DenoiseAtTimes
 from diffusion.prediction import epsilon_from_prediction, x_0_from_prediction
-from diffusion.schedule import Schedule, per_image
+from diffusion.schedule import Schedule
 
 Levels = tuple[Tensor | float, Tensor | float]
 SKIP = 0.05  # noise level sigma / alpha at which f is half x_t

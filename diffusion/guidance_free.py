@@ -64,8 +64,8 @@ def check_folded(config: GuidanceConfig, scales: Scales) -> None:
                          "network was not trained")
     for name in ("method", "rescale"):
         if getattr(config, name) != getattr(GuidanceConfig(), name):
-            raise ValueError(f"{name}: value {getattr(config, name)}; valid: {getattr(GuidanceConfig(), name)}, guidance "
-                             "is folded into the network and there is one prediction")
+            raise ValueError(f"{name}: value {getattr(config, name)}; valid: {getattr(GuidanceConfig(), name)}, "
+                             "guidance is folded into the network and there is one prediction")
 
 
 def without_pair(config: GuidanceConfig) -> GuidanceConfig:

@@ -267,8 +267,9 @@ class UNet(nn.Module):
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
         `context_cache`. Both give the same bits. time_biases: one row of what the method of that name returns,
         (B or 1, c_out) each, used in place of t and beta. beta (B,): one over the guidance scale, for a network with
-        `guidance_input`, which takes 1 if there is none. deep: features to reuse; empty ones are computed and kept. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
-        for a cache together with a context or in training mode, and for a cache that is older than the weights may be.
+        `guidance_input`, which takes 1 if there is none. deep: features to reuse; empty ones are computed and kept.
+        Returns (B, out_channels, H, W). Raises ValueError for other shapes, for a cache together with a context or in
+        training mode, and for a cache that is older than the weights may be.
         """
         self.check_input(x, t)
         pairs, mask, pooled = self.context_parts(x, context, mask, cache)

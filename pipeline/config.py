@@ -15,7 +15,6 @@ from model.text_encoder import TextEncoderConfig
 from model.tiny_decoder import TinyDecoderConfig
 from model.unet import UNetConfig
 
-
 STUDENT = "student"  # the stage that trains the denoiser of few steps
 
 

@@ -60,10 +60,10 @@ class TextToImage:
 
     ``masked`` says whether the denoiser was trained with padding masked; published denoisers see the padding.
     ``files`` maps names to the files that the system was read from. ``tiled`` may be set to decode with less memory,
-    approximately, and ``tiny_decoder`` to decode by it. ``guide`` may be set to a weaker system of the same latents (`load_weaker`): guidance then pushes
-    away from its prediction for the prompt instead of from the negative prompt (autoguidance). ``images`` asks
-    ``moderation`` if there is one, and both loaders set it; ``latents`` and ``decode`` are the steps below and do not
-    ask.
+    approximately, and ``tiny_decoder`` to decode by it. ``guide`` may be set to a weaker system of the same latents
+    (`load_weaker`): guidance then pushes away from its prediction for the prompt instead of from the negative prompt
+    (autoguidance). ``images`` asks ``moderation`` if there is one, and both loaders set it; ``latents`` and ``decode``
+    are the steps below and do not ask.
     """
 
     def __init__(self, config: SystemConfig, tokenizer: Tokenizer | ClipTokenizer,
@@ -196,8 +196,9 @@ class TextToImage:
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, times: Sequence[float] = (),
                   config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
         """The network bound to the prompts alone, and to the whole context, whose keys and values are computed here.
-        A network with folded guidance is bound to the guidance of ``config``, and to none without it. With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
-        is first used. That product has fewer rows, and so other last bits."""
+        A network with folded guidance is bound to the guidance of ``config``, and to none without it; ``config.reuse``
+        counts the calls of each of the two. With "fast", whatever depends only on the time is computed once, too: for
+        all ``times`` together, or when a time is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype
         doubled_cache = self.unet.context_cache(context.to(dtype), mask)
         cond_cache = doubled_cache.last(count)
@@ -255,8 +256,8 @@ class TextToImage:
         return self.autoencoder.encode(to_unit(images).to(self.device)).mean
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of unit-scale latents, by the tiny decoder if there is one, in tiles if ``tiled``, and one at a time if they are
-        large."""
+        """Images (B, 3, H, W) of unit-scale latents: by the tiny decoder if set, in tiles if ``tiled``, and one
+        at a time if they are large."""
         if self.tiny_decoder is not None:
             return self.tiny_decoder(latents).float()
         pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2

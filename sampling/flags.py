@@ -7,15 +7,16 @@ from sampling.limits import CHUNKS, LARGEST, LAST_SEED, MOST_CHUNKS, MOST_REFINE
 # names that modules define which take seconds to import; a test compares them
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
             "dpm_solver_sde", "unipc", "consistency", "lcm", "flow_euler", "flow_heun")
-SETTINGS = ("spacing", "offset", "reuse", "variance", "repeats", "eta", "clean_end", "order", "sigma_data", "timestep_scaling",
-            "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum", "zero_init", "threshold",
-            "threshold_limit")
+SETTINGS = ("spacing", "offset", "reuse", "variance", "repeats", "eta", "clean_end", "order", "sigma_data",
+            "timestep_scaling", "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum",
+            "zero_init", "threshold", "threshold_limit")
 AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", *SETTINGS)
 CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
-         ("decoder", "tiled"), ("decoder", "pretrained"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
+         ("decoder", "tiled"), ("decoder", "pretrained"), ("weak", "negative"), ("weak", "interpolate"),
+         ("weak", "invert"), ("weak", "pretrained"))
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
 OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
 

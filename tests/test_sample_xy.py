@@ -68,7 +68,7 @@ OPTIONS = {"eta": ("ddim", "0.5"), "clean_end": ("pndm", "false"), "variance": (
 
 def test_every_axis_changes_its_parameter(system):
     values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
-              "negative": "c", "chunks": "2", "spacing": "leading", "offset": "1", "method": "apg",
+              "negative": "c", "chunks": "2", "spacing": "leading", "offset": "1", "reuse": "2", "method": "apg",
               "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25", "apg_norm": "5", "apg_momentum": "-0.25",
               "zero_init": "0.1", "threshold": "0.9", "threshold_limit": "3",
               **{name: value for name, (_, value) in OPTIONS.items()}}

@@ -16,10 +16,11 @@ from files.weights import load_weights
 from files.whole import sha256_of
 from model.unet import UNet
 from pipeline.loading import load_run, load_weaker
+from pipeline.system import with_options
 from training.experiment import load_experiment
+from training.seed import whole_batch
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
-from training.seed import whole_batch
 
 NAME = "00000_a-small-red-star_seed0.png"
 
@@ -76,7 +77,6 @@ def test_it_is_sampled_as_its_config_says(student, tmp_path):
     assert calls == [1, 1]
     with torch.no_grad():  # twelve steps are too few for the new input to be seen in pixels
         torch.nn.init.normal_(system.unet.guidance.linear2.weight, std=0.5)
-    from pipeline.system import with_options
     config = system.config.sampling
     assert not torch.equal(system.latents([PROMPT], [0], with_options(config, scale=2.0)),
                            system.latents([PROMPT], [0], with_options(config, scale=4.0)))

@@ -31,8 +31,9 @@ def run(tmp_path_factory, tiny, tiny_run):
     return folder / "run"
 
 
-@pytest.mark.parametrize("config", [AutoencoderConfig.sd(), AutoencoderConfig(latent_channels=12, channels=(16,), stem=6,
-                                                                              norm_groups=4)], ids=["f8", "stem 6"])
+@pytest.mark.parametrize("config", [
+    AutoencoderConfig.sd(), AutoencoderConfig(latent_channels=12, channels=(16,), stem=6, norm_groups=4)],
+    ids=["f8", "stem 6"])
 def test_it_has_the_shapes_of_the_decoder_and_few_parameters(config):
     with torch.device("meta"):
         tiny, full = TinyDecoder(TinyDecoderConfig(), config), Autoencoder(config)

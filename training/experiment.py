@@ -90,8 +90,8 @@ class Experiment:
             raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
                              f"images of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
         if "denoiser" in self.stages and "student" in self.stages:
-            raise ValueError(f"stages: {list(self.stages)}; valid: denoiser or student, both leave a denoiser; a student "
-                             "has a run of its own, with start_from=TEACHER")
+            raise ValueError(f"stages: {list(self.stages)}; valid: denoiser or student, both leave a denoiser; a "
+                             "student has a run of its own, with start_from=TEACHER")
         if "denoiser" in self.stages or "student" in self.stages:
             self._check_denoiser()
             self._check_student()

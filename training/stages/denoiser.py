@@ -51,8 +51,8 @@ class DenoiserStage:
     ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024).
     ``noise_candidates`` noises are drawn for every image, and the nearest is taken (`nearest_noise`). ``grounding``
     supervises the UNet with the scene, for sources that know the positions of objects. ``guidance_scales`` (lowest,
-    highest) folds guidance into the UNet by guidance-free training (`diffusion/guidance_free.py`), null leaves it to two
-    predictions."""
+    highest) folds guidance into the UNet by guidance-free training (`diffusion/guidance_free.py`), null leaves it to
+    two predictions."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)

@@ -186,7 +186,7 @@ class Distilling:
 
 
 def new_student(teacher: Teacher, system: SystemConfig, seed: int, device: torch.device) -> UNet:
-    """The student with the teacher's weights; the input for guidance, if the teacher has none, starts at zero effect."""
+    """The student with the teacher's weights; an input for guidance that the teacher lacks begins without effect."""
     torch.manual_seed(seed)
     student = UNet(system.unet)
     missing = student.load_state_dict(teacher.unet.state_dict(), strict=False)
