@@ -64,9 +64,9 @@ def settings_of(systems: dict[str, TextToImage]) -> list[Setting]:
     found = [Setting("teacher", "teacher", base, True)]
     found += [Setting("teacher", "teacher", with_options(base, steps=n), n in (1, 2, 4)) for n in (1, 2, 4, 5, 6)]
     found += [Setting("teacher, 5 steps", "teacher", with_options(base, steps=5, scale=scale)) for scale in SCALES]
-    found += [Setting("teacher, reuse", "teacher", replace(base, reuse=n)) for n in (2, 3)]
+    found += [Setting("teacher, reuse", "teacher", replace(base, reuse=n)) for n in (2, 3, 5)]
     found += [Setting("teacher, interval", "teacher", replace(base, guidance=GuidanceConfig(
-        base.guidance.scale, interval=interval))) for interval in ((0.5, 1e9), (1.0, 1e9), (2.0, 1e9), (0.0, 2.0))]
+        base.guidance.scale, interval=span))) for span in ((0.5, 1e9), (1.5, 1e9))]
     if "student" in systems:
         own = systems["student"].config.sampling
         found += [Setting("student", "student", with_options(own, steps=n), True) for n in CALLS]

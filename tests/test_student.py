@@ -1,6 +1,7 @@
 """Students and guidance-free runs by the real commands: trained, sampled, evaluated; what does not fit is refused."""
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,3 +194,19 @@ def test_another_process_than_the_teacher_has_is_refused(tiny, tiny_run, tmp_pat
     config["denoiser"] = {**config["denoiser"], "prediction_type": "flow"}
     with pytest.raises(ConfigError, match="denoiser.prediction_type: flow; valid: v_prediction, that of the teacher"):
         train.main([write(tmp_path / "student.yaml", config), f"run={tmp_path / 'run'}"])
+
+
+def test_features_are_reused_for_as_many_steps_as_asked(tiny_run, tmp_path):
+    """Three steps with reuse 2 compute the middle of the UNet at the first and the third; the image knows it."""
+    system = load_run(tiny_run, moderation=None)
+    calls = []
+    system.unet.mid.register_forward_hook(lambda *_: calls.append(1))
+    exact = system.latents([PROMPT], [0])
+    assert len(calls) == 3
+    reused = system.latents([PROMPT], [0], replace(system.config.sampling, reuse=2))
+    assert len(calls) == 5 and not torch.equal(exact, reused)
+    file = draw(tiny_run, tmp_path, PROMPT, "--set", "reuse=2")[NAME]
+    assert parameters(file)["reuse"] == 2
+    assert sample.main(["--run", str(tiny_run), "--verify", str(file)]) == 0
+    with pytest.raises((ValueError, SystemExit), match="reuse: value 0; valid: 1 .. 100"):
+        draw(tiny_run, tmp_path / "bad", PROMPT, "--set", "reuse=0")

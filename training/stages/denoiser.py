@@ -118,12 +118,18 @@ class Denoising:
         ids, mask = (tensor.to(self.device) for tensor in trim_padding(ids, mask, MULTIPLE))
         context = networks.text_encoder(ids, mask)  # (B, L, D)
 
+        beta = None if beta is None else beta.to(self.device)
+
         def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return networks.unet(x_t, self.schedule.network_time(t), context, mask, beta=beta)
 
         if beta is not None:
-            beta = beta.to(self.device)
-            denoise = guidance_free(denoise, self.unconditional(networks, len(captions)), beta)
+            unconditional = self.unconditional(networks, len(captions))
+            return self.loss_of(guidance_free(denoise, unconditional, beta), x_0, t, eps)
+        return self.loss_of(denoise, x_0, t, eps)
+
+    def loss_of(self, denoise: DenoiseAtTimes, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """The loss of each image, (B,), of a network bound to its captions."""
         return diffusion_loss(denoise, x_0.to(self.device), t.to(self.device), eps.to(self.device), self.schedule,
                               self.config.prediction_type, self.config.weighting)  # (B,)
 

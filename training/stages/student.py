@@ -12,7 +12,6 @@ import torch
 
 from data.tokenizer import Tokenizer
 from diffusion.distillation import consistency_loss, earlier_times, levels, next_point
-from diffusion.guidance import guided_prediction
 from diffusion.guidance_free import Scales, beta_of_uniform, check_scales
 from diffusion.loss import TimestepSampling, sample_timesteps
 from diffusion.prediction import target
@@ -110,7 +109,7 @@ class Teacher:
             guided, cond = both.float().chunk(2)
             return guided, cond
         uncond, cond = self.unet(torch.cat([x_t, x_t]), time, context, mask).float().chunk(2)
-        return guided_prediction(uncond, cond, per_image(1.0 / beta, x_t)), cond
+        return uncond + per_image(1.0 / beta, x_t) * (cond - uncond), cond
 
 
 def check_same(teacher: SystemConfig, student: SystemConfig, run: RunFolder) -> None:
@@ -180,8 +179,9 @@ class Distilling:
         eps = torch.randn(x_0.shape, generator=random)
         beta = beta_of_uniform(torch.rand(len(x_0), generator=random), self.config.guidance_scales)
         batch = self.config.train.batch
-        found = [self.losses(student, *(part[i:i + batch] for part in (x_0, read.captions, t, eps, beta)),
-                             gap=self.config.gap[1]).float().cpu() for i in range(0, len(x_0), batch)]
+        spans = [slice(i, i + batch) for i in range(0, len(x_0), batch)]
+        found = [self.losses(student, x_0[span], read.captions[span], t[span], eps[span], beta[span],
+                             self.config.gap[1]).float().cpu() for span in spans]
         return {"loss": float(torch.cat(found).mean())}
 
 
