@@ -117,13 +117,14 @@ def table(rows: dict[Setting, dict[str, Any]], draws: np.ndarray) -> str:
 def draw_scores(rows: dict[Setting, dict[str, Any]], draws: np.ndarray, path: Path) -> None:
     """Attributes right against calls, a curve a group."""
     figure, axis = plt.subplots(figsize=(7, 4))
-    for number, group in enumerate(("teacher", "student", "student by ddim", "guidance-free", "teacher, reuse")):
+    scale = next(iter(rows)).config.guidance.scale
+    for number, group in enumerate(("teacher", "student", "student by ddim", "guidance-free")):
         points = sorted((row["evaluations"], *rates(row, "attributes", draws)[:1], setting.config.guidance.scale)
                         for setting, row in rows.items() if setting.group == group)
         if group == "student":
-            points = [point for point in points if point[2] == 3.0]
+            points = [point for point in points if point[2] == scale]
         if points:
-            axis.plot(*zip(*[point[:2] for point in points]), marker="osD^v"[number], markersize=5, label=group,
+            axis.plot(*zip(*[point[:2] for point in points]), marker="osD^"[number], markersize=5, label=group,
                       linestyle="" if group == "guidance-free" else "-")
     axis.set(xscale="log", xlabel="calls of the network an image", ylabel="attributes right, %")
     axis.set_xticks([1, 2, 4, 8, 12, 20], ["1", "2", "4", "8", "12", "20"])

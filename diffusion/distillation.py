@@ -63,11 +63,15 @@ def is_end(schedule: Schedule, t: Tensor) -> Tensor:
 
 
 def earlier_times(schedule: Schedule, t: Tensor, gap: float) -> Tensor:
-    """Times (B,) with less noise, by the share `gap` of the way to the end, and at least one time of the schedule."""
+    """Times (B,) with less noise, by the share `gap` of the whole range, and at least one time of the schedule.
+
+    So a path has 1 / gap pieces at most. With a gap relative to t there would be many more near the end, where f hardly
+    changes, and the errors of all of them can add up.
+    """
     if schedule.is_flow:
-        r = t * (1.0 - gap)
+        r = t - gap
         return torch.where(r < 1.0 / schedule.steps, torch.zeros_like(r), r)
-    return ((t + 1).double() * (1.0 - gap)).floor().long() + END  # the end is one step behind time 0
+    return (t - max(1, round(gap * schedule.steps))).clamp(min=END)
 
 
 def next_point(prediction: Tensor, x_t: Tensor, here: Levels, there: Levels, prediction_type: str) -> Tensor:
