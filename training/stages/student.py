@@ -39,8 +39,8 @@ class StudentStage:
     them, but for ``unet.guidance_input``.
 
     ``guidance_scales`` (lowest, highest) are folded in; a range needs ``unet.guidance_input``. ``gap`` (first, last) is
-    the distance of the two points that are compared, as a share of the whole range of times; it falls geometrically from
-    the first to the last during the run. ``direction`` is what leads from one to the other: the
+    the distance of the two points that are compared, as a share of the whole range of times; it falls geometrically
+    from the first to the last during the run. ``direction`` is what leads from one to the other: the
     prediction of the teacher, or the pair of image and noise (`diffusion/distillation.py`). ``offset`` is c of the
     distance. ``images``, ``cache`` and ``validation`` are as in ``denoiser``."""
 
