@@ -17,6 +17,8 @@ import json
 import sys
 from pathlib import Path
 
+from files.text import read_lines
+from files.whole import set_aside
 from safety.audit import AuditLog, new_key, read_key
 from safety.gate import PromptGate
 from safety.image import write_concepts
@@ -43,7 +45,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     check.add_argument("--image", type=Path, nargs="+", help="images")
     calibrate = commands.add_parser("calibrate", help="thresholds of concepts for the CLIP of a run")
     calibrate.add_argument("--rate", type=float, default=0.01, help="share of harmless images that may pass (0.01)")
-    calibrate.add_argument("--out", type=Path, help="file to write (concepts.yaml in the run folder)")
+    calibrate.add_argument("--out", type=Path, help="file to write (concepts.yaml in the run folder); what is there "
+                           "is renamed")
     explain.add_argument("--run", type=Path, help="run folder: its own weights and head, where it has them")
     for command in (check, calibrate):
         command.add_argument("--run", type=Path, required=command is calibrate, help="run folder")
@@ -63,7 +66,7 @@ def texts_of(options: argparse.Namespace) -> list[str]:
     """The texts of the command line and of the file; raises ValueError if there are none."""
     texts = list(options.texts)
     if options.file is not None:
-        texts += options.file.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts += read_lines(options.file)
     if not texts:
         raise ValueError("no text; valid: TEXT, or --file with one text a line")
     return texts
@@ -85,14 +88,17 @@ def decision_line(decision: Decision, as_json: bool) -> str:
 def image_decisions(options: argparse.Namespace, audit: AuditLog | None) -> list[Decision]:
     """The decisions on image files, each scaled to the size that the CLIP takes. All but "allow" are logged. Raises
     ValueError or OSError for a file that is missing or damaged."""
-    from files.images import read_image, to_unit
+    from files.images import MAX_PIXELS, read_image, to_unit
+    from pipeline.config import read_data_config
     from pipeline.moderation import CONCEPTS, image_moderator  # needs torch, which texts do not
 
     if options.run is None:
         raise ValueError("--image needs --run DIR, a run folder with the stage clip and its concepts")
     concepts = options.concepts or options.run / CONCEPTS
     moderator = image_moderator(concepts, options.clip or options.run, options.mode)
-    found = [moderator.check(to_unit(read_image(path)[None]))[0] for path in options.image]
+    config = options.run / "config.yaml"
+    largest = read_data_config(config).max_pixels if config.is_file() else MAX_PIXELS
+    found = [moderator.check(to_unit(read_image(path, largest)[None]))[0] for path in options.image]
     for path, decision in zip(options.image, found):
         if audit is not None and decision.action != "allow":
             audit.write(path.name, "image", decision)
@@ -105,6 +111,8 @@ def calibrate(options: argparse.Namespace) -> int:
 
     found = calibrate_concepts(options.concepts, options.run, options.rate, clip=options.clip)
     out = options.out or options.run / CONCEPTS
+    if (kept := set_aside(out)) is not None:
+        print(f"kept what was in {out.name} as {kept}")
     write_concepts(out, found)
     print(f"wrote {out}: {len(found)} concepts, at most {100 * options.rate:g} % of harmless images pass a threshold")
     return 0

@@ -7,7 +7,6 @@ docs/editing.md and docs/moderation.md; the parts are in sampling/.
 """
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
@@ -18,41 +17,25 @@ from tqdm import tqdm
 
 from model.allocator import keep_freed_memory
 from pipeline.moderation import OFF
-from pipeline.prompts import chunks_of
-from pipeline.system import TextToImage
+from pipeline.personal import cards_of_run, judge_cards
 from sampling.command import Command, parse
-from sampling.draw import texts_of
-from sampling.engine import Job, draw_samples, gate_of, step_count
+from sampling.engine import Job, check_settings, draw_samples, gate_of, step_count
 from sampling.gate import blur_where_decided
 from sampling.loading import load_moderation, load_system, read_sources
 from sampling.metadata import shared_settings
+from sampling.notes import notes_on_prompts
 from sampling.plan import read_prompts, requests_of_plan
-from sampling.request import Request
 from sampling.results import SampleFolder
 from sampling.sheets import LARGEST_GRID, Sheet, save_overview
+from sampling.styling import choose_styles, list_of_styles, style_request, styled_plan
 from sampling.verify import verify
 
 REFUSED = 5  # exit code, as that of `python moderate.py check`
 
 
-def warn_of_long_prompts(system: TextToImage, requests: Sequence[Request]) -> None:
-    """Say which prompts are longer than one context, and what is lost of those that do not fit into all of them."""
-    room = system.tokenizer.length - 2
-    for text in texts_of(requests):
-        chunks = chunks_of(requests[0].read(text), system.tokenizer)
-        read = int(chunks.mask.sum()) - 2 * len(chunks.ids)
-        if chunks.overflow:
-            print(f"warning: the prompt is cut after {read} tokens; not read: \"{chunks.overflow}\"", file=sys.stderr)
-        elif len(chunks.ids) > 1:
-            print(f"note: a prompt of {read} tokens is read in {len(chunks.ids)} chunks of up to {room}",
-                  file=sys.stderr)
-
-
 def output_folder(command: Command) -> Path:
     """The folder of the images, made where it is missing. Raises OSError when nothing can be written to it."""
-    source = command.system.path
-    run = Path("runs") / source.stem if command.system.pretrained else source
-    out = Path(command.out) if command.out else run / "samples" / "out"
+    out = Path(command.out) if command.out else command.system.default_output
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} cannot be written to")
@@ -61,12 +44,18 @@ def output_folder(command: Command) -> Path:
 
 def sample(command: Command) -> int:
     """Draw what is requested, as files; 5 when all of it was refused, else 0."""
-    prompts = read_prompts(command.plan)
-    sources = read_sources(command.sources)
+    styles = choose_styles(command.styles, command.style_file)
+    plan = styled_plan(command.plan, styles)
+    prompts = read_prompts(plan)
+    sources = read_sources(command.sources, command.system)
     system = load_system(command.system)
-    job = Job(system, requests_of_plan(command.plan, prompts, system.config.sampling), sources)
+    requests = requests_of_plan(plan, prompts, system.config.sampling)
+    job = Job(system, [style_request(request, styles) for request in requests], sources)
     moderation = load_moderation(command.moderation, command.system)
-    warn_of_long_prompts(system, job.requests)
+    check_settings(job, command.draw)
+    judge_cards(moderation, {**cards_of_run(command.system.path), **system.cards})
+    for line in notes_on_prompts(job):
+        print(line, file=sys.stderr)
     out = output_folder(command)
     shared = shared_settings(system, command.system, command.sources, command.draw.exact)
     kept = len(job.requests) if command.plan.axes else LARGEST_GRID
@@ -82,7 +71,7 @@ def sample(command: Command) -> int:
         print(f"nothing was drawn: all of {refused} refused; see {folder.results.path}", file=sys.stderr)
         return REFUSED
     original = None if sources.image is None else blur_where_decided(sources.image, gate.of_source)
-    sheet = Sheet(command.system.path.name, out, command.plan.axes, folder.refused, original)
+    sheet = Sheet(command.system.name, out, folder.results.first, command.plan.axes, folder.refused, original)
     overview = save_overview(images, job.requests, sheet)
     hint = f" ({refused} refused, see {folder.results.path.name})" if refused else ""
     print(f"{len(job.requests) - refused} images and {overview.name} in {out}{hint}")
@@ -106,6 +95,9 @@ def main(arguments: list[str]) -> int:
     """Sample, or verify; 1 when a verified image is not equal, 5 when everything was refused."""
     command = parse(arguments)
     keep_freed_memory()
+    if command.list_styles:
+        print(list_of_styles(command.style_file))
+        return 0
     return verify_files(command) if command.verify else sample(command)
 
 

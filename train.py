@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("config", help="a file in configs/, or the config.yaml of a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value",
                         help="any key of the config; run=DIR names the run folder (runs/NAME)")
+    parser.add_argument("--changed-data", action="store_true",
+                        help="go on although the data is not what the run began with; manifest.json notes it")
     parser.add_argument("--check", action="store_true", help="report what speaks for and against the run; no training")
     keep_freed_memory()
     # flags, none of which has a value, go first, because argparse needs the overrides in one piece
@@ -39,12 +41,14 @@ def main(arguments: list[str]) -> None:
         if not check(experiment, path, default_device()):
             raise SystemExit(1)
         return
+    if experiment.start_from:
+        RunFolder.open(experiment.start_from)  # before a folder is made for a run that cannot begin
     with process_group() as processes, contextlib.ExitStack() as stack:
         with processes.main_first():
             run = RunFolder.create(path, to_dict(experiment), lambda data: to_dict(from_dict(Experiment, data)),
                                    processes.main, tuple(STAGES))
             stack.enter_context(run.lock())
-        run_stages(experiment, run, processes)
+        run_stages(experiment, run, processes, options.changed_data)
 
 
 if __name__ == "__main__":

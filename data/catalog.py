@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from data.emoji.emoji import Emoji, EmojiConfig, content_hash
+from data.emoji.emoji import FILES, Emoji, EmojiConfig, content_hash
+from data.fingerprint import Fingerprint, drawn_content, fingerprint_of_files, state_hash
 from data.images.base import ImageConfig, ImageFiles, Readable
 from data.images.folder import Folder, FolderConfig
 from data.images.shards import Shards, ShardsConfig
 from data.images.torchvision_sets import Cifar10, CifarConfig, CocoCaptions, CocoConfig, Flowers102, FlowersConfig
 from data.shapes.shapes import Shapes, ShapesConfig
 from data.source import Source, Split
+from files.images import MAX_PIXELS
 
 FILE_SOURCES: dict[str, Callable[[Any, Split], ImageFiles]] = {  # sources that read image files
     "folder": Folder, "shards": Shards, "coco_captions": CocoCaptions, "flowers102": Flowers102, "cifar10": Cifar10}
@@ -50,6 +52,11 @@ class DataConfig:
         return getattr(self, self.source).size
 
     @property
+    def max_pixels(self) -> int:
+        """The number of pixels above which image files are refused, those of the data and those given to commands."""
+        return getattr(getattr(self, self.source), "max_pixels", MAX_PIXELS)
+
+    @property
     def image_shapes(self) -> list[tuple[int, int]]:
         """The sizes (H, W) of the images of the source: one, or one for each aspect bucket."""
         chosen = getattr(self, self.source)
@@ -69,12 +76,26 @@ def build_source(config: DataConfig, split: Split, unreadable: Path | None = Non
     return DRAWN_SOURCES[config.source](getattr(config, config.source), split)
 
 
-def data_key(config: DataConfig) -> dict[str, Any]:
-    """Everything that the images of a source depend on, for the names of caches; its location is not part of it."""
+def data_key(config: DataConfig, files: ImageFiles | None = None) -> dict[str, Any]:
+    """Everything that the images of a source depend on, for the names of caches; its location is not part of it.
+    ``files`` is the training split of a source of image files, where it is open already."""
     settings = getattr(config, config.source)
     if config.source in FILE_SOURCES:
-        return {"source": config.source, **FILE_SOURCES[config.source](settings, "train").key()}
+        return {"source": config.source, **(files or FILE_SOURCES[config.source](settings, "train")).key()}
     if config.source == "emoji":
         return {"source": "emoji", **{name: value for name, value in asdict(settings).items() if name != "root"},
                 "content": content_hash(settings)}
     return {"source": config.source, **asdict(settings)}
+
+
+def data_identity(config: DataConfig) -> tuple[dict[str, Any], Fingerprint]:
+    """``data_key``, and the fingerprint by which a resumed run recognises its data."""
+    settings = getattr(config, config.source)
+    if config.source in FILE_SOURCES:
+        files = FILE_SOURCES[config.source](settings, "train")
+        return data_key(config, files), files.fingerprint()
+    drawn = drawn_content(build_source(config, "train"))
+    if config.source == "emoji":
+        folder = fingerprint_of_files(Path(settings.root), FILES, FILES)
+        return data_key(config), Fingerprint(folder.files, state_hash([[folder.content, drawn]]))
+    return data_key(config), Fingerprint("", drawn)

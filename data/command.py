@@ -2,8 +2,8 @@
 from pathlib import Path
 
 from data.catalog import DataConfig, build_source
-from data.images.base import SPLITS
-from data.images.folder import SUBFOLDERS, FolderConfig
+from data.images.base import SPLITS, split_named
+from data.images.folder import FolderConfig
 from data.images.shards import ShardsConfig, shard_files
 from data.source import Source
 from files.config import from_dict, read_yaml
@@ -15,7 +15,7 @@ def data_config_of(argument: str) -> DataConfig:
     if path.is_dir():
         if shard_files(path):
             return DataConfig(source="shards", shards=ShardsConfig(root=argument))
-        inside = {SUBFOLDERS.get(part.name) for part in path.iterdir() if part.is_dir()} - {None}
+        inside = {split_named(part.name) for part in path.iterdir() if part.is_dir()} - {None}
         folder = FolderConfig(root=argument, split="folders" if "train" in inside and len(inside) > 1 else "hash")
         return DataConfig(source="folder", folder=folder)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():

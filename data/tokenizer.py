@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tokenizers import Encoding
 from tokenizers import Tokenizer as BPE
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -70,6 +71,10 @@ class Tokenizer:
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
         return ids, mask
+
+    def tokens(self, caption: str) -> Encoding:
+        """The tokens of a caption without start, end and padding: `ids`, `word_ids` and `offsets`."""
+        return self.bpe.encode(caption, add_special_tokens=False)
 
     def offsets(self, caption: str) -> list[tuple[int, int]]:
         """The characters (from, to) of each token of ``encode``'s row up to the end token, (0, 0) for start and end."""

@@ -24,10 +24,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.command import splits_of
+from data.command import data_config_of, splits_of
 from data.images.base import ImageFiles, Readable
 from data.images.caption_list import Captions
-from data.images.shards import shard_index
+from data.images.tar_index import shard_index
 from data.images.transforms import Unreadable
 from data.source import Source
 from files.images import to_pil
@@ -110,8 +110,8 @@ def write_shards(splits: Mapping[str, Source], out: Path, size: int = 1000, shar
                     split, index = items[item]
                     bad += not _add_sample(tar, splits, split, index, f"{place:09d}")
                     if bad > share * len(items):
-                        raise ValueError(f"{bad} of {len(items)} images cannot be read, more than {share:.0%}; "
-                                         "nothing of this shard is kept")
+                        raise ValueError(f"{bad} of {len(items)} images cannot be read, more than bad_share = {share} "
+                                         "allows; nothing of this shard is kept")
         about = shard_index(path)
         shards.append({"name": path.name, "bytes": about["bytes"], "sha256": about["sha256"],
                        "samples": len(about["samples"])})
@@ -129,8 +129,12 @@ def _add_sample(tar: tarfile.TarFile, splits: Mapping[str, Source], split: str, 
         print(f"unreadable: {error}", file=sys.stderr)
         return False
     about = {"id": name, "captions": captions, "split": split}
-    _add(tar, key + suffix, data)
-    _add(tar, key + ".json", json.dumps(about, ensure_ascii=False).encode("utf-8", "surrogateescape"))
+    _add(tar, key + {".jfif": ".jpg", ".jpe": ".jpg"}.get(suffix, suffix), data)  # as webdataset calls them
+    try:
+        text = json.dumps(about, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # an id that is no Unicode, as names of files may be
+        text = json.dumps(about).encode()
+    _add(tar, key + ".json", text)
     _add(tar, key + ".txt", max(captions, key=lambda entry: entry[1])[0].encode())
     return True
 
@@ -143,7 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shard-size", type=int, default=1000, help="images in a shard (default: 1000)")
     options = parser.parse_args(arguments)
     try:
-        index = write_shards(splits_of(options.source), Path(options.out), options.shard_size)
+        share = data_config_of(options.source).bad_share
+        index = write_shards(splits_of(options.source), Path(options.out), options.shard_size, share)
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

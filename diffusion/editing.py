@@ -17,7 +17,7 @@ from diffusion.prediction import (
     prediction_from_x_0,
     x_0_from_prediction,
 )
-from diffusion.samplers.common import checked, ddim_step, initial_state, level
+from diffusion.samplers.common import checked, ddim_step, initial_state
 from diffusion.schedule import Schedule
 
 
@@ -128,9 +128,9 @@ def ddim_inversion(
     """
     check_prediction_type(schedule, prediction_type)
     denoise = checked(denoise)
-    x, here = initial_state(x_0), level(schedule, None)
+    x, here = initial_state(x_0), (1.0, 0.0)
     for t in reversed(timesteps):
-        there = level(schedule, t)
+        there = schedule.alpha_sigma(t)
         eps = epsilon_from_prediction(denoise(x, t), x, *there, prediction_type)
         guess = ddim_step(x, eps, here, there)
         for _ in range(refinements):

@@ -13,9 +13,11 @@ from torch import Tensor
 from diffusion.editing import InpaintingDenoiser, image_to_image_start, remaining_times
 from diffusion.guidance import Denoise, GuidanceConfig, autoguidance, classifier_free_guidance
 from diffusion.noise import PerImageNoise
+from diffusion.pretrained_grid import GridSchedule, PretrainedGrid, has_grid
 from diffusion.samplers import Value, get_sampler
 from diffusion.schedule import Schedule
 from diffusion.spacing import Spacing
+from diffusion.steering import Steer, SteeredDenoiser
 
 # Older files hold these three beside `sampler`, for every sampler; one that did not read them has these defaults there.
 OLDER_OPTIONS: dict[str, Value] = {"eta": 0.0, "order": 2, "clean_end": True}
@@ -30,6 +32,7 @@ class SamplingConfig:
     offset: added to the times of "leading" spacing; 1 for published Stable Diffusion 1.x weights.
     reuse: steps for which the deep features of the UNet are used once they are computed (Ma et al. 2024, "DeepCache");
         1 computes them anew at every step, more is faster and approximate.
+    grid: how diffusers places the times and levels, for published checkpoints; None places them as `spacing.py` does.
     Raises ValueError for values that are not valid and for an option that the sampler does not have.
     """
 
@@ -40,6 +43,7 @@ class SamplingConfig:
     offset: int = 0
     reuse: int = 1
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    grid: PretrainedGrid | None = None
 
     def __post_init__(self) -> None:
         sampler = get_sampler(self.sampler)
@@ -97,13 +101,35 @@ class RunSettings:
 
     progress: wraps the list of times, for a progress bar. edit: the image to start from, None for noise alone. trace: a
     list that receives the predicted x_0 of every step. weak: a weaker network, pushed away from in place of the
-    unconditional predictions, as in `autoguidance`.
+    unconditional predictions, as in `autoguidance`. steer: moves every predicted x_0, see `diffusion/steering.py`.
     """
 
     progress: Callable[[list], Iterable] = iter
     edit: Edit | None = None
     trace: list | None = None
     weak: Denoise | None = None
+    steer: Steer | None = None
+
+
+def schedule_of_run(schedule: Schedule, config: SamplingConfig) -> Schedule:
+    """`schedule`, or where the configuration has a grid of diffusers and diffusers has this sampler, a `GridSchedule`.
+    Raises ValueError for a grid without times."""
+    if config.grid is None or not has_grid(config.sampler, config.spacing):
+        return schedule
+    return GridSchedule(schedule.config, config.grid, config.sampler, config.steps, config.spacing, config.offset)
+
+
+def asked_in_time(denoise: Denoise, schedule: Schedule) -> Denoise:
+    """`denoise`, asked at the time that diffusers asks at, where the run has such a grid."""
+    if not isinstance(schedule, GridSchedule):
+        return denoise
+    return lambda x_t, t: denoise(x_t, schedule.asked[t])
+
+
+def network_times(schedule: Schedule, config: SamplingConfig, times: list) -> list:
+    """The times that the network is asked at in a run over `times`."""
+    schedule = schedule_of_run(schedule, config)
+    return [schedule.asked[t] for t in times] if isinstance(schedule, GridSchedule) else times
 
 
 def sample_latents(denoisers: tuple[Denoise, Denoise], noise: Callable[[], Tensor], times: list, schedule: Schedule,
@@ -112,17 +138,23 @@ def sample_latents(denoisers: tuple[Denoise, Denoise], noise: Callable[[], Tenso
 
     denoisers: conditional and doubled, as in `classifier_free_guidance`. times: from `times_of_run`.
     """
-    conditional, doubled = denoisers
+    schedule = schedule_of_run(schedule, config)
+    conditional, doubled = (asked_in_time(denoise, schedule) for denoise in denoisers)
     edit = run.edit
     if run.weak is not None:
-        denoise = autoguidance(conditional, run.weak, config.guidance, schedule, prediction_type)
+        weak = asked_in_time(run.weak, schedule)
+        denoise = autoguidance(conditional, weak, config.guidance, schedule, prediction_type)
     else:
         denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)
+    if run.steer is not None:
+        denoise = SteeredDenoiser(denoise, run.steer, schedule, prediction_type)
     x = noise()
     if edit is not None and edit.keep is not None:
         denoise = InpaintingDenoiser(denoise, edit.x_0, x, edit.keep, schedule, prediction_type)
     if edit is not None and not (edit.keep is not None and edit.strength == 1.0):
         x, _ = image_to_image_start(edit.x_0, x, times, 1.0, schedule)
+    elif isinstance(schedule, GridSchedule):
+        x = schedule.start * x
     return get_sampler(config.sampler)(denoise, x, run.progress(times), schedule, prediction_type, noise,
                                        trace=run.trace, **config.options)
 
@@ -135,7 +167,10 @@ def times_of_run(schedule: Schedule, config: SamplingConfig, run: RunSettings) -
 
 def visited_times(schedule: Schedule, config: SamplingConfig, strength: float = 1.0) -> list:
     """The falling times of a run: the last `strength` of them when it starts from an image."""
-    return list(remaining_times(schedule.timesteps(config.steps, config.spacing, config.offset), strength))
+    schedule = schedule_of_run(schedule, config)
+    times = schedule.times if isinstance(schedule, GridSchedule) else schedule.timesteps(
+        config.steps, config.spacing, config.offset)
+    return list(remaining_times(times, strength))
 
 
 def check_sampling(schedule: Schedule, prediction_type: str, config: SamplingConfig,

@@ -187,6 +187,17 @@ class Schedule:
         alpha, sigma = self.alpha_sigma(t)
         return alpha * x_0 + sigma * eps
 
+    def arrival(self, t: float, s: float | None, clean_end: bool = True) -> tuple[float, float]:
+        """(alpha, sigma) where the step from t ends: at the next time s, or for s None where the run ends, at all
+        signal and no noise, or at the level of time 0 without `clean_end`."""
+        if s is None:
+            return (1.0, 0.0) if clean_end else self.alpha_sigma(0)
+        return self.alpha_sigma(s)
+
+    def departure(self, t: float, s: float) -> tuple[float, float]:
+        """(alpha, sigma) that a step from t to s counts from once the network has been called at s too: that of t."""
+        return self.alpha_sigma(t)
+
     def network_time(self, t: Tensor) -> Tensor:
         """Times (B,) in the unit that timestep embeddings are made for, 0 .. T: t itself, or T t for flow."""
         return t * self.steps if self.is_flow else t
@@ -215,9 +226,10 @@ class Schedule:
         return alphas[t], sigmas[t]
 
 
-def discrete_alpha_bar(config: ScheduleConfig) -> Tensor:
-    """alpha_bar (T,) fp64 of a variance-preserving schedule: the product of (1 - beta) up to each time."""
-    alpha_bar = torch.cumprod(1.0 - betas(config), dim=0)
+def discrete_alpha_bar(config: ScheduleConfig, dtype: torch.dtype = torch.float64) -> Tensor:
+    """alpha_bar (T,) of a variance-preserving schedule, computed in `dtype`: the product of (1 - beta) up to each
+    time."""
+    alpha_bar = torch.cumprod(1.0 - betas(config, dtype), dim=0)
     if config.zero_terminal_snr:
         alpha_bar = zero_terminal_snr_alpha_bar(alpha_bar)
     if config.shift != 1.0:
@@ -226,25 +238,25 @@ def discrete_alpha_bar(config: ScheduleConfig) -> Tensor:
     return alpha_bar
 
 
-def betas(config: ScheduleConfig) -> Tensor:
-    """Variance added at each step, (T,) fp64."""
+def betas(config: ScheduleConfig, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Variance added at each step, (T,)."""
     steps, start, end = config.steps, config.beta_start, config.beta_end
     if config.betas is not None:
-        return torch.tensor(config.betas, dtype=torch.float64)
+        return torch.tensor(config.betas, dtype=dtype)
     if config.kind == "linear":
         # Ho et al. 2020, section 4
-        return torch.linspace(start, end, steps, dtype=torch.float64)
+        return torch.linspace(start, end, steps, dtype=dtype)
     if config.kind == "scaled_linear":
         # Rombach et al. 2022: linear in sqrt(beta)
-        return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return torch.linspace(start**0.5, end**0.5, steps, dtype=dtype) ** 2
     if config.kind == "sigmoid":
         # Xu et al. 2022 (GeoDiff)
-        return torch.sigmoid(torch.linspace(-6.0, 6.0, steps, dtype=torch.float64)) * (end - start) + start
+        return torch.sigmoid(torch.linspace(-6.0, 6.0, steps, dtype=dtype)) * (end - start) + start
     if config.kind == "cosine":
         # Nichol & Dhariwal 2021, eq. 17: f(t) = cos^2((t/T + s)/(1 + s) pi/2), s = 0.008, beta at most 0.999
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-        return (1.0 - f[1:] / f[:-1]).clamp(max=0.999)
+        return (1.0 - f[1:] / f[:-1]).clamp(max=0.999).to(dtype)
     raise ValueError(f"kind: value {config.kind!r} has no betas; valid: linear, scaled_linear, sigmoid, cosine, betas")
 
 

@@ -5,20 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from files.images import to_unit
+from files.images import MAX_PIXELS, BadImage, UnsupportedImage, decode_upright, open_header, open_image, to_unit
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """The image files of a folder and the folders below it, sorted; all are opaque RGB images of one size.
+def image_files(folder: str | Path, max_pixels: int = MAX_PIXELS) -> list[Path]:
+    """The image files of a folder and the folders below it, sorted; all are opaque RGB images of one size, once they
+    are turned as their EXIF data says.
 
-    Raises ValueError for files that are damaged, grey, transparent or of another size than the first; the message
-    counts each kind and names its first file. Nothing is converted, because the background behind a transparent image,
-    or the resizing of a mixed folder, would decide the figure.
+    Raises ValueError for files that are damaged, larger than ``max_pixels``, grey, transparent or of another size than
+    the first; the message counts each kind and names its first file. Nothing is converted, because the background
+    behind a transparent image, or the resizing of a mixed folder, would decide the figure.
     """
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
@@ -28,11 +29,13 @@ def image_files(folder: str | Path) -> list[Path]:
     size = None
     for path in files:
         try:
-            with Image.open(path) as image:
-                image.load()
-                size = size or image.size
-                fault = _fault(image, size)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
+            with open(path, "rb") as file:
+                image = decode_upright(open_header(file, max_pixels))
+            size = size or image.size
+            fault = _fault(image, size)
+        except UnsupportedImage:
+            fault = f"have more than max_pixels = {max_pixels} pixels"
+        except (BadImage, OSError):
             fault = "cannot be read"
         if fault:
             faults.setdefault(fault, []).append(path)
@@ -55,10 +58,11 @@ def _fault(image: Image.Image, size: tuple[int, int]) -> str:
     return ""
 
 
-def image_file_batches(files: Sequence[Path], batch: int = 64) -> Iterator[Tensor]:
-    """The images of the files, as batches (B, 3, H, W) in [-1, 1]."""
+def image_file_batches(files: Sequence[Path], batch: int = 64, max_pixels: int = MAX_PIXELS) -> Iterator[Tensor]:
+    """The images of files that ``image_files`` has found, as batches (B, 3, H, W) in [-1, 1]."""
     for start in range(0, len(files), batch):
-        pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files[start:start + batch]])
+        pixels = np.stack([np.asarray(open_image(path, max_pixels).convert("RGB"))
+                           for path in files[start:start + batch]])
         yield to_unit(torch.from_numpy(pixels).permute(0, 3, 1, 2))  # (B, 3, H, W)
 
 

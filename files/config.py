@@ -56,6 +56,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid YAML: it is nested too deeply") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):
@@ -72,8 +74,8 @@ def apply_overrides(data: dict[str, Any], overrides: list[str]) -> dict[str, Any
             raise ConfigError(f"override '{override}' is not of the form key.path=value")
         try:
             value = yaml.load(text, Loader=_Loader)
-        except yaml.YAMLError:
-            raise ConfigError(f"override '{override}': the value is not valid YAML") from None
+        except (yaml.YAMLError, RecursionError):
+            raise ConfigError(f"override '{override[:200]}': the value is not valid YAML") from None
         *parents, last = key.split(".")
         node = data
         for name in parents:

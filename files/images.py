@@ -1,53 +1,144 @@
-"""Reading and writing images: input images and masks, and PNG files with the settings that made them."""
+"""Reading and writing images: one reader of image files and masks, and PNG files with the settings that made them."""
 import io
 import json
-import struct
 import warnings
-import zlib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from files.whole import whole_file
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+MAX_PIXELS = 80_000_000  # of an image file, where no configuration says otherwise
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # decoders of other formats are never called
+# Pillow's own limits would refuse images that max_pixels allows, and PNG files that carry a long description
+Image.MAX_IMAGE_PIXELS = None  # ``open_header`` compares with max_pixels instead
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 2**26, 2**28  # bytes of text and of colour profiles
 
 
-def open_image(path: str | Path) -> Image.Image:
+class BadImage(ValueError):
+    """Bytes that cannot be read as an image; the message is the reason."""
+
+
+class UnsupportedImage(BadImage):
+    """An image that is whole, but too large or of pixels that are not read."""
+
+
+# ---- the one reader of image files: header, pixels, colours
+
+def open_header(file: str | Path | IO[bytes], max_pixels: int = MAX_PIXELS,
+                formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The image with its header read and its pixels not. Raises BadImage, also above ``max_pixels``."""
+    try:
+        image = Image.open(file, formats=formats)
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image in one of the formats {', '.join(formats)}") from None
+    except Exception as error:  # a decoder may raise anything on damaged bytes
+        raise BadImage(reason_of(error)) from None
+    if image.width * image.height > max_pixels:
+        raise UnsupportedImage(f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels}")
+    return image
+
+
+def decode_upright(image: Image.Image, turned: bool = True) -> Image.Image:
+    """The first frame of an opened image with its pixels read, turned as its EXIF data says; ``turned`` False is for
+    one whose data is known to say nothing. Raises BadImage."""
+    try:
+        image.load()
+        return ImageOps.exif_transpose(image) if turned else image
+    except Exception as error:
+        raise BadImage(reason_of(error)) from None
+
+
+def rgb_on_background(image: Image.Image, background: str | tuple[int, int, int] = "white") -> Image.Image:
+    """8-bit RGB of a decoded image, with ``background`` behind transparent parts; 16 bits are scaled to 8. Raises
+    BadImage for pixels of 32 bits."""
+    try:
+        if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
+            image = _eight_bits(image)
+        elif image.mode == "F":
+            raise UnsupportedImage("floating pixels; valid: 8 or 16 bits a channel")
+        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+            over = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", over.size, background), over).convert("RGB")
+        return image.convert("RGB")
+    except BadImage:
+        raise
+    except Exception as error:
+        raise BadImage(reason_of(error)) from None
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey as 8-bit grey, with transparency if one of its levels is transparent."""
+    deep = np.asarray(image).astype(np.int64)
+    if deep.min() < 0 or deep.max() > 65535:
+        raise UnsupportedImage("pixels of 32 bits; valid: 8 or 16 bits a channel")
+    grey = Image.fromarray(((deep + 128) // 257).astype(np.uint8))  # 65535 / 255 = 257
+    hidden = image.info.get("transparency")
+    if hidden is None:
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(deep == hidden, 0, 255).astype(np.uint8))))
+
+
+def reason_of(error: Exception) -> str:
+    """The message of a decoder's error in one line."""
+    return (str(error) or type(error).__name__).splitlines()[0].replace("<_io.BytesIO object at ", "<")
+
+
+def open_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """The image in a file, decoded and turned upright. Raises FileNotFoundError, or ValueError naming the file."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no image {path}")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-    except UNREADABLE as error:
-        reason = " ".join(str(error).split()).replace(str(path), "it")
-        raise ValueError(f"{path} is damaged or no image: {reason}") from None
-    if upright.mode not in MODES:
-        raise ValueError(f"{path} has pixels of kind {upright.mode}; valid: 8 bits a channel, grey or RGB")
-    return upright
+            return decode_upright(open_header(file, max_pixels))
+    except (BadImage, OSError) as error:
+        raise ValueError(_fault(path, error)) from None
 
 
-def read_image(path: str | Path) -> torch.Tensor:
+def _fault(path: str | Path, error: Exception) -> str:
+    """What is wrong with an image file, with its name."""
+    if isinstance(error, UnsupportedImage):
+        return f"{path}: {error}"
+    return f"{path} is damaged or no image: {reason_of(error)}"
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """The image in a file as uint8 (3, H, W), on white where it is transparent. Raises as ``open_image``."""
-    image = open_image(path)
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
+    try:
+        image = rgb_on_background(open_image(path, max_pixels))
+    except BadImage as error:
+        raise ValueError(_fault(path, error)) from None
+    return rearrange(torch.from_numpy(np.array(image)), "h w c -> c h w")
 
 
-def read_mask(path: str | Path) -> torch.Tensor:
-    """bool (H, W), True where the mask is light (128 or more): these pixels are repainted, the others kept."""
-    return torch.from_numpy(np.array(open_image(path).convert("L")) >= 128)
+def read_mask(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[torch.Tensor, str]:
+    """bool (H, W), True where the mask is light (128 or more of 255): these pixels are repainted, the others kept. A
+    mask that holds nothing but 0 and 1 is light where it is 1, and transparent parts are white.
 
+    Also returns what its user should know, "" for nothing. Raises as ``open_image``.
+    """
+    image = open_image(path, max_pixels)
+    try:
+        grey = np.asarray(rgb_on_background(image).convert("L"))  # (H, W)
+    except BadImage as error:
+        raise ValueError(_fault(path, error)) from None
+    light, note = grey >= 128, ""
+    if grey.max() == 1:
+        light, note = grey == 1, f"the mask {path} holds nothing but 0 and 1; it is painted where it is 1"
+    elif not light.any():
+        note = (f"nothing is painted: the mask {path} is dark everywhere, at most {grey.max()} of 255; valid: 128 and "
+                "above where the image is painted")
+    elif light.all() and ("transparency" in image.info or "A" in image.getbands()):
+        note = f"all is painted: the mask {path} is light everywhere, its transparent parts count as white"
+    return torch.from_numpy(light), note
+
+
+# ---- PNG files that know how they were made
 
 def png_bytes(image: torch.Tensor, settings: dict[str, Any] | None) -> bytes:
     """uint8 (3, H, W) as a PNG with ``settings`` as JSON in its text field "parameters"; None writes no field."""
@@ -59,9 +150,9 @@ def png_bytes(image: torch.Tensor, settings: dict[str, Any] | None) -> bytes:
     return file.getvalue()
 
 
-def save_bytes(data: bytes, path: Path) -> None:
-    """Write ``data``, whole or not at all."""
-    with whole_file(path) as temporary:
+def save_bytes(data: bytes, path: Path, new: bool = False) -> None:
+    """Write ``data``, whole or not at all; ``new`` as in ``whole_file``."""
+    with whole_file(path, new) as temporary:
         temporary.write_bytes(data)
 
 
@@ -79,6 +170,8 @@ def parameters_of(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} holds settings of another program")
     return settings
 
+
+# ---- values and bytes
 
 def to_unit(images: torch.Tensor) -> torch.Tensor:
     """Images of uint8 as floats in [-1, 1], of the same shape."""

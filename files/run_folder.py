@@ -122,7 +122,7 @@ class RunFolder:
     def record(self, **values: Any) -> None:
         """Merge ``values`` into manifest.json, beside the revision, versions, device and command."""
         if self.main:
-            known = {**environment(), **self._read_manifest(), **values}
+            known = {**environment(), **self.read_manifest(), **values}
             write_text(self.manifest, json.dumps(known, indent=2, ensure_ascii=False) + "\n")
 
     def take_over(self, other: "RunFolder", *names: str) -> None:
@@ -136,17 +136,18 @@ class RunFolder:
 
     def record_start(self, other: "RunFolder", *names: str) -> None:
         """Record in the manifest that this run begins with these files of another one, with their hashes."""
-        known = self._read_manifest().get("start_from", {}).get("files", {})
+        known = self.read_manifest().get("start_from", {}).get("files", {})
         self.record(start_from={"run": str(other.path),
                                 "files": {**known, **{name: sha256_of(other.path / name) for name in names}}})
 
     def about(self) -> dict[str, Any]:
         """The manifest and the configuration, which a checkpoint stores to describe its origin."""
         config = self.path / "config.yaml"
-        return {"manifest": {**self._read_manifest(), **environment()},
+        return {"manifest": {**self.read_manifest(), **environment()},
                 "config": read_yaml(config) if config.exists() else None}
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def read_manifest(self) -> dict[str, Any]:
+        """The content of manifest.json, nothing if there is none."""
         return json.loads(self.manifest.read_text(encoding="utf-8")) if self.manifest.exists() else {}
 
 

@@ -81,23 +81,25 @@ def heat_overlay(image: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
     return (0.3 * grey + 0.7 * colour).round().to(torch.uint8)
 
 
-def save_gif(images: torch.Tensor, path: str | Path, cell: int = 128, seconds: float = 0.1) -> None:
-    """Write images (B, 3, H, W) one after the other, the last one held, whole or not at all."""
+def save_gif(images: torch.Tensor, path: str | Path, cell: int = 128, seconds: float = 0.1,
+             new: bool = False) -> None:
+    """Write images (B, 3, H, W) one after the other, the last one held, whole or not at all; ``new`` as in
+    ``whole_file``."""
     factor = max(1, round(cell / images.shape[-1]))
     size = (images.shape[-1] * factor, images.shape[-2] * factor)
     frames = [to_pil(image).resize(size, Image.Resampling.NEAREST) for image in images]
     times = [round(1000 * seconds)] * (len(frames) - 1) + [2000]
-    with whole_file(path) as temporary:
+    with whole_file(path, new) as temporary:
         frames[0].save(temporary, format="GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
 
 
 def save_grid(images: torch.Tensor, path: str | Path, labels: list[str] | None = None, columns: int = 8,
-              cell: int = 128, title: str = "") -> None:
-    """Write ``grid`` as a PNG, whole or not at all."""
-    save_sheet(grid(images, labels, columns, cell, title), path)
+              cell: int = 128, title: str = "", new: bool = False) -> None:
+    """Write ``grid`` as a PNG, whole or not at all; ``new`` as in ``whole_file``."""
+    save_sheet(grid(images, labels, columns, cell, title), path, new)
 
 
-def save_sheet(sheet: Image.Image, path: str | Path) -> None:
-    """Write a grid as a PNG, whole or not at all."""
-    with whole_file(path) as temporary:
+def save_sheet(sheet: Image.Image, path: str | Path, new: bool = False) -> None:
+    """Write a grid as a PNG, whole or not at all; ``new`` as in ``whole_file``."""
+    with whole_file(path, new) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)

@@ -1,9 +1,11 @@
-"""Atomic writing of files, a lock between processes, and hashes."""
+"""Atomic writing of files that overwrites nothing unless it is meant to, a lock between processes, and hashes."""
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -12,8 +14,9 @@ except ImportError:  # not a POSIX system: there is no such lock
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block ends without an error."""
+def whole_file(path: str | Path, new: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, which is renamed to ``path`` if the block ends without an error. With
+    ``new`` a file that has this name already is kept, and FileExistsError is raised."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -21,7 +24,10 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if new:
+            _rename_to_new(temporary, path)
+        else:
+            os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the rename itself reaches the disk
@@ -29,6 +35,35 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Give a file another name that no file has; raises FileExistsError otherwise."""
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails where there is a file
+    except OSError:  # also on file systems without links
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} exists and is not written over") from None
+        os.rename(temporary, path)
+
+
+def free_path(path: str | Path) -> Path:
+    """``path`` NAME.EXT if nothing has this name, otherwise the first of NAME_1.EXT, NAME_2.EXT ... that is free."""
+    path = Path(path)
+    stem, ending = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
+    numbered = (path.with_name(f"{stem}_{number}{ending}") for number in itertools.count(1))
+    return next(one for one in itertools.chain([path], numbered) if not os.path.lexists(one))
+
+
+def set_aside(path: str | Path) -> Path | None:
+    """Rename the file or folder at ``path`` to the name that ``free_path`` gives, and return that name; None if there
+    is nothing."""
+    path = Path(path)
+    if not os.path.lexists(path):
+        return None
+    kept = free_path(path)
+    os.rename(path, kept)
+    return kept
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -45,6 +80,17 @@ def lock_file(path: Path) -> Iterator[None]:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def try_lock(file: IO) -> bool:
+    """Lock an open file until it is closed; False if another process, or another opening of it, holds the lock."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sha256_of(path: str | Path) -> str:

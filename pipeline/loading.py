@@ -21,6 +21,7 @@ from model.tiny_decoder import TinyDecoder
 from model.unet import UNet
 from pipeline.config import SystemConfig, read_system_config, read_tiny_decoder_config
 from pipeline.moderation import Moderation
+from pipeline.personal import cards_of_run, judge_cards
 from pipeline.system import Networks, TextToImage
 from safety.policy import Mode
 
@@ -49,6 +50,8 @@ def load_run(path: str | Path, device: torch.device | str = "cpu",
     system.files = {"tokenizer": run.path / "tokenizer.json",
                     **{name: run.weights(name) for name in ("autoencoder", "text_encoder", "denoiser")}}
     system.moderation = Moderation.of_run(run.path, moderation, device=device) if moderation else None
+    if system.moderation is not None:
+        judge_cards(system.moderation, cards_of_run(run.path))
     return system
 
 
@@ -66,22 +69,27 @@ def use_tiny_decoder(system: TextToImage, path: str | Path) -> None:
 
 
 def load_pretrained(path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None,
-                    prediction_type: str | None = None, moderation: Mode | None = "block") -> TextToImage:
+                    prediction_type: str | None = None, moderation: Mode | None = "block",
+                    sampler: str | None = None, variant: str | None = None) -> TextToImage:
     """A published Stable Diffusion 1.x or 2.x, from a folder of diffusers or from a single file.
 
     ``tokenizer`` names the folder of vocab.json and merges.txt; the default is the one inside the folder, or a
-    folder "tokenizer" beside the file. ``prediction_type`` must be given for a single file of 2.x, which does not
-    record it. Raises FileNotFoundError or ValueError naming what is missing, damaged or not supported.
+    folder "tokenizer" beside the file. ``prediction_type`` must be given for a single file of 2.x that does not record
+    it. ``sampler`` takes the place of a scheduler that is none of ours or cannot be followed. ``variant`` names the
+    weights that are read of a folder that holds them twice, "fp16" and the like; the plain ones are the default. Raises
+    FileNotFoundError or ValueError naming what is missing, damaged or not supported.
     """
     kind = kind_of(path)
     if kind == "clip":
         raise ValueError(f"{path} is a CLIP model, it draws no images; valid: a Stable Diffusion checkpoint")
     if kind == "diffusers":
-        parts = read_diffusers_folder(path)
+        parts = read_diffusers_folder(path, variant)
+    elif variant is not None:
+        raise ValueError(f"variant {variant!r} of the single file {path}; valid: of a diffusers folder")
     else:
         parts = read_single_file(path, prediction_type)
     schedule, prediction, sampling = process_of_scheduler(
-        {**parts.scheduler, **({"prediction_type": prediction_type} if prediction_type else {})})
+        {**parts.scheduler, **({"prediction_type": prediction_type} if prediction_type else {})}, sampler)
     words = ClipTokenizer.load(tokenizer or parts.tokenizer or Path(path).parent / "tokenizer",
                                parts.text_encoder.config.length)
     if words.vocab_size > parts.text_encoder.config.vocab_size:

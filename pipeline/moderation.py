@@ -23,7 +23,8 @@ from files.images import to_uint8, to_unit
 from files.run_folder import RunFolder
 from pipeline.clip_vectors import ClipVectors
 from pipeline.config import read_data_config
-from pipeline.prompts import Prompt, chunks_of
+from pipeline.prompt_schedule import AnyPrompt, PromptSchedule
+from pipeline.prompts import chunks_of
 from pipeline.text_head import FILE as ENCODER
 from pipeline.text_head import EncoderHead, read_head
 from safety.audit import AuditError, AuditLog
@@ -102,10 +103,11 @@ class Moderation:
         concepts = concepts or (own if own.is_file() else None)
         return cls.load(mode, moderation_weights(Path(run)), concepts, clip or run, audit, device, run=run)
 
-    def check_prompt(self, parts: Sequence[Prompt | str], negatives: Sequence[Prompt | str] = (),
+    def check_prompt(self, parts: Sequence[AnyPrompt], negatives: Sequence[AnyPrompt] = (),
                      tokenizer: Any = None) -> Decision:
-        """The most severe decision on the parts of one prompt (several in a blend) and on its negative prompts; never
-        raises for a text. ``tokenizer`` determines where the text is cut and where its chunks end."""
+        """The most severe decision on the parts of one prompt (several in a blend) and on its negative prompts, with
+        all that they change to on the way; never raises for a text. ``tokenizer`` determines where the text is cut and
+        where its chunks end."""
         if self.gate is None:
             return Decision("allow", reason="off")
         key = tuple(parts), tuple(negatives)
@@ -164,18 +166,22 @@ def image_moderator(concepts: str | Path, clip: str | Path, mode: Mode = "block"
     return ImageModerator(read_concepts(concepts), vectors, vectors.texts, mode)
 
 
-def conditioned_texts(parts: Sequence[Prompt | str], tokenizer: Any = None,
+def conditioned_texts(parts: Sequence[AnyPrompt], tokenizer: Any = None,
                       learned: Mapping[str, str] | None = None) -> list[str]:
     """All texts that one prompt conditions on, each once: every part without its weights, each of its chunks, the
     text that remains after cutting, all parts joined, and each of these with learned tokens replaced by their
-    source text."""
-    texts = [part if isinstance(part, str) else part.text for part in parts]
+    source text. Of a part that changes: all that it changes to, and all its options one after the other, since an image
+    shows what several steps have read. A step may read nothing, a whole part may not."""
+    whole = [part.whole if isinstance(part, PromptSchedule) else part for part in parts]
+    texts = [part if isinstance(part, str) else part.text for part in whole]
     if len(texts) > 1:
         texts.append(" ".join(texts))
-    for part in parts:
-        if tokenizer is not None and isinstance(part, Prompt):
-            chunks = chunks_of(part, tokenizer)
-            texts += [part.text[: len(part.text) - len(chunks.overflow)], *chunks.texts]
+    steps = [prompt for part in parts if isinstance(part, PromptSchedule) for prompt in part.prompts]
+    texts += [prompt.text for prompt in steps if prompt.text.strip()]
+    for prompt in (*whole, *steps):
+        if tokenizer is not None and not isinstance(prompt, str) and prompt.text.strip():
+            chunks = chunks_of(prompt, tokenizer)
+            texts += [prompt.text[: len(prompt.text) - len(chunks.overflow)], *chunks.texts]
     for text in list(texts):
         described = text
         for token, meaning in (learned or {}).items():

@@ -2,11 +2,12 @@
 
     (red star)  [red star]  (red star:1.3)     weight 1.1, 1 / 1.1, 1.3; nested weights multiply
     {red|blue} star                            every alternative: "red star" and "blue star"
+    a red star BREAK a moon                    a new chunk
     \\( \\) \\[ \\] \\{ \\} \\| \\: \\\\           the character itself
 
-The notation is that of AUTOMATIC1111's web interface. These are pure functions. Of a tokenizer they use `length`,
-the special ids and `bpe`, so they work with every tokenizer in `data/`. Axis letters: B prompts, K chunks, L tokens, D
-context width.
+The notation is that of AUTOMATIC1111's web interface; what changes from step to step is in prompt_schedule.py. These
+are pure functions. Of a tokenizer they use `length`, the special ids and `tokens`, so they work with every tokenizer in
+`data/`. Axis letters: B prompts, K chunks, L tokens, D context width.
 """
 import math
 import re
@@ -19,34 +20,47 @@ from einops import rearrange
 from torch import Tensor
 
 SIGNS = re.compile(r"\\.|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[\\:]|[^\\:()\[\]]+", re.DOTALL)
-BRACES = re.compile(r"\\.|[{}|]|\\|[^\\{}|]+", re.DOTALL)
+BRACES = re.compile(r"\\.|[{}|\[\]]|\\|[^\\{}|\[\]]+", re.DOTALL)
+BREAK = re.compile(r"\s*\bBREAK\b\s*")
 ESCAPED = "()[]{}|:\\"
 STEP, HEAVIEST = 1.1, 10.0
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text without notation, one weight for each character, and the largest number of chunks that it may fill before
-    it is cut."""
+    """A text without notation, one weight for each character, the largest number of chunks that it may fill before it
+    is cut, and the characters before which a new chunk begins in any case."""
 
     text: str
     weights: tuple[float, ...]
     chunks: int = 1
+    breaks: tuple[int, ...] = ()
 
     @property
     def weighted(self) -> bool:
         """Whether any weight differs from 1."""
         return any(weight != 1.0 for weight in self.weights)
 
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """(start, end) of the parts of the text between breaks; an empty one at the end is no part."""
+        starts = [0, *self.breaks]
+        ends = [start - 1 for start in self.breaks] + [len(self.text)]  # a break left one space
+        found = list(zip(starts, ends))
+        while len(found) > 1 and not self.text[slice(*found[-1])].strip():
+            found.pop()
+        return found
 
-def parse_prompt(text: str, chunks: int = 1, literal: bool = False) -> Prompt:
-    """The text of a prompt and its weights; with ``literal`` every character stands for itself.
+
+def parse_prompt(text: str, chunks: int = 1, literal: bool = False, breaks: bool = True) -> Prompt:
+    """The text of a prompt, its weights and its breaks; with ``literal`` every character stands for itself, and without
+    ``breaks`` BREAK is a word.
 
     Raises ValueError for an unmatched bracket and for a weight out of range.
     """
     if literal:
         return Prompt(text, (1.0,) * len(text), chunks)
-    letters, weights = "", list[float]()
+    letters, weights, starts = "", list[float](), list[int]()
     opened: list[tuple[str, int]] = []  # the bracket, and the character that it stands before
     for match in SIGNS.finditer(text):
         piece = match[0]
@@ -62,28 +76,34 @@ def parse_prompt(text: str, chunks: int = 1, literal: bool = False) -> Prompt:
             weights[start:] = [weight * factor for weight in weights[start:]]
         else:
             piece = piece[1] if len(piece) == 2 and piece[0] == "\\" and piece[1] in ESCAPED else piece
-            letters, weights = letters + piece, weights + [1.0] * len(piece)
+            for number, part in enumerate(BREAK.split(piece) if breaks else [piece]):
+                part = " " + part if number else part
+                starts += [len(letters) + 1] * bool(number)
+                letters, weights = letters + part, weights + [1.0] * len(part)
     if opened:
         raise ValueError(f"prompt {text!r}: '{opened[-1][0]}' is not closed; valid: (word), (word:1.3), [word], or "
                          f"\\{opened[-1][0]} for the sign itself")
     if wrong := [weight for weight in weights if not 0.0 <= weight <= HEAVIEST]:
         raise ValueError(f"prompt {text!r}: weight {wrong[0]:g}; valid: 0 to {HEAVIEST:g}, or \\: for the sign itself")
-    return Prompt(letters, tuple(weights), chunks)
+    return Prompt(letters, tuple(weights), chunks, tuple(starts))
 
 
 def alternatives(text: str, most: int = 100_000) -> list[str]:
-    """All prompts that ``{a|b}`` stands for; the first brace varies slowest. Other notation is left unchanged.
+    """All prompts that ``{a|b}`` stands for; the first brace varies slowest. Other notation is left unchanged, also the
+    | of square brackets.
 
     Raises ValueError for an unmatched brace and for more than ``most`` prompts.
     """
     found: list[str] = [""]  # all readings of the text so far
     opened: list[tuple[list[str], list[str]]] = []  # what was found before the brace, the alternatives so far
+    square = [0]  # square brackets that are open outside of braces, and in each open brace
     for match in BRACES.finditer(text):
         piece = match[0]
         if piece == "{":
             opened.append((found, []))
+            square.append(0)
             found = [""]
-        elif piece == "|" and opened:
+        elif piece == "|" and opened and not square[-1]:
             opened[-1][1].extend(found)
             found = [""]
         elif piece == "}":
@@ -91,14 +111,28 @@ def alternatives(text: str, most: int = 100_000) -> list[str]:
                 raise ValueError(f"prompt {text!r}: '}}' at letter {match.end()} closes nothing; valid: \\}} for the "
                                  "sign itself")
             before, options = opened.pop()
+            square.pop()
             options.extend(found)
             if len(before) * len(options) > most:
                 raise ValueError(f"prompt {text!r} stands for more than {most} prompts; valid: up to {most}")
             found = [start + option for start in before for option in options]
         else:
+            square[-1] = max(0, square[-1] + (piece == "[") - (piece == "]"))
             found = [start + piece for start in found]
     if opened:
         raise ValueError(f"prompt {text!r}: '{{' is not closed; valid: {{a|b}}, or \\{{ for the sign itself")
+    return found
+
+
+def split_options(text: str) -> list[str]:
+    """The parts of a text between | outside of square brackets."""
+    found, depth = [""], 0
+    for match in BRACES.finditer(text):
+        depth = max(0, depth + (match[0] == "[") - (match[0] == "]"))
+        if match[0] == "|" and depth == 0:
+            found.append("")
+        else:
+            found[-1] += match[0]
     return found
 
 
@@ -122,24 +156,31 @@ class Chunks:
 def chunks_of(prompt: Prompt, tokenizer: Any) -> Chunks:
     """The chunks of a prompt; a prompt that fits into one context gives the ids of ``tokenizer.encode``.
 
-    The text is tokenized as a whole, so weights do not change its ids; a token has the weight of its last character.
+    The text is tokenized as a whole, or from break to break, so weights do not change its ids; a token has the weight
+    of its last character.
     """
-    encoding = tokenizer.bpe.encode(prompt.text, add_special_tokens=False)
-    parts = split_tokens(encoding.word_ids, tokenizer.length - 2, prompt.chunks)
+    tokens, places, parts = list[int](), list[tuple[int, int]](), list[tuple[int, int]]()
+    for start, end in prompt.segments:
+        encoding = tokenizer.tokens(prompt.text[start:end])
+        room = prompt.chunks - len(parts)
+        if room > 0:
+            parts += [(len(tokens) + first, len(tokens) + last)
+                      for first, last in split_tokens(encoding.word_ids, tokenizer.length - 2, room)]
+        tokens += encoding.ids
+        places += [(start + first, start + last) for first, last in encoding.offsets]
     ids = torch.full((len(parts), tokenizer.length), tokenizer.pad_id, dtype=torch.int64)  # (K, L)
     mask = torch.zeros(ids.shape, dtype=torch.bool)  # (K, L)
     weights, words = torch.ones(ids.shape), {}
     for row, (start, end) in enumerate(parts):
-        tokens = [tokenizer.start_id, *encoding.ids[start:end], tokenizer.end_id]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        mask[row, : len(tokens)] = True
-        for place, (first, last) in enumerate(encoding.offsets[start:end], 1):
+        found = [tokenizer.start_id, *tokens[start:end], tokenizer.end_id]
+        ids[row, : len(found)] = torch.tensor(found)
+        mask[row, : len(found)] = True
+        for place, (first, last) in enumerate(places[start:end], 1):
             weights[row, place] = prompt.weights[max(first, last - 1)]
             words[row * tokenizer.length + place] = prompt.text[first:last].strip()
     end = parts[-1][1]
-    lost = prompt.text[encoding.offsets[end][0]:].strip() if end < len(encoding.ids) else ""
-    places = [encoding.offsets[start:end] for start, end in parts]
-    texts = tuple(prompt.text[part[0][0]:part[-1][1]] for part in places if part)
+    lost = prompt.text[places[end][0]:].strip() if end < len(tokens) else ""
+    texts = tuple(prompt.text[places[start][0]:places[end - 1][1]] for start, end in parts if end > start)
     return Chunks(ids, mask, weights, lost, words, texts)
 
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,20 +21,31 @@ from diffusion.guidance import GuidanceConfig
 from diffusion.guidance_free import check_folded, without_pair
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
-from diffusion.sampling import Edit, RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
+from diffusion.sampling import (
+    Edit,
+    RunSettings,
+    SamplingConfig,
+    network_times,
+    sample_latents,
+    times_of_run,
+    with_sampler,
+)
 from diffusion.schedule import Schedule
+from diffusion.steering import Steer
 from files.images import to_uint8, to_unit
 from model.attention import ContextCache
 from model.autoencoder import Autoencoder
 from model.decode import decode_sliced, decode_tiled
 from model.device import autocast_dtype, freeze, place_on
 from model.graphed import Runs
+from model.pretrained.card import Card
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
 from model.tiny_decoder import TinyDecoder
 from model.unet import DeepFeatures, UNet
 from pipeline.config import SystemConfig
 from pipeline.moderation import Moderation, Refused, blur_or_refuse
+from pipeline.prompt_schedule import AnyPrompt, StepContexts, as_prompt, text_of
 from pipeline.prompts import Prompt, chunks_of, join_chunks, parse_prompt, weighted_context
 from pipeline.time_table import TimeTable
 from safety.policy import Decision, most_severe
@@ -81,6 +92,7 @@ class TextToImage:
         self.speed: Speed = "exact"
         self.runs: Runs | None = None  # on a GPU, where "fast" replays whole runs as CUDA graphs
         self.moderation: Moderation | None = None
+        self.cards: dict[str, Card] = {}  # of the adapters and learned tokens on it (pipeline/personal.py)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that diffusers reads. Raises FileExistsError if the path exists, and ValueError for a system
@@ -122,27 +134,39 @@ class TextToImage:
         self.latent_shape = (self.autoencoder.latent_channels, height // f, width // f)
 
     @torch.inference_mode()
-    def latents(self, prompts: Sequence[str | Prompt], seeds: Sequence[int], config: SamplingConfig | None = None,
-                negative: str | Prompt = "", progress: Progress = iter, edit: Edit | None = None,
-                trace: list | None = None) -> torch.Tensor:
+    def latents(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int], config: SamplingConfig | None = None,
+                negative: AnyPrompt = "", progress: Progress = iter, edit: Edit | None = None,
+                trace: list | None = None, steer: Steer | None = None) -> torch.Tensor:
         """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
 
-        A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``.
-        ``negative`` replaces the empty prompt in guidance. Raises ValueError if the numbers of prompts and seeds
-        differ.
+        A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``, and
+        what changes on the way a ``PromptSchedule``, made for the steps of ``config``.
+        ``negative`` replaces the empty prompt in guidance; ``steer`` moves every predicted x_0. Raises ValueError if
+        the numbers of prompts and seeds differ.
         """
         if not prompts or len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
         config = config or self.config.sampling
         guided = self.has_pair(config, negative)
         opposite = [negative] * len(prompts) if guided and self.guide is None else []
-        context, mask = self.encode([*opposite, *prompts])  # (2B, L, D) or (B, L, D)
+        contexts = StepContexts.of([*opposite, *prompts], self.encode)  # (2B, L, D) or (B, L, D) each
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
-        weak = None
+        run = RunSettings(progress, edit, trace, steer=steer)
         if guided and self.guide is not None:
-            weak, _ = self.guide.denoisers(*self.guide.encode(prompts), len(prompts))
-        return self.latents_from_context(context, mask, len(prompts), noise, config,
-                                         RunSettings(progress, edit, trace, weak))
+            times = times_of_run(self.schedule, config, run)
+            weak, _ = self.guide.denoisers_of_steps(StepContexts.of(prompts, self.guide.encode), len(prompts), times)
+            run = replace(run, weak=weak)
+        return self.latents_from_contexts(contexts, len(prompts), noise, config, run)
+
+    def latents_from_contexts(self, contexts: StepContexts, count: int, noise: Callable[[], torch.Tensor],
+                              config: SamplingConfig, run: RunSettings = RunSettings()) -> torch.Tensor:
+        """As ``latents_from_context``, from the contexts of all steps."""
+        if len(contexts.contexts) == 1:
+            return self.latents_from_context(*contexts.contexts[0], count, noise, config, run)
+        times = times_of_run(self.schedule, config, run)
+        denoisers = self.denoisers_of_steps(contexts, count, times, times, config)
+        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
+                              self.solver_config(config), run)
 
     def latents_from_context(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                              noise: Callable[[], torch.Tensor], config: SamplingConfig,
@@ -152,12 +176,12 @@ class TextToImage:
         place of the negative prompts."""
         times = times_of_run(self.schedule, config, run)
         watched = any(layer.watch is not None for layer in self.unet.cross_attentions())
-        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak):
+        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak or run.steer):
             latents = self.replay(context, mask, count, noise, config, times)
             for _ in run.progress(times):
                 pass
             return latents
-        denoisers = self.denoisers(context, mask, count, times, config)
+        denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times), config)
         return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
                               self.solver_config(config), run)
 
@@ -168,14 +192,14 @@ class TextToImage:
 
         def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor,
                    mask: torch.Tensor | None = None) -> torch.Tensor:
-            denoisers = self.denoisers(context, mask, count, times, config)
+            denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times), config)
             return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type,
                                   self.solver_config(config))
 
         kind = (repr(config), context.shape, mask is None, count, self.latent_shape)
         return self.runs(kind, sample, [context] if mask is None else [context, mask], noise)
 
-    def has_pair(self, config: SamplingConfig, negative: str | Prompt = "") -> bool:
+    def has_pair(self, config: SamplingConfig, negative: AnyPrompt = "") -> bool:
         """Whether a run with these settings makes two predictions, also for the negative prompt: it is guided, and the
         guidance is not folded into the denoiser. Raises ValueError for settings that a denoiser with folded guidance
         does not follow."""
@@ -185,7 +209,7 @@ class TextToImage:
             check_folded(config.guidance, self.config.scales)
         except ValueError as error:
             raise ValueError(f"guidance.{error}") from None
-        if (negative if isinstance(negative, str) else negative.text):
+        if text_of(negative):
             raise ValueError("a negative prompt; valid for a run whose guidance is folded into its denoiser: none")
         return False
 
@@ -227,6 +251,18 @@ class TextToImage:
 
         return bind(cond_cache), bind(doubled_cache)
 
+    def denoisers_of_steps(self, contexts: StepContexts, count: int, times: Sequence[float],
+                           known: Sequence[float] = (), config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
+        """As ``denoisers``, for a run along ``times`` whose steps have contexts of their own. The keys and values of a
+        context are computed when it is first read, and its deep features are those of its own calls. ``known``: what
+        ``denoisers`` calls times."""
+        @cache
+        def pair(place: int) -> tuple[Denoise, Denoise]:
+            return self.denoisers(*contexts.contexts[place], count, known, config)
+
+        return (lambda x_t, t: pair(contexts.place(times, t))[0](x_t, t),
+                lambda x_t, t: pair(contexts.place(times, t))[1](x_t, t))
+
     def encode(self, prompts: Sequence[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Context (B, L, D) of prompts and their padding mask (B, L), which is None if the denoiser sees padding.
 
@@ -266,8 +302,8 @@ class TextToImage:
             return (decode_tiled(self.autoencoder, latents) if self.tiled else decode(latents)).float()
 
     @torch.inference_mode()
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
-               negative: str = "", progress: Progress = iter) -> torch.Tensor:
+    def images(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int], config: SamplingConfig | None = None,
+               negative: AnyPrompt = "", progress: Progress = iter) -> torch.Tensor:
         """Samples (B, 3, H, W) uint8, one for each prompt and its seed; arguments as in ``latents``.
 
         Raises Refused with a decision for each sample: before sampling if a prompt is refused, and before anything
@@ -275,19 +311,20 @@ class TextToImage:
         """
         decisions = [Decision("allow")] * len(prompts)
         if self.moderation is not None:
-            opposite = [parse_prompt(negative, literal=True)] if negative else []
-            decisions = [self.moderation.check_prompt([parse_prompt(prompt, literal=True)], opposite, self.tokenizer)
+            opposite = [as_prompt(negative)] if negative else []
+            decisions = [self.moderation.check_prompt([as_prompt(prompt)], opposite, self.tokenizer)
                          for prompt in prompts]
             if any(decision.action == "block" for decision in decisions):
                 raise Refused(decisions)
         images = to_uint8(self.decode(self.latents(prompts, seeds, config, negative, progress))).cpu()
         if self.moderation is None:
             return images
-        judged = self.moderation.check_images(images, prompts)
+        judged = self.moderation.check_images(images, [text_of(prompt) for prompt in prompts])
         return blur_or_refuse(images, [most_severe(pair) for pair in zip(decisions, judged)])
 
-    def images_in_batches(self, prompts: Sequence[str], seeds: Sequence[int], config: SamplingConfig | None = None,
-                          negative: str = "", batch: int = 64, progress: Progress = iter) -> torch.Tensor:
+    def images_in_batches(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int],
+                          config: SamplingConfig | None = None, negative: AnyPrompt = "", batch: int = 64,
+                          progress: Progress = iter) -> torch.Tensor:
         """As ``images``, ``batch`` at a time; ``progress`` wraps the list of batch starts."""
         starts = list(range(0, len(prompts), batch))
         return torch.cat([self.images(prompts[i:i + batch], seeds[i:i + batch], config, negative)

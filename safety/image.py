@@ -17,6 +17,7 @@ import yaml
 from einops import rearrange, reduce
 
 from files.config import ConfigError, read_yaml
+from files.whole import write_text
 from safety.policy import ACTIONS, CATEGORIES, Action, Decision, Mode, action_in_mode, refusal
 
 EmbedImages = Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D)
@@ -84,11 +85,11 @@ def _concept(item: Mapping[str, Any]) -> Concept:
 
 
 def write_concepts(path: str | Path, concepts: Sequence[Concept]) -> None:
-    """Write concepts in the format of ``read_concepts``."""
+    """Write concepts in the format of ``read_concepts``, whole or not at all."""
     items = [{"name": c.name, "category": c.category, "phrasings": list(c.phrasings),
               "allowed": [list(one) for one in c.allowed], "action": c.action, "threshold": c.threshold}
              for c in concepts]
-    Path(path).write_text(yaml.safe_dump({"concepts": items}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_text(path, yaml.safe_dump({"concepts": items}, sort_keys=False, allow_unicode=True))
 
 
 def views(images: torch.Tensor) -> torch.Tensor:

@@ -3,16 +3,18 @@ import argparse
 from dataclasses import dataclass
 
 from sampling.engine import DrawSettings
-from sampling.flags import check_combination, check_limits, parser
+from sampling.flags import SAMPLERS, check_combination, check_limits, parser
 from sampling.limits import REFINEMENTS
 from sampling.loading import ModerationChoice, SourceFiles, SystemChoice
+from sampling.personal import PersonalFiles
 from sampling.plan import Plan
 
 
 @dataclass(frozen=True)
 class Command:
     """A command line, understood. out: the folder of the images, None for the one in the run. verify: files to draw
-    again instead."""
+    again instead. styles: "NAME" or "NAME:STRENGTH", of ``style_file`` or of the repository, which ``list_styles``
+    prints instead."""
 
     plan: Plan
     system: SystemChoice
@@ -22,6 +24,9 @@ class Command:
     out: str | None = None
     metadata: bool = True
     verify: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    style_file: str | None = None
+    list_styles: bool = False
 
 
 def parse(arguments: list[str]) -> Command:
@@ -38,7 +43,7 @@ def parse(arguments: list[str]) -> Command:
 def command_of(options: argparse.Namespace) -> Command:
     """The settings that the flags stand for."""
     same = ("negative", "literal", "chunks", "seed", "sampler", "steps", "guidance", "strength", "interpolate",
-            "to_seed")
+            "to_seed", "palette", "palette_weight", "palette_only")
     plan = Plan(prompts=options.prompt, file=options.prompts, count=options.n, settings=options.settings or (),
                 axes=options.xy or (), starts=bool(options.init), painted=bool(options.mask),
                 inverted=bool(options.invert), weak=bool(options.weak),
@@ -46,10 +51,18 @@ def command_of(options: argparse.Namespace) -> Command:
     refinements = REFINEMENTS if options.invert and options.refinements is None else options.refinements
     return Command(
         plan,
-        SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, options.weak, options.size,
-                     options.tiled, options.speed, options.decoder),
+        SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, sampler_of(options),
+                     options.variant, options.weak, options.size, options.tiled, options.speed, options.decoder,
+                     PersonalFiles(options.adapter or (), options.embedding or (), options.any_base)),
         SourceFiles(options.init, options.mask, options.invert, refinements),
         DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
                      options.attention),
         ModerationChoice(options.moderation, options.concepts, options.clip, options.audit and tuple(options.audit)),
-        options.out, not options.no_metadata, tuple(options.verify or ()))
+        options.out, not options.no_metadata, tuple(options.verify or ()),
+        tuple(options.style), options.style_file, options.styles)
+
+
+def sampler_of(options: argparse.Namespace) -> str | None:
+    """The sampler that the flags name, or the first of those along an axis; None for the system's own."""
+    along = [text.partition("=")[2].split(",")[0].strip() for text in options.xy or () if text.startswith("sampler=")]
+    return options.sampler or (along[0] if along and along[0] in SAMPLERS else None)

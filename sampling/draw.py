@@ -16,7 +16,9 @@ from diffusion.samplers import get_sampler
 from diffusion.sampling import Edit, RunSettings, check_sampling, visited_times
 from files.images import to_uint8
 from model.attention_maps import AttentionMaps, record_attention
-from pipeline.prompts import mix_contexts, pad_contexts
+from pipeline.palette import PaletteSteer, map_to_palette, parse_palette
+from pipeline.prompt_schedule import StepContexts
+from pipeline.prompts import Prompt, mix_contexts, pad_contexts
 from pipeline.system import TextToImage
 from sampling.request import Request
 
@@ -39,6 +41,7 @@ def check_requests(system: TextToImage, requests: Sequence[Request], sources: So
     """Raise ValueError now for what would stop the sampling later."""
     for kind in {request.kind: request for request in requests}.values():
         check_sampling(system.schedule, system.config.prediction_type, kind.config, kind.strength)
+        system.has_pair(kind.config, kind.read(kind.negative))
         sampler, eta = kind.config.sampler, kind.config.options.get("eta", 0.0)
         if sources.refinements is not None and (sampler != "ddim" or eta):
             raise ValueError(f"{sampler} with eta {eta} cannot be inverted; valid: ddim with eta 0, whose steps can be "
@@ -55,9 +58,7 @@ def check_requests(system: TextToImage, requests: Sequence[Request], sources: So
 
 def texts_of(requests: Sequence[Request]) -> list[str]:
     """Every prompt that these requests read, each once."""
-    texts = [text for request in requests for text in
-             (request.prompt, request.negative, *([request.toward.prompt] if request.toward else []))]
-    return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(text for request in requests for text in request.texts))
 
 
 def times_of(system: TextToImage, request: Request, sources: Sources) -> list[float]:
@@ -79,7 +80,15 @@ def latents_of_requests(system: TextToImage, requests: Sequence[Request], source
             return interpolated_latents(system, requests, progress, trace)
         return system.latents([request.read(request.prompt) for request in requests],
                               [request.seed for request in requests], first.config, first.read(first.negative),
-                              progress, edit_of(system, first.strength, sources, len(requests)), trace)
+                              progress, edit_of(system, first.strength, sources, len(requests)), trace,
+                              steer_of(system, first))
+
+
+def steer_of(system: TextToImage, request: Request) -> PaletteSteer | None:
+    """What moves the samples of a request towards its palette, None without one."""
+    if not request.palette or not request.palette_weight:
+        return None
+    return PaletteSteer(parse_palette(request.palette), system.decode, request.palette_weight)
 
 
 def edit_of(system: TextToImage, strength: float | None, sources: Sources, count: int) -> Edit | None:
@@ -93,9 +102,13 @@ def edit_of(system: TextToImage, strength: float | None, sources: Sources, count
     return Edit(x_0, strength, (1.0 - painted).to(x_0.device))
 
 
-def decode_images(system: TextToImage, latents: torch.Tensor, sources: Sources) -> torch.Tensor:
-    """uint8 (B, 3, f H, f W) of latents; where nothing was painted the pixels of the source, untouched."""
+def decode_images(system: TextToImage, latents: torch.Tensor, sources: Sources,
+                  request: Request | None = None) -> torch.Tensor:
+    """uint8 (B, 3, f H, f W) of latents; where nothing was painted the pixels of the source, untouched. If the request
+    has no colours but those of its palette, every painted pixel has the nearest of them."""
     images = to_uint8(system.decode(latents)).cpu()
+    if request is not None and request.palette_only:
+        images = map_to_palette(images, parse_palette(request.palette))
     if sources.paint is None or sources.image is None:
         return images
     return torch.where(sources.paint, images, sources.image)
@@ -106,22 +119,29 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     """Latents (B, C, H, W) on the way between two prompts and seeds: linear in the context, spherical in every draw of
     noise."""
     ends = [request.toward for request in requests if request.toward is not None]
-    config = requests[0].config
-    contexts = [mix_contexts(states_of(system, request, request.prompt), states_of(system, request, end.prompt),
-                             end.weight)
-                for request, end in zip(requests, ends, strict=True)]  # (n, D) each
-    if system.has_pair(config, requests[0].negative):
-        contexts = [states_of(system, requests[0], requests[0].negative)] * len(requests) + contexts
-    context, mask = pad_contexts(contexts)
+    first = requests[0]
+    config, count = first.config, len(requests)
+    guided = system.has_pair(config, first.read(first.negative))
+
+    def mixed(prompts: list[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The context (B, L, D), or (2B, L, D) under guidance, of B prompts, the B they go towards, and a negative."""
+        states = [states_of(system, prompt) for prompt in prompts]
+        way = [mix_contexts(states[k], states[count + k], end.weight) for k, end in enumerate(ends)]  # (n, D) each
+        return pad_contexts([*states[2 * count:] * count, *way])
+
+    contexts = StepContexts.of([*(request.read(request.prompt) for request in requests),
+                                *(first.read(end.prompt) for end in ends),
+                                *([first.read(first.negative)] if guided else [])], mixed)
     noises = [PerImageNoise(seeds, system.latent_shape, system.device) for seeds in
               ([request.seed for request in requests], [end.seed for end in ends])]
     noise = MixedNoise(noises[0], noises[1], [end.weight for end in ends])
-    return system.latents_from_context(context, mask, len(requests), noise, config, RunSettings(progress, trace=trace))
+    run = RunSettings(progress, trace=trace, steer=steer_of(system, first))
+    return system.latents_from_contexts(contexts, count, noise, config, run)
 
 
-def states_of(system: TextToImage, request: Request, text: str) -> torch.Tensor:
+def states_of(system: TextToImage, prompt: str | Prompt) -> torch.Tensor:
     """The context (n, D) of one prompt, without what the network does not see."""
-    context, mask = system.encode([request.read(text)])
+    context, mask = system.encode([prompt])
     return context[0] if mask is None else context[0][mask[0]]
 
 
@@ -130,15 +150,16 @@ def reconstruct(system: TextToImage, request: Request, sources: Sources, progres
     """Latents (1, C, H, W) of the source, inverted to noise by ``ddim_inversion`` and sampled from there by ``ddim``,
     the sampler of the request. Raises ValueError where there is no source."""
     config = request.config
-    guided = system.has_pair(config, request.negative)
-    context, mask = system.encode([request.read(request.negative)] * guided + [request.read(request.prompt)])
-    conditional, doubled = system.denoisers(context, mask, 1, config=config)
+    guided = system.has_pair(config, request.read(request.negative))
+    contexts = StepContexts.of([request.read(request.negative)] * guided + [request.read(request.prompt)],
+                               system.encode)
+    times = times_of(system, request, sources)
+    conditional, doubled = system.denoisers_of_steps(contexts, 1, times, config=config)
     kind = system.config.prediction_type
     if sources.image is None:
         raise ValueError("image: value None; valid: an image to invert")
     denoise = classifier_free_guidance(conditional, doubled, system.solver_config(config).guidance, system.schedule,
                                        kind)
-    times = times_of(system, request, sources)
     x_T = ddim_inversion(denoise, system.encode_images(sources.image[None]), times, system.schedule, kind,
                          sources.refinements or 0)
     return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, None, trace=trace,

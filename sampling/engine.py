@@ -12,6 +12,7 @@ import torch
 
 from model.attention_maps import AttentionMaps
 from pipeline.moderation import Moderation
+from pipeline.prompt_schedule import PromptSchedule
 from pipeline.system import TextToImage
 from safety.policy import Decision
 from sampling.draw import (
@@ -96,10 +97,20 @@ def gate_of(job: Job, moderation: Moderation) -> Gate:
     return Gate(moderation, job.system, job.requests, job.sources)
 
 
+def check_settings(job: Job, settings: DrawSettings) -> None:
+    """Raise ValueError for maps of attention to a prompt that changes: its tokens are others at every step."""
+    if settings.attention:
+        for request in job.requests:
+            if isinstance(request.read(request.prompt), PromptSchedule):
+                raise ValueError(f"--attention with the prompt {request.prompt!r}, which changes on the way; valid: a "
+                                 "prompt without [a|b] and [a:b:0.5]")
+
+
 def draw_samples(job: Job, gate: Gate, settings: DrawSettings = DrawSettings(),
                  after_step: Callable[[], object] = lambda: None) -> Iterator[Sample]:
     """Every request of the job as a sample: the refused ones first, then the others in the order of their batches.
     ``after_step`` is called after every step of a batch."""
+    check_settings(job, settings)
     for number in sorted(set(range(len(job.requests))) - set(gate.allowed)):
         yield Sample(number, job.requests[number], gate.of_prompts[number], gate.stage_of_refusal(number))
     for numbers in batches_of(job, gate, settings):
@@ -128,7 +139,7 @@ def draw_batch(job: Job, requests: Sequence[Request], settings: DrawSettings,
     trace: list[torch.Tensor] | None = [] if settings.frames else None
     maps = AttentionMaps(len(requests)) if settings.attention else None
     latents = latents_of_requests(job.system, requests, job.sources, progress, trace, maps)
-    return Drawing(decode_images(job.system, latents, job.sources), latents, trace, maps)
+    return Drawing(decode_images(job.system, latents, job.sources, requests[0]), latents, trace, maps)
 
 
 def sample_of(job: Job, gate: Gate, drawing: Drawing, place: int, settings: DrawSettings, refused: Sample) -> Sample:

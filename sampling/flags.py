@@ -2,23 +2,39 @@
 import argparse
 
 from safety.policy import MODES
-from sampling.limits import CHUNKS, LARGEST, LAST_SEED, MOST_CHUNKS, MOST_REFINEMENTS, REFINEMENTS, RUN, STRENGTH
+from sampling.limits import (
+    CHUNKS,
+    HEAVIEST_PALETTE,
+    LARGEST,
+    LAST_SEED,
+    MOST_CHUNKS,
+    MOST_REFINEMENTS,
+    PALETTE_WEIGHT,
+    REFINEMENTS,
+    RUN,
+    STRENGTH,
+)
 
 # names that modules define which take seconds to import; a test compares them
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
             "dpm_solver_sde", "unipc", "consistency", "lcm", "flow_euler", "flow_heun")
-SETTINGS = ("spacing", "offset", "reuse", "variance", "repeats", "eta", "clean_end", "order", "sigma_data",
-            "timestep_scaling", "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum",
-            "zero_init", "threshold", "threshold_limit")
-AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", *SETTINGS)
+SETTINGS = ("spacing", "offset", "reuse", "variance", "noisy_end", "repeats", "eta", "clean_end", "extrapolate",
+            "order", "solver_type", "lower_order_final", "euler_at_final", "third_order", "form", "uncorrected",
+            "sigma_data", "timestep_scaling", "method", "interval", "rescale", "apg_parallel", "apg_norm",
+            "apg_momentum", "zero_init", "threshold", "threshold_limit")
+AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", "palette_weight", *SETTINGS)
+THEMES = ("autumn", "ocean", "forest", "neon", "pastel", "sunset", "earth", "monochrome")
 CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
-         ("decoder", "tiled"), ("decoder", "pretrained"), ("weak", "negative"), ("weak", "interpolate"),
-         ("weak", "invert"), ("weak", "pretrained"))
-NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"))
-OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "init", "mask", "invert"}
+         ("decoder", "tiled"), ("decoder", "pretrained"), ("palette", "invert"), ("weak", "negative"),
+         ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"))
+NEEDS_ONE = (("any_base", ("adapter", "embedding")),)
+NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
+         ("palette_weight", "palette"), ("palette_only", "palette"), ("variant", "pretrained"))
+OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "variant", "init", "mask", "invert",
+             "adapter", "embedding"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,13 +50,20 @@ def parser() -> argparse.ArgumentParser:
     add("--chunks", type=int, default=CHUNKS, metavar="K", help="contexts that a long prompt may fill before it is cut "
         "(%(default)s)")
     add = parser.add_argument_group("model").add_argument
-    add("--run", metavar="DIR", help=f"run folder ({RUN})")
+    add("--run", metavar="DIR", help=f"run folder ({RUN} where it is, else the weights that come with the "
+        "repository)")
     add("--pretrained", metavar="PATH", help="a published Stable Diffusion 1.x or 2.x instead of a run: a diffusers "
         "folder, or a single .safetensors or .ckpt file")
     add("--tokenizer", metavar="DIR", help="vocab.json and merges.txt for a single file (tokenizer/ beside it)")
-    add("--prediction", choices=("epsilon", "v_prediction"), help="what a single file of 2.x predicts, which it does "
-        "not say")
+    add("--prediction", choices=("epsilon", "v_prediction"), help="what the network predicts, where a single file does "
+        "not say it, or in place of what a checkpoint says")
+    add("--variant", metavar="NAME", help="fp16 and the like: which weights of a diffusers folder that has them twice")
+    add("--adapter", nargs="+", metavar="FILE[:SCALE]", help="LoRA and its kin, merged at this scale (1): .safetensors "
+        "of kohya, PEFT, diffusers or the stage lora, or its run folder")
+    add("--embedding", nargs="+", metavar="FILE", help="words that were learned from images: .safetensors, .pt or .bin")
+    add("--any-base", action="store_true", help="use adapters and embeddings of another base")
     add_sampling(parser)
+    add_colours(parser)
     add_editing(parser)
     add_moderation(parser)
     add = parser.add_argument_group("output").add_argument
@@ -73,6 +96,21 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "rounding that is measured in docs/performance.md (%(default)s)")
     add("--batch", type=int, help="images computed at a time (64, with --pretrained 1)")
     add("--exact", action="store_true", help="bytes that do not depend on --batch: one image at a time")
+
+
+def add_colours(parser: argparse.ArgumentParser) -> None:
+    """The flags of styles and palettes."""
+    add = parser.add_argument_group("styles and colours").add_argument
+    add("--style", nargs="+", default=[], metavar="NAME[:STRENGTH]", help="draw in these styles, one after the other; "
+        "one of them may have a strength between 0 and 1")
+    add("--style-file", metavar="FILE", help="styles as YAML, as a web interface's styles.csv, or as Fooocus' JSON "
+        "(configs/styles.yaml)")
+    add("--styles", action="store_true", help="list the styles and stop")
+    add("--palette", default="", metavar="COLOURS", help="colours such as \"#1b3a4b,#f2c14e:0.5\" (a number is a "
+        f"share of the image), a theme ({', '.join(THEMES)}), or an image file to take them from")
+    add("--palette-weight", type=float, metavar="W", help=f"how strongly samples are drawn to the palette, 0 to "
+        f"{HEAVIEST_PALETTE:g} ({PALETTE_WEIGHT}, with --palette-only 0)")
+    add("--palette-only", action="store_true", help="afterwards give every pixel the nearest colour of the palette")
 
 
 def add_editing(parser: argparse.ArgumentParser) -> None:
@@ -119,6 +157,9 @@ def check_combination(options: argparse.Namespace, given: set[str]) -> None:
     for name, needed in NEEDS:
         if name in given and needed not in given:
             raise ValueError(f"{flag(name)} without {flag(needed)}; valid: both")
+    for name, needed_one in NEEDS_ONE:
+        if name in given and not given & {*needed_one}:
+            raise ValueError(f"{flag(name)} without {' or '.join(map(flag, needed_one))}; valid: both")
     if options.n > 1 and (options.invert or options.interpolate):
         raise ValueError(f"--n with {flag('invert' if options.invert else 'interpolate')}; valid: one of them")
 
@@ -127,9 +168,9 @@ def check_limits(options: argparse.Namespace) -> None:
     """Raise ValueError for a number out of its range."""
     limits = {"n": (1, LARGEST), "batch": (1, LARGEST), "chunks": (1, MOST_CHUNKS), "frames": (1, 1000),
               "refinements": (0, MOST_REFINEMENTS), "interpolate": (2, LARGEST), "seed": (0, LAST_SEED),
-              "to_seed": (0, LAST_SEED)}
+              "to_seed": (0, LAST_SEED), "palette_weight": (0, HEAVIEST_PALETTE)}
     for name, (low, high) in limits.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            most = "2^62 - 1" if high == LAST_SEED else high
+            most = "2^32 - 1, all that the generator reads" if high == LAST_SEED else high
             raise ValueError(f"{flag(name)} {value}; valid: {low} to {most}")

@@ -55,7 +55,7 @@ class Gate:
 def decision_on_prompts(moderation: Moderation, request: Request, system: TextToImage,
                         silent: bool = False) -> Decision:
     """The decision on everything that a request conditions on: its prompt, the one it goes towards, and what it pushes
-    away from. ``silent``: there may be no prompt."""
+    away from, each with all that it changes to on the way. ``silent``: there may be no prompt."""
     prompts = [request.prompt, *([request.toward.prompt] if request.toward else [])]
     negatives = [request.read(request.negative)] if request.negative else []
     if silent and not request.prompt and not negatives:

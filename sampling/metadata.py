@@ -10,6 +10,7 @@ from files.whole import sha256_of
 from pipeline.system import Decoder, Speed, TextToImage
 from sampling.limits import MOST_REFINEMENTS
 from sampling.loading import SourceFiles, SystemChoice
+from sampling.personal import AdapterFile, LearnedFile, learned_files
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Call:
     decoder: Decoder = "full"
     exact: Exact | None = None
     weak: Guide | None = None
+    adapters: tuple[AdapterFile, ...] = ()
+    embeddings: tuple[LearnedFile, ...] = ()
     init: SourceFile | None = None
     mask: SourceFile | None = None
     invert: SourceFile | None = None
@@ -74,12 +77,14 @@ def weight_hashes(system: TextToImage) -> dict[str, str]:
 
 def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFiles, exact: bool) -> dict[str, Any]:
     """The metadata that the images of a call share; defaults are omitted."""
-    call = Call(weight_hashes(system), run=None if choice.pretrained else choice.path.name,
+    adapters, embeddings = learned_files(choice.personal)
+    call = Call(weight_hashes(system), run=None if choice.pretrained else choice.name,
                 pretrained=choice.path.name if choice.pretrained else None, size=choice.size, tiled=choice.tiled,
                 speed=system.speed, decoder=choice.decoder,
                 exact=Exact(torch.get_num_threads()) if exact else None,
                 weak=Guide(Path(choice.weak or "").name, weight_hashes(system.guide)) if system.guide else None,
+                adapters=adapters, embeddings=embeddings,
                 init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
                 invert=SourceFile.of(files.invert), refinements=files.refinements if files.invert else None)
-    return {key: value for key, value in to_dict(call).items() if value not in (None, False)
+    return {key: value for key, value in to_dict(call).items() if value not in (None, False, [])
             and (key, value) not in (("speed", "exact"), ("decoder", "full"))}

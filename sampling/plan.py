@@ -2,12 +2,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 from diffusion.sampling import SamplingConfig
+from files.text import read_lines
+from pipeline.palette import parse_palette
 from pipeline.prompts import alternatives
 from pipeline.system import with_options
-from sampling.limits import CHUNKS, LARGEST, STRENGTH
+from sampling.limits import CHUNKS, LARGEST, PALETTE_WEIGHT, STRENGTH
 from sampling.request import Request, cross, interpolate, parse_axis, with_settings
 
 
@@ -18,7 +20,8 @@ class Plan:
     prompts: as they were written, before their alternatives are spelt out; ``file`` holds more, one a line. count:
     images of each prompt, with ``seed`` and the seeds after it. sampler, steps, guidance: in place of the system's own,
     where they are given. settings: "NAME=VALUE" for the others. strength: None for the default of what is started from.
-    interpolate: images on the way to ``to_seed``. axes: "NAME=A,B" for a grid.
+    palette, palette_weight, palette_only: colours, how strongly samples are drawn to them, and whether there are no
+    others. interpolate: images on the way to ``to_seed``. axes: "NAME=A,B" for a grid.
     starts: from an image; painted: with a mask; inverted: an image is inverted; weak: by autoguidance.
     """
 
@@ -34,6 +37,9 @@ class Plan:
     guidance: float | None = None
     settings: Sequence[str] = ()
     strength: float | None = None
+    palette: str = ""
+    palette_weight: float | None = None
+    palette_only: bool = False
     interpolate: int | None = None
     to_seed: int | None = None
     axes: Sequence[str] = ()
@@ -48,11 +54,7 @@ def read_prompts(plan: Plan) -> list[str]:
     there are none or too many, and for one that is not text."""
     prompts = list(plan.prompts)
     if plan.file is not None:
-        try:
-            lines = Path(plan.file).read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{plan.file} is not a text file in UTF-8") from None
-        prompts += [line.strip() for line in lines if line.strip()]
+        prompts += [line.strip() for line in read_lines(plan.file) if line.strip()]
         if not prompts:
             raise ValueError(f"{plan.file} holds no prompt; valid: a text file with one prompt a line")
     if not prompts and (plan.inverted or any(axis.startswith("prompt=") for axis in plan.axes)):
@@ -77,7 +79,8 @@ def requests_of_plan(plan: Plan, prompts: Sequence[str], base: SamplingConfig) -
     strength = None
     if plan.starts:
         strength = plan.strength if plan.strength is not None else 1.0 if plan.painted else STRENGTH
-    first = Request(prompts[0], plan.seed, config, plan.negative, strength, literal=plan.literal, chunks=plan.chunks)
+    first = Request(prompts[0], plan.seed, config, plan.negative, strength, literal=plan.literal, chunks=plan.chunks,
+                    **palette_of_plan(plan))
     if plan.axes:
         return crossed_requests(plan, prompts, first)
     config = with_settings(config, plan.settings)
@@ -94,6 +97,14 @@ def requests_of_plan(plan: Plan, prompts: Sequence[str], base: SamplingConfig) -
     return [replace(first, prompt=prompt, seed=plan.seed + k, config=config) for k, prompt in enumerate(repeated)]
 
 
+def palette_of_plan(plan: Plan) -> dict[str, Any]:
+    """The palette of every request, by its colours: an image that they were taken from is not needed again."""
+    if not plan.palette:
+        return {}
+    weight = plan.palette_weight if plan.palette_weight is not None else 0.0 if plan.palette_only else PALETTE_WEIGHT
+    return {"palette": parse_palette(plan.palette).text, "palette_weight": weight, "palette_only": plan.palette_only}
+
+
 def crossed_requests(plan: Plan, prompts: Sequence[str], first: Request) -> list[Request]:
     """The cells of an X/Y grid."""
     axes = [parse_axis(text) for text in plan.axes]
@@ -105,6 +116,8 @@ def crossed_requests(plan: Plan, prompts: Sequence[str], first: Request) -> list
                          "prompt=ONE|ANOTHER as a parameter")
     if "strength" in names and not plan.starts:
         raise ValueError("--xy strength without --init; valid: both")
+    if "palette_weight" in names and not plan.palette:
+        raise ValueError("--xy palette_weight without --palette; valid: both")
     if "negative" in names and plan.weak:
         raise ValueError("--xy negative with --weak; valid: one of them")
     if "prompt" in names and (plan.prompts or plan.file):

@@ -4,19 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
+from diffusion.noise import check_seed
 from diffusion.samplers import SAMPLERS
 from diffusion.sampling import OLDER_OPTIONS, SamplingConfig, with_sampler
 from diffusion.spacing import Spacing
 from files.config import ConfigError, from_dict, to_dict
-from pipeline.prompts import Prompt, parse_prompt
+from pipeline.palette import parse_palette
+from pipeline.prompt_schedule import NOTATION, WEIGHTS_ONLY, PromptSchedule, has_later_signs, read_prompt
+from pipeline.prompts import Prompt, split_options
 from pipeline.system import with_options
-from sampling.limits import CHUNKS, LAST_SEED, MOST_CHUNKS
-
-
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless a generator takes this seed."""
-    if not 0 <= seed <= LAST_SEED:
-        raise ValueError(f"seed: value {seed}; valid: 0 to 2^62 - 1")
+from sampling.limits import CHUNKS, HEAVIEST_PALETTE, MOST_CHUNKS, PALETTE_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,8 @@ class Toward:
 
 @dataclass(frozen=True)
 class Request:
-    """One image. ``strength`` is None for one that starts from noise; prompts are as they were written."""
+    """One image. ``strength`` is None for one that starts from noise; prompts are as they were written, in a version of
+    the ``notation``."""
 
     prompt: str
     seed: int
@@ -45,24 +43,42 @@ class Request:
     toward: Toward | None = None
     literal: bool = False
     chunks: int = CHUNKS
+    notation: int = NOTATION
+    palette: str = ""  # colours with their shares, see `pipeline/palette.py`
+    palette_weight: float = PALETTE_WEIGHT
+    palette_only: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        if self.palette:
+            parse_palette(self.palette)
+        if not 0 <= self.palette_weight <= HEAVIEST_PALETTE:
+            raise ValueError(f"palette_weight: value {self.palette_weight}; valid: 0 to {HEAVIEST_PALETTE:g}")
+        if self.notation not in (WEIGHTS_ONLY, NOTATION):
+            raise ValueError(f"notation: value {self.notation}; valid: {WEIGHTS_ONLY} or {NOTATION}")
         if not 1 <= self.chunks <= MOST_CHUNKS:
             raise ValueError(f"chunks: value {self.chunks}; valid: 1 to {MOST_CHUNKS}")
 
     @property
     def kind(self) -> tuple:
         """What images must share to be drawn in one batch."""
-        return self.config, self.negative, self.strength, self.toward is None
+        return (self.config, self.negative, self.strength, self.toward is None, self.palette, self.palette_weight,
+                self.palette_only)
 
-    def read(self, text: str) -> Prompt:
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every prompt of the request, as it was written."""
+        return self.prompt, self.negative, *([self.toward.prompt] if self.toward else [])
+
+    def read(self, text: str) -> Prompt | PromptSchedule:
         """A prompt of this request with its signs understood; raises ValueError for signs that do not fit."""
-        return parse_prompt(text, self.chunks, self.literal)
+        return read_prompt(text, self.config.steps, self.chunks, self.literal, self.notation)
 
 
-SAMPLING = tuple(field.name for field in fields(SamplingConfig))
-OF_CONFIG = {*SAMPLING, *OLDER_OPTIONS}  # the keys of metadata that describe the sampling, in files of any version
+OMITTED = {"grid": None, "reuse": 1}  # settings that are not in metadata at these values; older files lack them
+SAMPLING = tuple(field.name for field in fields(SamplingConfig) if field.name not in OMITTED)
+# the keys of metadata that describe the sampling, in files of any version
+OF_CONFIG = {*SAMPLING, *OMITTED, *OLDER_OPTIONS}
 OWN = tuple(field.name for field in fields(Request) if field.name != "config")
 
 
@@ -70,6 +86,9 @@ def settings_of(request: Request) -> dict[str, Any]:
     """The metadata of a request. Every option of the sampler is there; of the request itself defaults are omitted."""
     settings: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed, "negative": request.negative,
                                 **to_dict(request.config), "options": request.config.complete_options}
+    for name, default in OMITTED.items():
+        if settings[name] == default:
+            del settings[name]
     if request.strength is not None:
         settings["strength"] = request.strength
     if request.toward is not None:
@@ -78,6 +97,11 @@ def settings_of(request: Request) -> dict[str, Any]:
         settings["literal"] = True
     if request.chunks != CHUNKS:
         settings["chunks"] = request.chunks
+    if request.palette:
+        settings |= {"palette": request.palette, "palette_weight": request.palette_weight,
+                     "palette_only": request.palette_only}
+    if request.notation != WEIGHTS_ONLY and not request.literal and any(map(has_later_signs, request.texts)):
+        settings["notation"] = request.notation  # older files have the same signs, which were text then
     return settings
 
 
@@ -86,8 +110,11 @@ def request_of(settings: dict[str, Any]) -> Request:
     required = {*SAMPLING} - {"options"} | {*OLDER_OPTIONS} if is_older(settings) else SAMPLING
     if missing := sorted(key for key in required if key not in settings):
         raise ConfigError(f"missing key '{missing[0]}'")
-    return from_dict(Request, {"config": {key: settings[key] for key in settings if key in OF_CONFIG},
-                               **{key: settings[key] for key in OWN if key in settings}})
+    request = from_dict(Request, {"config": {key: settings[key] for key in settings if key in OF_CONFIG},
+                                  **{key: settings[key] for key in OWN if key in settings}})
+    if "notation" not in settings and not request.literal and any(map(has_later_signs, request.texts)):
+        return replace(request, notation=WEIGHTS_ONLY)
+    return request
 
 
 def is_older(settings: dict[str, Any]) -> bool:
@@ -120,7 +147,7 @@ def parse_span(text: str) -> tuple[float, float] | None:
 
 
 OF_REQUEST: dict[str, Callable[[str], Any]] = {"seed": int, "strength": float, "prompt": str, "negative": str,
-                                               "chunks": int}
+                                               "chunks": int, "palette_weight": float}
 OF_GUIDANCE: dict[str, Callable[[str], Any]] = {
     "method": str, "interval": parse_span, "rescale": float, "apg_parallel": float, "apg_norm": float,
     "apg_momentum": float, "zero_init": float, "threshold": float, "threshold_limit": float}
@@ -157,14 +184,17 @@ def value_text(value: Any) -> str:
 
 
 def parse_axis(text: str) -> Axis:
-    """``steps=5,10,20``; texts with commas in them are separated by |: ``prompt=a red star|a moon, at night``.
+    """``steps=5,10,20``; texts with commas in them are separated by |: ``prompt=a red star|a moon, at night``. In
+    square brackets, and after a backslash, | does not separate.
 
     Raises ValueError for another parameter and for values that are none of it.
     """
     name, equals, values = text.partition("=")
     if not equals or name not in AXES:
         raise ValueError(f"--xy {text}; valid: PARAMETER=VALUE,VALUE with one of {', '.join(AXES)}")
-    words = [word.strip() for word in values.split("|" if "|" in values or name in ("prompt", "negative") else ",")]
+    options = (split_options(values) if name in ("prompt", "negative") else
+               values.split("|" if "|" in values else ","))
+    words = [word.strip() for word in options]
     try:
         return Axis(name, tuple(AXES[name](word) for word in words))
     except ValueError:

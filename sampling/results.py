@@ -10,13 +10,16 @@ import torch
 from tqdm import tqdm
 
 from files.images import png_bytes, save_bytes
+from files.run_folder import read_metrics
+from files.whole import try_lock
 from pipeline.moderation import decision_row, reason_text
-from pipeline.prompts import chunks_of
+from pipeline.prompts import Prompt, chunks_of
 from sampling.engine import Job, Sample
 from sampling.request import Request, settings_of
 from sampling.sheets import save_attention, save_frames
 
 RESULTS = "results.jsonl"
+NUMBERED = re.compile(r"(\d{5,})_")  # how the name of an image begins
 GREY = 128  # of the cell that stands for an image that is not there
 
 
@@ -26,17 +29,36 @@ def file_name(request: Request, number: int) -> str:
     return f"{number:05d}_{words or 'empty'}_seed{request.seed}.png"
 
 
+def next_number(results: Path) -> int:
+    """The number of the next image in the folder of ``results``: one more than any in its lines or in names of files
+    beside it."""
+    rows = [row.get("number") for row in read_metrics(results) if isinstance(row, dict)]
+    names = [int(match[1]) for path in results.parent.iterdir() if (match := NUMBERED.match(path.name))]
+    return max([-1, *names, *(number for number in rows if isinstance(number, int))]) + 1
+
+
 class Results:
     """A line of JSON for each request, written when it is known: number, seed, file or null, action, category, message.
-    No word of a prompt is in it but in the name of a file that was written. ``checks`` says what was looked at."""
+    No word of a prompt is in it but in the name of a file that was written. ``checks`` says what was looked at.
+
+    The lines of earlier calls stay, and the numbers of this call begin with ``first``, after theirs. The file is locked
+    until it is closed; raises ValueError while another call writes to it.
+    """
 
     def __init__(self, path: Path, checks: Sequence[str] = ()):
         self.path, self.checks = path, list(checks)
-        self._file: IO[str] = open(path, "w", encoding="utf-8")
+        self._file: IO[str] = open(path, "a", encoding="utf-8")
+        if not try_lock(self._file):
+            self._file.close()
+            raise ValueError(f"another call writes its images to {path.parent}; valid: --out with another folder, or "
+                             "wait for it")
+        self.first = next_number(path)
+        if path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # the end of a call that was killed
 
     def add(self, sample: Sample, file: Path | None) -> None:
         """Append what became of a request; ``file`` None when nothing was written."""
-        row: dict[str, Any] = {"number": sample.number, "seed": sample.request.seed,
+        row: dict[str, Any] = {"number": self.first + sample.number, "seed": sample.request.seed,
                                "file": file.name if file else None, "checked": self.checks,
                                **decision_row(sample.decision, sample.stage)}
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -48,7 +70,8 @@ class Results:
 
 
 class SampleFolder:
-    """The folder ``out`` of a call, as a context. Refusals are said on stderr.
+    """The folder ``out`` of a call, as a context. No file in it is written over: its numbers go on where those of
+    earlier calls end. Refusals are said on stderr.
 
     shared: metadata of all its images, None to leave none in them. kept: of how many images the pixels are kept, for
     an overview.
@@ -63,17 +86,18 @@ class SampleFolder:
 
     def add(self, sample: Sample) -> None:
         """Write the files of a sample and its line."""
+        number = self.results.first + sample.number
         if sample.error is not None:
             tqdm.write(sample.error, file=sys.stdout)
         if sample.image is None:
-            print(f"image {sample.number}: {sample.decision.message}{reason_text(sample.decision)}", file=sys.stderr)
+            print(f"image {number}: {sample.decision.message}{reason_text(sample.decision)}", file=sys.stderr)
             self.refused.add(sample.number)
             self.results.add(sample, None)
             return
-        path = self.out / file_name(sample.request, sample.number)
+        path = self.out / file_name(sample.request, number)
         marked = {"moderation": sample.decision.action} if sample.decision.action != "allow" else {}
         settings = None if self.shared is None else {**settings_of(sample.request), **self.shared, **marked}
-        save_bytes(png_bytes(sample.image, settings), path)
+        save_bytes(png_bytes(sample.image, settings), path, new=True)
         self.results.add(sample, path)
         self._grey = torch.full_like(sample.image, GREY)
         if sample.number < self.kept:
@@ -85,11 +109,14 @@ class SampleFolder:
         if sample.frames is not None:
             decision = sample.frames.decision
             if decision.action in ("blur", "block"):
-                print(f"frames of image {sample.number}: {decision.message}{reason_text(decision)}", file=sys.stderr)
+                print(f"frames of image {self.results.first + sample.number}: {decision.message}"
+                      f"{reason_text(decision)}", file=sys.stderr)
             else:
                 save_frames(sample.frames.images, sample.frames.labels, path)
         if sample.attention is not None:
-            words = chunks_of(sample.request.read(sample.request.prompt), self.job.system.tokenizer).words
+            prompt = sample.request.read(sample.request.prompt)
+            assert isinstance(prompt, Prompt)  # check_settings has refused others
+            words = chunks_of(prompt, self.job.system.tokenizer).words
             save_attention(words, sample.attention, image, path)
 
     def overview(self) -> torch.Tensor | None:

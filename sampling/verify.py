@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 
 from files.config import from_dict
-from files.images import parameters_of, png_bytes
+from files.images import parameters_of, png_bytes, read_image
 from files.whole import sha256_of
 from pipeline.moderation import blur_image
 from sampling.draw import check_requests, decode_images, exact_arithmetic, latents_of_requests
 from sampling.loading import SourceFiles, SystemChoice, load_system, read_sources
 from sampling.metadata import Call, shared_settings, weight_hashes
+from sampling.personal import files_to_verify
 from sampling.request import OF_CONFIG, OWN, is_older, older_settings_of, request_of, settings_of
 
 
@@ -30,15 +31,19 @@ def verify(path: str, given: SystemChoice, files: SourceFiles) -> tuple[bool, st
     except ValueError as error:
         raise ValueError(f"{path} holds settings that cannot be drawn: {error}") from None
     choice, files = choice_of(path, call, given), files_of(path, call, files)
-    system = load_system(choice)
+    system = load_system(replace(choice, sampler=request.config.sampler))
     check_weights(path, call.weights, weight_hashes(system), choice.path)
     if call.weak and system.guide:
         check_weights(path, call.weak.weights, weight_hashes(system.guide), Path(choice.weak or ""))
-    sources = read_sources(files)
+    sources = read_sources(files, choice)
     with exact_arithmetic(call.exact.threads if call.exact else torch.get_num_threads()):
         check_requests(system, [request], sources)
-        image = decode_images(system, latents_of_requests(system, [request], sources), sources)[0]
+        image = decode_images(system, latents_of_requests(system, [request], sources), sources,
+                              request)[0]
         settings = older_settings_of(request) if is_older(stored) else settings_of(request)
+        if "options" in settings:  # an older version may have known fewer options, and all others at their defaults
+            settings["options"] = {name: value for name, value in settings["options"].items()
+                                   if name in stored["options"]}
         marked = {"moderation": call.moderation} if call.moderation else {}
         again = png_bytes(blur_image(image) if call.moderation == "blur" else image,
                           {**settings, **shared_settings(system, choice, files, call.exact is not None), **marked})
@@ -65,7 +70,9 @@ def choice_of(path: str, call: Call, given: SystemChoice) -> SystemChoice:
     if given.weak and not call.weak:
         raise ValueError(f"{path} was not made with --weak; valid: --verify without it")
     run = given.run or (None if given.pretrained else str(Path("runs") / Path(call.run or "").name))
-    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed, decoder=call.decoder)
+    personal = files_to_verify(path, call.adapters, call.embeddings, given.personal)
+    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed, decoder=call.decoder,
+                   personal=personal)
 
 
 def files_of(path: str, call: Call, given: SourceFiles) -> SourceFiles:
@@ -87,8 +94,9 @@ def compare(path: str, again: bytes, exact: bool) -> tuple[bool, str]:
     data = Path(path).read_bytes()
     if data == again:
         return True, f"{path}: equal, {len(data)} bytes"
-    with Image.open(path) as first, Image.open(io.BytesIO(again)) as second:
-        a, b = (np.asarray(image.convert("RGB")).astype(int) for image in (first, second))
+    a = read_image(path).permute(1, 2, 0).numpy().astype(int)
+    with Image.open(io.BytesIO(again)) as second:
+        b = np.asarray(second.convert("RGB")).astype(int)
     if a.shape != b.shape:
         return False, f"{path}: not equal, it has {a.shape[:2]} pixels and {b.shape[:2]} are drawn"
     if (a == b).all():

@@ -1,5 +1,7 @@
 """One evaluation from beginning to end: prompts, samples, measurements, the report."""
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from eval.compare import check_protocols, comparison_table, read_figures
 from files.images import to_uint8, to_unit
 from files.pages import markdown_table, page
 from files.run_folder import RunFolder
-from files.whole import write_text
+from files.whole import free_path, write_text
 from pipeline.loading import load_run
 from pipeline.system import TextToImage, with_options
 from scoring.distances import distance_part
@@ -34,6 +36,9 @@ from scoring.settings import EvaluationSettings
 from scoring.shapes import best_guidance, shapes_part
 from training.distributed import Processes
 from training.experiment import Experiment, load_experiment
+from training.same_data import data_change
+
+CACHE = "cache"  # of samples, inside the folder of the report
 
 
 def evaluate_run(settings: EvaluationSettings, processes: Processes) -> str:
@@ -43,16 +48,23 @@ def evaluate_run(settings: EvaluationSettings, processes: Processes) -> str:
     ValueError before anything is sampled.
     """
     run = RunFolder.open(settings.run)
+    if settings.reference and Path(settings.reference).resolve().is_relative_to((run.path / "report").resolve()):
+        raise ValueError(f"--reference {settings.reference}: images are written there; valid: a folder outside of "
+                         f"{run.path / 'report'}")
     for other in settings.compare:
         read_figures(other)
     system = load_run(run.path, processes.device(), moderation=None)  # the captions are those of the data set
     experiment = load_experiment(run.path / "config.yaml")
-    store = SampleStore(system, run.path / "report" / "cache", settings.precision, processes)
+    store = SampleStore(system, run.path / "report" / CACHE, settings.precision, processes)
     test, validation = evaluation_prompts(experiment, settings)
     settings.check_scales(can_choose=bool(validation.facts))
     comparison = None
     protocol: dict[str, Any] = {}
     if processes.main:
+        differs = data_change(experiment.data, run)
+        if differs:
+            print(f"data: not what this run was trained on ({differs}); the figures are of the data as it is now",
+                  file=sys.stderr)
         comparison = load_comparison(settings, experiment, test, system.device) if settings.full else None
         protocol = comparable_protocol(settings, experiment, test, comparison)
         for other in settings.compare:
@@ -61,8 +73,30 @@ def evaluate_run(settings: EvaluationSettings, processes: Processes) -> str:
     if not processes.main:
         return ""
     protocol |= sampling_protocol(settings, samples, store)
+    kept = set_other_report_aside(run.path / "report", protocol)
     parts = measure(system, experiment, samples, comparison, run.path / "report")
-    return write_report(run, parts, protocol, settings.compare)
+    note = f"the report that was there was measured otherwise; it is now {kept}\n" if kept else ""
+    return note + write_report(run, parts, protocol, settings.compare)
+
+
+def set_other_report_aside(folder: Path, protocol: dict[str, Any]) -> Path | None:
+    """Move the report in ``folder`` to a numbered folder beside it if it was measured in another way than ``protocol``
+    says, and return where it is now. What only the command line says, such as which runs it is compared with, does not
+    count. The cache of samples stays."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    try:
+        known = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["protocol"]
+        if {**known, "command": None} == {**protocol, "command": None}:
+            return None
+    except (ValueError, KeyError, TypeError):
+        pass  # whatever that is, it is kept
+    kept = free_path(folder)
+    kept.mkdir()
+    for path in sorted(folder.iterdir()):
+        if path.name != CACHE:
+            os.rename(path, kept / path.name)
+    return kept
 
 
 def load_comparison(settings: EvaluationSettings, experiment: Experiment, test: Prompts,
@@ -70,7 +104,7 @@ def load_comparison(settings: EvaluationSettings, experiment: Experiment, test: 
     """What the full suite compares with. Raises ValueError for weights or images that cannot be used."""
     squares = experiment.data.squares
     if settings.reference is not None:
-        reference = folder_reference(settings.reference, test.images[0].shape[1:])
+        reference = folder_reference(settings.reference, test.images[0].shape[1:], experiment.data.max_pixels)
     else:
         about = f"{hash_of_data(experiment)} {hash_of_images(test.images)}"  # the settings, and the pixels they give
         reference = split_reference(build_source(squares, "test"), test.seeds[-1] + 1, about)

@@ -63,17 +63,18 @@ def load_judges(inception: str | None, clip: str | None, run: Path, device: torc
     return Judges(features, ClipVectors.of_run(clip, device) if ours else ClipVectors.from_pretrained(clip, device))
 
 
-def folder_reference(folder: str, size: torch.Size) -> ReferenceImages:
-    """The images of a folder. Raises ValueError unless there are at least 16, all of the ``size`` (H, W)."""
-    files = image_files(folder)[:REFERENCE]
-    shape = next(image_file_batches(files[:1])).shape[2:]
+def folder_reference(folder: str, size: torch.Size, max_pixels: int) -> ReferenceImages:
+    """The images of a folder, of up to ``max_pixels`` each. Raises ValueError unless there are at least 16, all of the
+    ``size`` (H, W)."""
+    files = image_files(folder, max_pixels)[:REFERENCE]
+    shape = next(image_file_batches(files[:1], max_pixels=max_pixels)).shape[2:]
     if shape != size:
         raise ValueError(f"--reference {folder}: images of {shape[0]}x{shape[1]}; valid: {size[0]}x{size[1]}, "
                          "the size of the samples")
     if len(files) < LEAST:
         raise ValueError(f"--reference {folder}: {len(files)} images; valid: from {LEAST} up")
-    return ReferenceImages(lambda: image_file_batches(files), f"{len(files)} images of {Path(folder).name}",
-                           hash_of_files(files))
+    return ReferenceImages(lambda: image_file_batches(files, max_pixels=max_pixels),
+                           f"{len(files)} images of {Path(folder).name}", hash_of_files(files))
 
 
 def split_reference(source: Source, first: int, data: str) -> ReferenceImages:

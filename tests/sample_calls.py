@@ -36,5 +36,5 @@ def given_images(folder: Path) -> dict[str, str]:
     Image.fromarray(mask[:16]).save(folder / "SMALL.png")
     (folder / "TEXT.png").write_text("no image")
     (folder / "CUT.png").write_bytes((folder / "INIT.png").read_bytes()[:900])
-    Image.fromarray(np.zeros((32, 32), dtype=np.uint16)).save(folder / "DEEP.png")
+    Image.fromarray(np.zeros((32, 32), dtype=np.float32)).save(folder / "DEEP.tif")
     return {path.stem: str(path) for path in folder.iterdir()}

@@ -195,7 +195,8 @@ def test_overrides_that_are_refused(override, message):
     ("sampling.guidance.scale=-1", "sampling.guidance.scale: value -1.0; valid: "),
     ("stages=[denoiser, tokenizer]", "stages: ['denoiser', 'tokenizer']; valid: some of tokenizer"),
     ("stages=[]", "stages: []; valid: some of"),
-    ("seed=-1", "seed: -1; valid: 0 to"),
+    ("seed=-1", "seed: value -1; valid: 0 to"), ("seed=4294967296", "seed: value 4294967296; valid: 0 to 2^32 - 1"),
+    ("clip.seed=4294967297", "clip.seed: value 4294967297; valid: 0 to 2^32 - 1"),
     ("name=../x", "name: '../x'; valid: letters"),
 ])
 def test_an_experiment_that_cannot_run_stops_before_it_starts(tiny_config, override, message):

@@ -196,6 +196,9 @@ def test_the_index_is_used_and_never_believed_over_the_file(folder):
     assert source_of(folder)[5]["frame"][0] == 33  # the file has not changed: it was not read again
     write_image(folder / "05.png", 5, (44, 50))
     assert source_of(folder)[5]["frame"][0] == 50
+    for damage in ({"height": 2**70}, {"width": 0}, {"sha256": 5}, {"height": None}):
+        (folder / ".index.jsonl").write_text("\n".join(json.dumps({**row, **damage}) for row in rows))
+        assert source_of(folder)[5]["frame"][0] == 50
     (folder / ".index.jsonl").write_text("{ damaged")
     assert source_of(folder)[5]["frame"][0] == 50
 

@@ -11,7 +11,8 @@ from PIL import Image
 from data.catalog import DataConfig, build_source, data_key
 from data.command import splits_of
 from data.images.folder import FolderConfig
-from data.images.shards import ShardsConfig, shard_index
+from data.images.shards import ShardsConfig
+from data.images.tar_index import shard_index
 from data.loader import Loader
 from data.order import Order
 from data.shapes.shapes import ShapesConfig

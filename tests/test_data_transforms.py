@@ -114,7 +114,7 @@ def test_what_is_no_image_is_named_with_its_reason():
     whole = saved(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)), "JPEG")
     png = saved(Image.fromarray(two_halves()), "PNG")
     for data, reason in ((b"", "empty"), (b"hello there", "not an image"), (whole[:900], "truncated"),
-                         (png[:60], ""), (saved(Image.new("RGB", (4, 4)), "TIFF"), "not an image"),
+                         (png[:60], ""), (saved(Image.new("RGB", (4, 4)), "PPM"), "not an image"),
                          (png[:45] + bytes([png[45] ^ 255]) + png[46:], "")):
         with pytest.raises(Unreadable, match=rf"^a/b.png: .*{reason}"):
             decode_image(data, "a/b.png", WHITE, 10**6)

@@ -90,8 +90,10 @@ def test_a_partial_build_of_another_size_is_dropped(packages, tmp_path):
     np.save(partial / "chunk-000000.npy", np.zeros((128, 4, 16, 16), np.uint8))
     build(out, 8, packages[0], packages[1], workers=1)
     assert np.load(out / "images.npy", mmap_mode="r").shape == (len(items_of(out)), 4, 8, 8)
-    build(out, 16, packages[0], packages[1], workers=1)  # and a finished one of another size is replaced
-    assert json.loads((out / "manifest.json").read_text())["size"] == 16
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ValueError, match="holds a data set of 8 px .*not written over; valid: --out"):
+        build(out, 16, packages[0], packages[1], workers=1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["emoji"]
 
 

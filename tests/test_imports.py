@@ -34,6 +34,7 @@ SHARDED = "torch.distributed.checkpoint takes a second to load, and most runs ar
 LATE = {  # imports of our own modules inside functions; they only save time when a program starts
     "moderate.py imports files.images": CHECK,
     "moderate.py imports files.run_folder": CHECK,
+    "moderate.py imports pipeline.config": CHECK,
     "moderate.py imports pipeline.moderation": CHECK,
     "training/checkpoints/state.py imports training.checkpoints.sharded": SHARDED,
     "training/loop.py imports training.checkpoints.sharded": SHARDED,

@@ -185,7 +185,7 @@ def test_frames_on_the_way_are_judged_as_the_images_are_and_the_given_one_is_blu
         Decision("blur", "violence", 1.0, 0.0, "concept x") for _ in images])
     tiles = []
     monkeypatch.setattr("sampling.sheets.grid", lambda images, *rest, **more: tiles.append(images) or images)
-    monkeypatch.setattr("sampling.sheets.save_sheet", lambda *rest: None)
+    monkeypatch.setattr("sampling.sheets.save_sheet", lambda *rest, **_: None)
     call(run, tmp_path / "init", "a moon", "--init", given["INIT"])
     raw = torch.from_numpy(np.array(Image.open(given["INIT"]).convert("RGB"))).permute(2, 0, 1)
     assert not torch.equal(tiles[0][0], raw) and tiles[0][0].float().std() < raw.float().std()
@@ -196,7 +196,7 @@ def test_no_word_of_a_refused_prompt_is_drawn_into_a_grid(run, tmp_path, monkeyp
     for name in ("grid", "axes_grid"):
         monkeypatch.setattr(f"sampling.sheets.{name}",
                             lambda images, *rest, **more: said.append((rest, more)) or images)
-    monkeypatch.setattr("sampling.sheets.save_sheet", lambda *rest: None)
+    monkeypatch.setattr("sampling.sheets.save_sheet", lambda *rest, **_: None)
     call(run, tmp_path / "a", BAD, "a moon")
     call(run, tmp_path / "b", "--xy", f"prompt={BAD}|a moon", "guidance=1,2", "--steps", "1")
     assert len(said) == 2 and "zorbic" not in str(said) and "refused" in str(said[0]) and "a moon" in str(said)

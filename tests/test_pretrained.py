@@ -274,6 +274,8 @@ def test_tensors_that_do_not_fit_stop_the_load_and_are_named(copy):
     ("vae", {"latents_mean": [0.0] * 4}, "latents_mean .* is not supported; valid: None"),
     ("vae", {"use_quant_conv": False}, "use_quant_conv False is not supported; valid: True"),
     ("vae", {"scaling_factor": 0}, "scaling_factor 0 is not supported; valid: a number above 0"),
+    ("text_encoder", {"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not supported; valid: 1 .. 1000"),
+    ("text_encoder", {"vocab_size": 644.5}, "config.json: its network.vocab_size: got 644.5; valid: a whole numb"),
     ("text_encoder", {"model_type": "t5"}, "model_type 't5' is not supported; valid: 'clip_text_model'"),
     ("text_encoder", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
     ("text_encoder", {"architectures": ["CLIPTextModelWithProjection"]}, "architectures .* is not supported"),

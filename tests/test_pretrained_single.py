@@ -151,7 +151,7 @@ def test_images_are_drawn_and_the_same_from_a_folder_written_from_it(case, tmp_p
     system = load_pretrained(path, prediction_type=prediction(kind))
     sampling = system.config.sampling
     assert (sampling.sampler, sampling.spacing, sampling.offset, sampling.options) == (
-        "pndm", "leading", 1, {"clean_end": False})
+        "pndm", "leading", 1, {"clean_end": False, "extrapolate": "prediction"})
     system.save_pretrained(tmp_path / "folder")
     again = load_pretrained(tmp_path / "folder")
     assert again.config == system.config and system.files == {"single file": path}

@@ -83,7 +83,7 @@ def test_torchrun_ends_or_restarts_when_one_process_dies(tiny_config, tmp_path, 
             with contextlib.suppress(ProcessLookupError):
                 os.kill(left, signal.SIGKILL)
     if restarts == 0:
-        assert process.returncode != 0 and "has lost another one" in said and "SIGKILL" in said, said
+        assert process.returncode != 0 and "SIGKILL" in said, said  # what the other one says depends on who is first
         assert not (path / "autoencoder.safetensors").exists()
     else:
         assert process.returncode == 0 and "continuing after step" in said, said

@@ -70,8 +70,9 @@ def test_metadata_is_complete_and_makes_the_image_again(tiny_run, tmp_path):
     names = ("tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors", "denoiser.safetensors")
     weights = {name.partition(".")[0]: sha256_of(tiny_run / name)[:16] for name in names}
     config = with_options(load_experiment(tiny_run / "config.yaml").sampling, steps=4, scale=2.5)
+    settings = {name: value for name, value in to_dict(config).items() if name != "grid"}  # of published weights
     assert given == {"prompt": "a red star · é 🟥", "seed": 6, "negative": "blue", "run": "tiny", "weights": weights,
-                     **to_dict(config), "options": {"eta": 0.0, "clean_end": True}}
+                     **settings, "options": {"eta": 0.0, "clean_end": True}}
     assert (given["steps"], given["sampler"], given["guidance"]["scale"]) == (4, "ddim", 2.5)
     again = run_sample(tiny_run, tmp_path / "b", given["prompt"], "--seed", str(given["seed"]), "--sampler",
                        given["sampler"], "--steps", str(given["steps"]), "--guidance",
@@ -214,6 +215,16 @@ def test_counts_that_differ_are_refused(system):
             system.latents(prompts, seeds)
 
 
+def test_a_seed_of_which_the_generator_ignores_bits_is_refused(system):
+    """The generator reads 32 bits; a larger seed would draw what a smaller one draws."""
+    one, other = (torch.randn(9, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2**32 + 1))
+    assert torch.equal(one, other)
+    assert not torch.equal(latents(system, ["a"], [2**32 - 1]), latents(system, ["a"], [2**31 - 1]))
+    for seed in (2**32, 2**62 - 1, -1):
+        with pytest.raises(ValueError, match=f"seed: value {seed}; valid: 0 to 2\\^32 - 1"):
+            system.latents(["a"], [seed])
+
+
 def test_networks_are_frozen_and_in_evaluation_mode(system):
     for network in (system.unet, system.text_encoder, system.autoencoder):
         assert not network.training and not any(p.requires_grad for p in network.parameters())
@@ -250,6 +261,10 @@ def test_damaged_run_folders_are_refused_by_name(tiny_run, tmp_path):
     (["a", "--steps", "1001"], "1001; valid: 1 .. 1000"),
     (["a", "--seed", "-1"], "--seed -1; valid: 0 to"),
     (["a", "--seed", "99999999999999999999"], "--seed 99999999999999999999; valid: 0 to"),
+    (["a", "--seed", "4294967296"], "--seed 4294967296; valid: 0 to 2^32 - 1"),
+    (["a", "--seed", "4294967295", "--n", "2"], "seed: value 4294967296; valid: 0 to 2^32 - 1"),
+    (["a", "--seed", "4294967295", "--interpolate", "3"], "seed: value 4294967296; valid: 0 to 2^32 - 1"),
+    (["a", "--xy", "seed=1,4294967297"], "seed: value 4294967297; valid: 0 to 2^32 - 1"),
     (["a", "--guidance", "nan"], "scale: value nan; valid:"),
     (["a", "--guidance", "inf"], "scale: value inf; valid:"),
     (["a", "--guidance", "-1"], "scale: value -1.0; valid:"),

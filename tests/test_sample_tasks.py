@@ -86,7 +86,7 @@ def test_kept_pixels_come_back_byte_for_byte(tiny_run, tmp_path, given, flags):
 
 def test_the_network_sees_what_is_kept(system, given):
     """Latents that lie wholly under kept pixels are those of the image."""
-    image, paint = read_image(given["INIT"]), read_mask(given["MASK"])
+    image, paint = read_image(given["INIT"]), read_mask(given["MASK"])[0]
     latents = latents_of_requests(system, [Request(PROMPT, 0, system.config.sampling, strength=1.0)],
                                   Sources(image, paint))
     away = (latents - system.encode_images(image[None]))[0].abs().amax(dim=0)  # (8, 8), four pixels each
@@ -103,7 +103,7 @@ def test_images_are_read_as_they_look(tmp_path):
     Image.new("RGB", (4, 2)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").shape == (3, 4, 2)
     Image.fromarray(np.array([[0, 127, 128, 255]], dtype=np.uint8)).save(tmp_path / "grey.png")
-    assert read_mask(tmp_path / "grey.png").tolist() == [[False, False, True, True]]
+    assert read_mask(tmp_path / "grey.png")[0].tolist() == [[False, False, True, True]]
 
 
 # ---- interpolation, inversion
@@ -199,7 +199,7 @@ def test_heat_goes_from_black_to_white():
     (["a", "--init", "NOWHERE.png"], "no image NOWHERE.png"),
     (["a", "--init", "TEXT"], "TEXT.png is damaged or no image"),
     (["a", "--init", "CUT"], "CUT.png is damaged or no image"),
-    (["a", "--init", "DEEP"], "has pixels of kind I;16; valid: 8 bits"),
+    (["a", "--init", "DEEP"], "floating pixels; valid: 8 or 16 bits"),
     (["a", "--init", "SMALL"], "16x32 pixels (HxW); valid: 32x32"),
     (["a", "--init", "INIT", "--mask", "SMALL"], "the mask has 16x32 pixels (HxW); valid: 32x32"),
     (["a", "--init", "INIT", "--mask", "TEXT"], "is damaged or no image"),

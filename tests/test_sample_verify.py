@@ -163,6 +163,15 @@ def test_images_of_older_versions_are_verified(tiny_run, tmp_path, capsys, flags
     assert code == 1 and "missing key 'order'" in said
 
 
+def test_images_of_versions_with_fewer_options_are_verified(tiny_run, tmp_path, capsys):
+    made = draw(tiny_run, tmp_path, PROMPT, "--sampler", "unipc")["00000_a-small-red-star_seed0.png"]
+    settings = parameters(made)
+    assert len(settings["options"]) > 1
+    settings["options"] = {"order": 2}
+    assert verify(tiny_run, rewritten(made, tmp_path / "fewer.png", settings), capsys)[0] == 0
+    assert verify(tiny_run, rewritten(made, tmp_path / "seed.png", {**settings, "seed": 1}), capsys)[0] == 1
+
+
 @pytest.mark.parametrize("change, message", [
     ({"options": {"eta": 0.5, "order": 2}}, "options.order: the sampler ddim has no such option"),
     ({"options": {"eta": "much"}}, "options.eta: value 'much'; valid: 0 .. 1"),

@@ -63,19 +63,27 @@ def test_xy_over_other_parameters(tiny_run, tmp_path, axes, cells):
 # another value of every option, and a sampler that has it
 OPTIONS = {"eta": ("ddim", "0.5"), "clean_end": ("pndm", "false"), "variance": ("ddpm", "large"),
            "repeats": ("ddpm", "2"), "order": ("unipc", "1"), "sigma_data": ("lcm", "100"),
-           "timestep_scaling": ("lcm", "0.001")}
+           "timestep_scaling": ("lcm", "0.001"), "noisy_end": ("ddpm", "true"), "extrapolate": ("pndm", "prediction"),
+           "solver_type": ("dpm_solver_multistep", "heun"), "lower_order_final": ("unipc", "false"),
+           "euler_at_final": ("dpm_solver_multistep", "true"), "third_order": ("dpm_solver_sde", "published"),
+           "form": ("unipc", "bh1"), "uncorrected": ("unipc", "2")}
+BESIDE = {"noisy_end": ["variance=large"], "third_order": ["order=3", "lower_order_final=false"],
+          "lower_order_final": ["order=3"]}  # what an option needs beside it to act
+OF_OTHER_ENDS = [("dpm_solver_singlestep", "lower_order_final"), ("dpm_solver_multistep", "euler_at_final"),
+                 ("dpm_solver_sde", "euler_at_final")]  # they act where a run does not end at x_0
 
 
 def test_every_axis_changes_its_parameter(system):
     values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
-              "negative": "c", "chunks": "2", "spacing": "leading", "offset": "1", "reuse": "2", "method": "apg",
-              "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25", "apg_norm": "5", "apg_momentum": "-0.25",
-              "zero_init": "0.1", "threshold": "0.9", "threshold_limit": "3",
+              "negative": "c", "chunks": "2", "palette_weight": "0.5", "spacing": "leading", "offset": "1",
+              "reuse": "2", "method": "apg", "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25",
+              "apg_norm": "5", "apg_momentum": "-0.25", "zero_init": "0.1", "threshold": "0.9", "threshold_limit": "3",
               **{name: value for name, (_, value) in OPTIONS.items()}}
     assert values.keys() == AXES.keys()
-    base = Request(PROMPT, 0, system.config.sampling, strength=0.5)
+    base = Request(PROMPT, 0, system.config.sampling, strength=0.5, palette="#ff0000:1.0000")
     fields_of_settings = {*to_dict(base.config), *to_dict(base.config.guidance), *OPTIONS, "prompt", "negative", "seed",
-                          "strength", "chunks", "guidance"} - {"scale", "options"}
+                          "strength", "chunks", "guidance", "palette_weight"}
+    fields_of_settings -= {"scale", "options", "grid"}  # a grid is the checkpoint's
     assert values.keys() == fields_of_settings  # nothing that decides an image of one call is left out
     for name, value in values.items():
         start = replace(base, config=with_options(base.config, OPTIONS.get(name, ("ddim", ""))[0]))
@@ -105,16 +113,19 @@ def value_of(request: Request, name: str):
 def test_every_option_reaches_the_image_its_metadata_and_verify(tiny_run, tmp_path, sampler, name):
     """From --set another image, and the same one from --xy."""
     value = OPTIONS[name][1]
-    steps = "20" if sampler == "lcm" else "4"  # its options matter near time 0 alone
+    # those of lcm matter near time 0 alone, those of order 3 after three steps from a time with signal
+    steps = "20" if sampler == "lcm" else "8" if name in BESIDE else "4"
     flags = [PROMPT, "--sampler", sampler, "--steps", steps, "--exact"]
     file = "00000_a-small-red-star_seed0.png"
-    plain = draw(tiny_run, tmp_path / "plain", *flags)[file]
-    made = draw(tiny_run, tmp_path / "set", *flags, "--set", f"{name}={value}")[file]
-    assert (pixels(plain) != pixels(made)).any()
+    beside = ["--set", *BESIDE[name]] if name in BESIDE else []
+    plain = draw(tiny_run, tmp_path / "plain", *flags, *beside)[file]
+    made = draw(tiny_run, tmp_path / "set", *flags, *(beside or ["--set"]), f"{name}={value}")[file]
+    assert (pixels(plain) != pixels(made)).any() != ((sampler, name) in OF_OTHER_ENDS)
     stored = parameters(made)["options"]
     assert stored == {**parameters(plain)["options"], name: SETTINGS[name](value)}
     assert stored.keys() == SAMPLERS[sampler].options.keys()
-    assert draw(tiny_run, tmp_path / "xy", *flags, "--xy", f"{name}={value}")[file].read_bytes() == made.read_bytes()
+    again = draw(tiny_run, tmp_path / "xy", *flags, *beside, "--xy", f"{name}={value}")[file]
+    assert again.read_bytes() == made.read_bytes()
     assert sample.main(["--run", str(tiny_run), "--verify", str(made)]) == 0
 
 

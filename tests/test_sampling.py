@@ -10,6 +10,7 @@ import torch
 
 from diffusion.guidance import GuidanceConfig
 from diffusion.noise import PerImageNoise
+from diffusion.pretrained_grid import PretrainedGrid
 from diffusion.samplers import SAMPLERS, get_sampler
 from diffusion.sampling import RunSettings, SamplingConfig, sample_latents, times_of_run, with_sampler
 from diffusion.schedule import Schedule, ScheduleConfig
@@ -121,11 +122,17 @@ def test_configurations_round_trip_and_a_new_sampler_takes_what_it_has():
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_option_changes_the_result(name):
     values = {"eta": 0.5, "clean_end": False, "variance": "large", "repeats": 2, "order": 3, "sigma_data": 5.0,
-              "timestep_scaling": 0.01}
+              "timestep_scaling": 0.01, "noisy_end": True, "extrapolate": "prediction", "solver_type": "heun",
+              "lower_order_final": False, "euler_at_final": True, "third_order": "published", "form": "bh1",
+              "uncorrected": 2}
+    beside = {"third_order": {"order": 3}, "noisy_end": {"variance": "large"},
+              "euler_at_final": {"lower_order_final": False}}
     for option in SAMPLERS[name].options:
         schedule = FLOW if name.startswith("flow") else VP
-        plain, changed = (sample(SamplingConfig(name, 8, options=options), schedule=schedule)
-                          for options in ({}, {option: values[option]}))
+        # these two act where the last step does not go to x_0
+        grid = PretrainedGrid(clean=False) if option in ("lower_order_final", "euler_at_final") else None
+        plain, changed = (sample(SamplingConfig(name, 8, options={**beside.get(option, {}), **options}, grid=grid),
+                                 schedule=schedule) for options in ({}, {option: values[option]}))
         assert (plain - changed).abs().max() > 1e-5, option
 
 

@@ -6,19 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from PIL import Image
 from sample_calls import PROMPT, draw, parameters, pixels
 from small_runs import losses
 
 import evaluate
 import sample
 import train
-from files.config import ConfigError
+from data.shapes.shapes import Shapes, ShapesConfig
+from files.config import ConfigError, read_yaml
 from files.weights import load_weights
 from files.whole import sha256_of
 from model.unet import UNet
 from pipeline.loading import load_run, load_weaker
+from pipeline.prompt_schedule import read_prompt
 from pipeline.system import with_options
 from training.experiment import load_experiment
+from training.release import release
 from training.seed import whole_batch
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
@@ -97,6 +101,7 @@ def test_it_is_sampled_as_its_config_says(student, tmp_path):
 def test_what_a_folded_network_cannot_follow_is_refused(student, tmp_path, arguments, message):
     with pytest.raises((ValueError, SystemExit), match=re.escape(message)):
         sample.main(["--run", str(student), "--out", str(tmp_path / "out"), PROMPT, *arguments])
+    assert not (tmp_path / "out").exists()
 
 
 def test_it_has_no_weaker_network(student, tiny_run):
@@ -205,8 +210,66 @@ def test_features_are_reused_for_as_many_steps_as_asked(tiny_run, tmp_path):
     assert len(calls) == 3
     reused = system.latents([PROMPT], [0], replace(system.config.sampling, reuse=2))
     assert len(calls) == 5 and not torch.equal(exact, reused)
+    assert "reuse" not in parameters(draw(tiny_run, tmp_path / "each", PROMPT)[NAME])  # as in files of before
     file = draw(tiny_run, tmp_path, PROMPT, "--set", "reuse=2")[NAME]
     assert parameters(file)["reuse"] == 2
     assert sample.main(["--run", str(tiny_run), "--verify", str(file)]) == 0
     with pytest.raises((ValueError, SystemExit), match="reuse: value 0; valid: 1 .. 100"):
         draw(tiny_run, tmp_path / "bad", PROMPT, "--set", "reuse=0")
+
+
+def test_a_prompt_that_changes_has_the_guidance_and_the_reuse_of_the_run(guidance_free_run):
+    """Each of its contexts is bound to the guidance, and reuses the deep features of its own calls."""
+    system = load_run(guidance_free_run, moderation=None)
+    torch.nn.init.normal_(system.unet.guidance.linear2.weight.data, std=0.5)
+    config = with_options(system.config.sampling, steps=4)
+    prompt = read_prompt("a [red|blue] star", 4)
+    two, four = (system.latents([prompt], [0], with_options(config, scale=scale)) for scale in (2.0, 4.0))
+    assert not torch.equal(two, four)
+    calls = []
+    system.unet.mid.register_forward_hook(lambda *_: calls.append(1))
+    reused = system.latents([prompt], [0], replace(with_options(config, scale=2.0), reuse=2))
+    assert len(calls) == 2 and not torch.equal(reused, two)
+
+
+def few_images(folder, count: int = 3) -> dict:
+    """The data section of a few images with captions."""
+    source = Shapes(ShapesConfig(size=32), "train")
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(source[number]["image"].permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a sks star")
+    return {"source": "folder", "folder": {"root": str(folder), "size": 32}}
+
+
+def test_an_adapter_learns_at_all_scales_of_a_guidance_free_run_and_not_from_a_student(
+        guidance_free_run, student, tiny, tmp_path, monkeypatch):
+    seen = []
+    losses_of = Denoising.losses
+
+    def watched(self, networks, x_0, captions, t, eps, beta=None):
+        seen.append(beta)
+        return losses_of(self, networks, x_0, captions, t, eps, beta)
+
+    monkeypatch.setattr(Denoising, "losses", watched)
+    config = {"name": "few", "stages": ["lora"], "data": few_images(tmp_path / "images"), "lora": {
+        "adapter": {"rank": 2}, "train": {**tiny["denoiser"]["train"], "steps": 2, "batch": 2}}}
+    write(tmp_path / "few.yaml", {**config, "start_from": str(guidance_free_run)})
+    train.main([str(tmp_path / "few.yaml"), f"run={tmp_path / 'run'}"])
+    assert len([beta for beta in seen if beta is not None and (beta < 1).all()]) == 2
+    adapter = tmp_path / "run" / "adapter.safetensors"
+    draw(guidance_free_run, tmp_path / "out", PROMPT, "--guidance", "2", "--adapter", f"{adapter}:1")
+    write(tmp_path / "other.yaml", {**config, "start_from": str(student)})
+    with pytest.raises(ValueError, match="is a student of few steps.*valid: its teacher"):
+        train.main([str(tmp_path / "other.yaml"), f"run={tmp_path / 'other'}"])
+    draw(student, tmp_path / "student", PROMPT, "--adapter", f"{adapter}:1", "--any-base")
+
+
+def test_a_released_run_is_a_student_or_is_none(student, tiny_run, tmp_path):
+    """Both leave the same files, and the stages of the configuration say whose guidance they have."""
+    for run, scales, stage in ((student, (1.5, 4.0), "student"), (tiny_run, None, "denoiser")):
+        out = tmp_path / stage
+        release(run, out)
+        assert read_yaml(out / "config.yaml")["stages"] == ["tokenizer", "autoencoder", stage]
+        assert load_run(out, moderation=None).config.scales == scales
+        assert json.loads((out / "manifest.json").read_text())["released"]["denoiser_steps"] == 12

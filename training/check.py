@@ -26,6 +26,7 @@ from model.autoencoder import Autoencoder, Posterior
 from model.device import autocast_dtype, place_on
 from training.experiment import Experiment
 from training.loop import Task, TrainConfig, TrainingError, fit
+from training.same_data import data_change
 from training.seed import Part, generator, whole_batch
 from training.snapshots import SnapshotConfig
 from training.speed import duration, forward_flops, peak_flops, peak_memory
@@ -33,6 +34,7 @@ from training.stages.autoencoder import AutoencoderLoss
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
 from training.stages.perceptual_loss import perceptual_distance
+from training.stages.personal import LEAST, few_images
 
 CHECKED = ("tokenizer", "autoencoder", "denoiser")
 PAIRS = 8
@@ -46,6 +48,8 @@ Step = Callable[[int], torch.Tensor]  # loss of a step
 
 def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     """Print a report on a run of ``experiment`` into ``path``; whether nothing speaks against the run."""
+    if experiment.teaches:
+        return check_few(experiment)
     run = RunFolder(path)
     source = build_source(experiment.data.squares, "train")  # without aspect buckets, since the timing needs one size
     validation = build_source(experiment.data.squares, "validation")
@@ -55,10 +59,10 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     print(f"sizes: images {experiment.data.size} x {experiment.data.size}, latents "
           f"{' x '.join(map(str, experiment.latent_shape))}: all parts fit together")
     print(f"data: {len(source):,} images for training, {len(validation):,} held out")
+    good, seconds = check_data(experiment, run), 0.0
     peak = peak_flops(device, autocast_dtype("auto", device) or torch.float32)
     print(f"machine: {device}, {torch.get_num_threads()} threads, matrix products at {peak / 1e9:,.0f} GFLOP/s")
     tokenizer = check_tokenizer(experiment, run, source)
-    good, seconds = True, 0.0
     autoencoder = place_on(Autoencoder(experiment.autoencoder.model), device)
     if run.weights("autoencoder").is_file():
         load_weights(autoencoder, run.weights("autoencoder"))
@@ -76,6 +80,27 @@ def check(experiment: Experiment, path: Path, device: torch.device) -> bool:
     print(f"together: about {duration(seconds)} on this machine with one process, without validation and samples")
     print("nothing speaks against this run" if good else "see above before you start this run")
     return good
+
+
+def check_data(experiment: Experiment, run: RunFolder) -> bool:
+    """Whether the data is what the run folder was trained on so far, if it was; print what differs."""
+    differs = data_change(experiment.data, run)
+    if differs:
+        print(f"data: NOT what this run began with ({differs}); training goes on only with --changed-data")
+    return not differs
+
+
+def check_few(experiment: Experiment) -> bool:
+    """Print what a run that teaches would learn from; nothing is trained."""
+    for name in experiment.stages:
+        source = build_source(few_images(experiment.data, getattr(experiment, name).captions), "train")
+        captions = getattr(experiment, name).captions or source.captions(0) if len(source) else ()
+        print(f"{name}: {len(source)} images of {experiment.data.size} x {experiment.data.size} to learn from"
+              + (f", as '{captions[0]}'; the training itself is not checked" if captions else ""))
+        if len(source) < LEAST:
+            print(f"too few: {LEAST} at least")
+            return False
+    return True
 
 
 def check_tokenizer(experiment: Experiment, run: RunFolder, source: Source) -> Tokenizer:
@@ -208,7 +233,7 @@ def check_denoiser(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Au
         return PairBatch(both.mean.cpu(), both.logvar.cpu(), captions)
 
     def loss_of(read: PairBatch, batch: int) -> Step:
-        denoising = Denoising(replace(stage, caption_dropout=0.0), tokenizer, seed, device)
+        denoising = Denoising(stage, tokenizer, seed, device)  # the captions above are whole
         return lambda step: denoising.loss_at(networks, read, step, whole_batch(batch))["loss"]
 
     piece = max(1, stage.train.batch // stage.train.accumulate)

@@ -8,10 +8,12 @@ from typing import Any
 from data.catalog import DataConfig
 from data.tokenizer import TokenizerConfig
 from diffusion.guidance_free import Scales, check_folded
+from diffusion.noise import check_seed
 from diffusion.prediction import check_prediction_type
 from diffusion.sampling import SamplingConfig, check_sampling
 from diffusion.schedule import Schedule
-from files.config import apply_overrides, from_dict, read_yaml
+from files.config import ConfigError, apply_overrides, from_dict, read_yaml
+from files.run_folder import RunFolder
 from pipeline.config import SystemConfig, latent_shape_of
 from training.moderation.config import ModeratorStage
 from training.moderation.stage import train_moderator
@@ -19,7 +21,10 @@ from training.stages.autoencoder import AutoencoderStage, train_autoencoder
 from training.stages.clip import ClipStage, train_clip
 from training.stages.context import StageContext
 from training.stages.denoiser import DenoiserStage, train_denoiser
+from training.stages.dreambooth import DreamboothStage, train_dreambooth
+from training.stages.lora import LoraStage, train_lora
 from training.stages.student import StudentStage, train_student
+from training.stages.textual_inversion import TextualInversionStage, train_textual_inversion
 from training.stages.tiny_decoder import TinyDecoderStage, train_tiny_decoder
 from training.stages.tokenizer import train_tokenizer
 
@@ -29,7 +34,8 @@ class Stage:
     """A row of the table of stages. ``needs`` names stages whose files must be in the run folder. ``leaves`` are the
     files of the stage itself; when all of them exist, the stage is finished. ``train`` receives the part of the
     experiment that has the name of the stage. ``inherits`` are files that a run which starts from another one copies,
-    so that the numbers of tokens keep their meaning."""
+    so that the numbers of tokens keep their meaning. A stage that ``teaches`` changes or extends a trained system, its
+    base, with a few images, none of which is held out."""
 
     name: str
     needs: tuple[str, ...]
@@ -37,6 +43,7 @@ class Stage:
     train: Callable[[Any, StageContext], None]
     reads_images: bool = True
     inherits: tuple[str, ...] = ()
+    teaches: bool = False
 
 
 # in the order in which they run; adding a stage is a row here, its part of Experiment below, and a file of its own
@@ -49,9 +56,15 @@ STAGES = {stage.name: stage for stage in (
     Stage("student", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"), train_student,
           inherits=("tokenizer.json",)),
     Stage("tiny_decoder", ("autoencoder",), ("tiny_decoder.safetensors",), train_tiny_decoder),
+    Stage("lora", (), ("adapter.safetensors",), train_lora, teaches=True),
+    Stage("textual_inversion", (), ("embedding.safetensors",), train_textual_inversion, teaches=True),
+    Stage("dreambooth", (), ("dreambooth.json",), train_dreambooth, teaches=True),
     Stage("moderator", (), ("moderation.json", "moderation.safetensors"), train_moderator, reads_images=False),
 )}
 PLACED = ("shapes", "emoji")  # data sources that say where in their images things are: what grounding needs
+# sections that a run which teaches has from its base, and the parts of them that decide what the base is
+OF_BASE = {"tokenizer": ("vocab_size", "length"), "autoencoder": ("model",),
+           "denoiser": ("unet", "text_encoder", "schedule", "prediction_type", "guidance_scales")}
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
 
 
@@ -73,16 +86,19 @@ class Experiment:
     denoiser: DenoiserStage = field(default_factory=DenoiserStage)
     student: StudentStage = field(default_factory=StudentStage)
     tiny_decoder: TinyDecoderStage = field(default_factory=TinyDecoderStage)
+    lora: LoraStage = field(default_factory=LoraStage)
+    textual_inversion: TextualInversionStage = field(default_factory=TextualInversionStage)
+    dreambooth: DreamboothStage = field(default_factory=DreamboothStage)
     moderator: ModeratorStage = field(default_factory=ModeratorStage)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self):
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name: '{self.name}'; valid: letters, digits, '_', '-' and '.', it names the run folder")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: {self.seed}; valid: 0 to 2^63 - 1")
+        check_seed(self.seed)
         if not self.stages or list(self.stages) != [stage for stage in STAGES if stage in self.stages]:
             raise ValueError(f"stages: {list(self.stages)}; valid: some of {', '.join(STAGES)}, in this order")
+        self._check_teaching()
         factor = self.autoencoder.model.factor
         self._check_sizes(factor, "the autoencoder's factor")
         adversarial = self.autoencoder.adversarial
@@ -96,6 +112,23 @@ class Experiment:
             self._check_denoiser()
             self._check_student()
             self._check_process()
+
+    def _check_teaching(self) -> None:
+        """Raise ValueError if stages that teach have no base, two of them, or others beside them."""
+        teaching = [name for name in self.stages if STAGES[name].teaches]
+        if teaching and len(teaching) < len(self.stages):
+            raise ValueError(f"stages: {list(self.stages)}; valid with {teaching[0]}: in a run of its own, with "
+                             "start_from: the run that is taught")
+        for name in teaching:
+            if bool(self.start_from) == bool(getattr(self, name).pretrained):
+                given = f"both start_from: {self.start_from} and" if self.start_from else "neither start_from nor"
+                raise ValueError(f"{name}: {given} {name}.pretrained; valid: one of them, the run or the published "
+                                 "checkpoint that is taught")
+
+    @property
+    def teaches(self) -> bool:
+        """Whether this run teaches a trained system with a few images."""
+        return any(STAGES[name].teaches for name in self.stages)
 
     def _check_denoiser(self) -> None:
         """Raise ValueError if the networks of the denoiser do not fit the tokenizer, the autoencoder or the images."""
@@ -180,4 +213,29 @@ class Experiment:
 
 def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment:  # type: ignore[assignment]
     """The experiment of a YAML file with ``key.path=value`` overrides; raises ConfigError naming what is wrong."""
-    return from_dict(Experiment, apply_overrides(read_yaml(path), list(overrides)))
+    return from_dict(Experiment, with_base(apply_overrides(read_yaml(path), list(overrides))))
+
+
+def with_base(data: dict[str, Any]) -> dict[str, Any]:
+    """The content of a configuration; if it teaches the run of ``start_from``, with the networks, the process and the
+    sampling of that run, where it exists. Raises ConfigError for a setting of them that the run does not have."""
+    stages, start = data.get("stages"), data.get("start_from")
+    named = [name for name in stages if isinstance(name, str)] if isinstance(stages, list) else []
+    if not isinstance(start, str) or not start or not any(name in STAGES and STAGES[name].teaches for name in named):
+        return data
+    if not (path := RunFolder(start).path / "config.yaml").is_file():
+        return data  # training says that there is no such run
+    base = read_yaml(path)
+    for name, parts in OF_BASE.items():
+        given = {part: data[name].get(part) for part in parts} if isinstance(data.get(name), dict) else None
+        if wrong := _conflict(given, base.get(name), name):
+            raise ConfigError(f"{wrong}; valid: that of {start}, which is taught, or nothing")
+    return {"sampling": base.get("sampling", {}), **data, **{name: base[name] for name in OF_BASE if name in base}}
+
+
+def _conflict(given: Any, base: Any, path: str) -> str:
+    """The first value that both mappings have and that differs, as "path: given"; else an empty string."""
+    if isinstance(given, dict) and isinstance(base, dict):
+        return next((found for key in given if key in base
+                     if (found := _conflict(given[key], base[key], f"{path}.{key}"))), "")
+    return "" if given is None or base is None or given == base else f"{path}: {given}"

@@ -88,6 +88,7 @@ class Task(Generic[M]):
     best: tuple[str, Literal["min", "max"]]  # the metric of ``validate`` that chooses the best weights
     item: Callable[[M], Any]  # calls the model on one item, to count its operations
     beside: Mapping[str, Stateful] = field(default_factory=dict)  # what else changes, kept in checkpoints
+    network: nn.Module | None = None  # whose operations are counted, where ``item`` calls another one than the model
 
 
 def fit(task: Task[M], model: M, config: TrainConfig, run: RunFolder, seed: int, processes: Processes = ALONE) -> M:
@@ -180,7 +181,7 @@ def least_step_seconds(task: Task[M], model: M, config: TrainConfig, processes: 
     A step has three times the operations of a forward pass, because the backward pass has two matrix products for
     each one of the forward pass (Kaplan et al. 2020, section 2.1).
     """
-    operations = 3 * config.batch * forward_flops(model, partial(task.item, model))
+    operations = 3 * config.batch * forward_flops(task.network or model, partial(task.item, model))
     peak = peak_flops(device, autocast_dtype(config.precision, device) or torch.float32)
     return operations / (processes.world * peak)
 

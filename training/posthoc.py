@@ -7,6 +7,8 @@ The weights that bring it closest to a given profile solve a least-squares probl
 evaluate.py.
 """
 import argparse
+import filecmp
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from data.catalog import build_source, data_key
 from data.tokenizer import Tokenizer
 from files.run_folder import RunFolder
 from files.weights import load_weights, save_weights
+from files.whole import free_path, set_aside
 from model.autoencoder import Autoencoder
 from model.device import default_device, freeze, place_on
 from training.ema import gamma_from_std
@@ -89,18 +92,28 @@ def load_average(run: RunFolder, networks: Networks, std: float) -> float:
 
 
 def write_run(run: RunFolder, networks: Networks, std: float) -> Path:
-    """Write a run folder with these networks in place of the final ones of the run, and return its path."""
-    folder = run.path / "posthoc" / f"std_{std:g}"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        shutil.copy(run.path / name, folder / name)
-    save_weights(networks.text_encoder, folder / "text_encoder.safetensors")
-    save_weights(networks.unet, folder / "denoiser.safetensors")
+    """Write a run folder with these networks in place of the final ones of the run, and return its path. A folder of
+    this name with the same files stays as it is, one with other files is renamed."""
+    folder = run.path / "posthoc" / f"std_{std}"
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    partial.mkdir(parents=True)
+    try:
+        for name in COPIED:
+            shutil.copy(run.path / name, partial / name)
+        save_weights(networks.text_encoder, partial / "text_encoder.safetensors")
+        save_weights(networks.unet, partial / "denoiser.safetensors")
+        names = [path.name for path in partial.iterdir()]
+        if filecmp.cmpfiles(partial, folder, names, shallow=False)[0] != names:
+            if (kept := set_aside(folder)) is not None:
+                print(f"kept an earlier average of this width as {kept}")
+            os.rename(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def plot_losses(losses: dict[float, float], trained: float, path: Path) -> None:
-    """Plot the validation loss over the width of the average."""
+    """Plot the validation loss over the width of the average, into a new file."""
     try:
         from matplotlib import pyplot as plt
     except ImportError:
@@ -144,7 +157,9 @@ def main(arguments: list[str]) -> None:
         where = f", {write_run(run, networks, std)}" if std in options.std else ""
         print(f"std {std:g}: validation loss {losses[std]:.5f}, profile met up to {100 * left:.2g} %{where}")
     if options.plot:
-        plot_losses(losses, stage.train.ema_std, options.plot)
+        plot = free_path(options.plot)
+        plot_losses(losses, stage.train.ema_std, plot)
+        print(f"wrote {plot}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
 """Runs the stages of an experiment in order; finished stages are skipped, interrupted ones continue."""
-import hashlib
-import json
 import time
 from dataclasses import replace
 
@@ -8,14 +6,18 @@ from data.catalog import build_source, data_key
 from files.run_folder import RunFolder
 from training.distributed import Processes
 from training.experiment import STAGES, Experiment, Stage
+from training.same_data import data_record
 from training.stages.context import StageContext
+from training.stages.personal import few_images
 
 
-def run_stages(experiment: Experiment, run: RunFolder, processes: Processes) -> None:
-    """Train the stages that are not finished. Every process calls this."""
-    key = data_key(experiment.data)
-    run.record(seed=experiment.seed, data=key, data_sha256=hashlib.sha256(json.dumps(key).encode()).hexdigest(),
-               processes=processes.world)
+def run_stages(experiment: Experiment, run: RunFolder, processes: Processes, changed_data: bool = False) -> None:
+    """Train the stages that are not finished. Every process calls this. Raises ConfigError if the data is not what the
+    run began with, unless ``changed_data``."""
+    unfinished = [name for name in experiment.stages if STAGES[name].reads_images and not run.has(*STAGES[name].leaves)]
+    with processes.main_first():
+        record = data_record(experiment.data, run, unfinished, changed_data) if processes.main else {}
+    run.record(seed=experiment.seed, processes=processes.world, **record)
     start = RunFolder.open(experiment.start_from) if experiment.start_from else None
     for stage in (STAGES[name] for name in experiment.stages):
         if start:
@@ -47,6 +49,9 @@ def context_of(stage: Stage, experiment: Experiment, run: RunFolder, processes: 
     if not stage.reads_images:
         return context
     unreadable = run.path / "unreadable.jsonl"
+    if stage.teaches:
+        few = few_images(experiment.data, getattr(experiment, stage.name).captions)
+        return replace(context, source=build_source(few, "train", unreadable))
     source = build_source(experiment.data, "train", unreadable)
     validation = build_source(experiment.data.squares, "validation", unreadable)
     for split, items in (("train", source), ("validation", validation)):

@@ -9,7 +9,6 @@
 the card beside the weights.
 """
 import argparse
-import csv
 import json
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks.moderation.metrics import auc, calibration_error, estimate, matc
 from benchmarks.moderation.peers import peer_answers
 from benchmarks.moderation.rules import obfuscation_table, trap_table
 from benchmarks.moderation.time import time_tables
+from files.text import CsvTable, decode_text
 from files.whole import write_text
 from pipeline.text_head import EncoderHead
 from safety.gate import PromptGate
@@ -145,14 +145,14 @@ def peer_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
 
 def own_csv(path: Path) -> list[Row]:
     """The rows of a CSV file with text, label (0 or 1) and category; raises ValueError naming what is missing."""
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or not {"text", "label"} <= set(lines[0]):
-        raise ValueError(f"{path}: header {list(lines[0]) if lines else 'of nothing'}; valid: text,label,category")
-    rows = []
-    for number, line in enumerate(lines):
-        if line["label"] is None or line["text"] is None or not line["text"].strip():
-            raise ValueError(f"{path}, line {number + 2}: no text or no label; valid: text,label,category")
+    table = CsvTable(decode_text(path.read_bytes(), str(path)), str(path))
+    if not {"text", "label"} <= set(table.columns):
+        raise ValueError(f"{path}: header {table.columns or 'of nothing'}; valid: text,label,category")
+    rows: list[Row] = []
+    for place, line, fault in table:
+        if fault or not line["text"].strip() or not line["label"].strip():
+            raise ValueError(f"{path}, line {place}: {fault or 'no text or no label; valid: text,label,category'}")
+        number = len(rows)
         harmful = line["label"].strip() in ("1", "1.0", "true", "harmful")
         name = ALIASES.get((line.get("category") or "").strip(), "")
         labels = {name: 1.0} if harmful and name else {"": 1.0} if harmful else dict.fromkeys(HEADS, 0.0)

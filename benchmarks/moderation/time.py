@@ -5,11 +5,11 @@
 import random
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
 from benchmarks.moderation.metrics import table
+from files.text import read_lines
 from safety.gate import PromptGate
 from safety.normalize import LONGEST, MOST_DISGUISED
 
@@ -69,5 +69,5 @@ def time_tables(gate: PromptGate, texts: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    given = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines() if len(sys.argv) > 1 else list(USUAL)
+    given = read_lines(sys.argv[1]) if len(sys.argv) > 1 else list(USUAL)
     print(time_tables(PromptGate.load(), [line[:LONGEST] for line in given if line.strip()]))

@@ -283,7 +283,8 @@ def build(out: Path | str, size: int = 64, packages_dir: Path | str | None = Non
     """Write the data set to the folder `out`, whole or not at all, and return its manifest.
 
     The work is done in `out` + ".partial", where an interrupted build continues with its finished chunks; a partial
-    build of other packages or of another size is dropped. An `out` that holds the same data set is left unchanged.
+    build of other packages or of another size is dropped. An `out` that holds the same data set is left unchanged, and
+    one that holds another is refused.
 
     Raises ValueError or FileNotFoundError for a missing or wrong package, a missing npm or a missing resvg-py, before
     anything is rendered.
@@ -302,8 +303,12 @@ def build(out: Path | str, size: int = 64, packages_dir: Path | str | None = Non
     manifest_path = out / "manifest.json"
     if manifest_path.exists():
         there = json.loads(manifest_path.read_text())
-        if {key: there.get(key) for key in plan} == plan and (out / "images.npy").exists():
+        same = {key: there.get(key) for key in plan} == plan
+        if same and (out / "images.npy").exists():
             return there
+        if not same:
+            raise ValueError(f"{out} holds a data set of {there.get('size')} px from other packages or settings, which "
+                             "is not written over; valid: --out with another folder, or remove it")
     folder = Path(packages_dir) if packages_dir is not None else partial.with_name(out.name + ".packages")
     for package in packages:
         path = folder / package.file if packages_dir is not None else fetch(package, folder)

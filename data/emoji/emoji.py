@@ -27,6 +27,7 @@ from data.emoji.phrasings import STYLE_WORDS, named_spans, noun, plural, scene_c
 from data.emoji.scenes import PLAIN, canvas, contrasting_colours, make_scene, over, scene_image
 from files.whole import unit_hash
 
+FILES = ("items.jsonl", "images.npy")  # what the images and captions of a folder depend on
 STYLES = tuple(STYLE_WORDS)
 SPLITS = ("train", "validation", "test")
 NAME_SHARE, PAIR_SHARE, VALIDATION_SHARE = 0.02, 0.05, 0.02

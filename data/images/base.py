@@ -10,7 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from data.fingerprint import Fingerprint
 from data.images.caption_list import Captions, caption_by_weight, shuffled_tags
+from data.images.folder_files import LeftOut, left_out_line
 from data.images.transforms import (
     Unreadable,
     bucket_sizes,
@@ -21,9 +23,16 @@ from data.images.transforms import (
     rgb_of,
 )
 from data.strings import Strings
+from files.images import MAX_PIXELS
+from files.text import lines_of
 from files.whole import lock_file, unit_hash
 
 SPLITS = ("train", "validation", "test")
+# the names that a folder or a sample may give to a split, in any case: those of the datasets library
+SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation",
+               "val": "validation", "dev": "validation", "test": "test", "testing": "test", "eval": "test",
+               "evaluation": "test"}
+_SAID: set[tuple[str, str]] = set()  # (root, entry) that this process has said; the splits of a source share them
 # settings that source[i]["image"] does not depend on
 RANDOM_ONLY = ("root", "crop", "flip", "shuffle_tags", "keep_tags")
 
@@ -46,7 +55,7 @@ class ImageConfig:
     buckets: bool = False
     step: int = 8
     max_aspect: float = 2.0
-    max_pixels: int = 80_000_000  # larger images are refused before they are decoded
+    max_pixels: int = MAX_PIXELS  # larger images are refused before they are decoded
     shuffle_tags: bool = False
     keep_tags: int = 0
     fallback: str = ""
@@ -76,6 +85,11 @@ def split_of(name: str, validation: float, test: float) -> str:
     return "test" if draw < test else "validation" if draw < test + validation else "train"
 
 
+def split_named(name: object) -> str | None:
+    """The split that a folder or a sample calls ``name``, None for any other name."""
+    return SPLIT_NAMES.get(name.strip().lower()) if isinstance(name, str) else None
+
+
 def check_shares(validation: float, test: float) -> None:
     """Raise ValueError if the shares of the splits leave nothing to train on."""
     if min(validation, test) < 0 or validation + test >= 1:
@@ -91,7 +105,9 @@ class ImageFiles:
 
     refused: Sequence[tuple[str, str]] = ()  # (name, reason) of files that cannot be items, over all splits
     found = 0  # number of files, over all splits
+    left_out: LeftOut = {}  # names that are no items by the reason, over all splits
     content: str  # hash of everything that the items depend on; a subclass sets it
+    state = ""  # hash of the names, sizes and times of all files
 
     def __init__(self, config: ImageConfig, names: Strings, captions: Strings, sizes: np.ndarray):
         """names: ids; captions: JSON [[text, weight], ...] of each; sizes (N, 2): height and width of each."""
@@ -177,13 +193,17 @@ class ImageFiles:
         settings = {name: value for name, value in asdict(self.config).items() if name not in RANDOM_ONLY}
         return {**settings, "content": self.content}
 
+    def fingerprint(self) -> Fingerprint:
+        """That of all splits."""
+        return Fingerprint(self.state, self.content)
+
 
 class Readable:
     """A source in which an unreadable item is replaced by the next readable item of its bucket.
 
     The replacement is a function of the files alone. Every unreadable item is listed with its reason in ``path``, a
-    file of JSON lines that all processes of a run share, and once on stderr. If there are more than the share
-    ``share`` of all items, a ValueError is raised.
+    file of JSON lines that all processes of a run share, and once on stderr; so is one line about what is left out. If
+    there are more unreadable items than the share ``share`` of all, a ValueError is raised.
     """
 
     def __init__(self, source: ImageFiles, share: float, path: Path | None = None):
@@ -193,6 +213,9 @@ class Readable:
         self._listed: set[str] = set()
         self._length = 0  # bytes of the list when it was last read
         self._read_list()
+        left_out = left_out_line(source.config.root, source.left_out)
+        if left_out:
+            self._list("", left_out, -1)
         for name, reason in source.refused:
             self._list(name, reason, -1)
         if len(source.refused) > share * source.found:
@@ -209,29 +232,35 @@ class Readable:
         if self.path is None or length == self._length:
             return
         self._length = length
-        for line in self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        for line in lines_of(self.path.read_text(encoding="utf-8", errors="surrogateescape")):
             try:
                 row = json.loads(line)
             except ValueError:  # the last line of a process that was killed is incomplete
                 continue
             if row.get("content") == self.content:
-                self._listed.add(row["name"])
+                self._listed.add(row["name"] or row["reason"])
                 if 0 <= row["index"] < len(self) and self.source.names[row["index"]] == row["name"]:
                     self._instead[row["index"]] = self._next_in_bucket(row["index"])
 
     def _list(self, name: str, reason: str, index: int) -> None:
-        if name in self._listed:
+        """List a file, or with an empty name a line about the whole source, and say it on stderr the first time."""
+        entry = name or reason
+        if entry in self._listed:
             return
         if self.path is not None:
             with lock_file(self.path.with_name(f".{self.path.name}.lock")):
                 self._read_list()  # another process may have listed it
-                if name in self._listed:
+                if entry in self._listed:
                     return
                 row = {"name": name, "reason": reason, "index": index, "content": self.content}
                 with open(self.path, "a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._listed.add(name)
-        print(f"unreadable: {name}: {reason}", file=sys.stderr)
+        elif (self.source.config.root, entry) in _SAID:
+            return
+        self._listed.add(entry)
+        _SAID.add((self.source.config.root, entry))
+        said = f"unreadable: {name}: {reason}" if name else reason
+        print(" ".join(lines_of(said)), file=sys.stderr)
 
     def _stop(self, bad: int, of: int, name: str, reason: str) -> None:
         where = f"; all are listed in {self.path}" if self.path else ""

@@ -2,20 +2,20 @@
 
 A list of captions is stored as JSON, [[text, weight], ...].
 """
-import csv
-import io
 import json
+import posixpath
 import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.images.transforms import Unreadable
+from files.text import CsvTable, decode_text, lines_of
 
 Captions = list[tuple[str, float]]
-TABLES = ("captions.jsonl", "metadata.jsonl", "captions.csv")
+TABLES = ("captions.jsonl", "metadata.jsonl", "captions.csv", "metadata.csv")  # the first one of a folder is read
 NAME_KEYS, TEXT_KEYS = ("file", "file_name", "image"), ("caption", "text", "captions")
 
 
@@ -28,94 +28,112 @@ def caption_list(value: Any) -> Captions:
             entry = [entry.get("text", entry.get("caption")), entry.get("weight", 1)]
         text, weight = entry if isinstance(entry, list) and len(entry) == 2 else (entry, 1)
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"a caption must be a text that is not empty, not {text!r}")
+            raise ValueError(f"a caption must be a text that is not empty, not {str(text)[:80]!r}")
         if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
             raise ValueError("a caption must be Unicode text; this one holds a half of a character")
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-            raise ValueError(f"the weight of a caption must be a number from 0 up, not {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < 1e300:
+            raise ValueError(f"the weight of a caption must be a number from 0 up, not {str(weight)[:80]!r}")
         result.append((" ".join(text.split()), float(weight)))
     if not result or not sum(weight for _, weight in result):
         raise ValueError("no caption with a weight above 0")
     return result
 
 
-def lines_of(text: str) -> list[str]:
-    """The captions of a .txt file, one a line."""
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
 def plain_name(name: str) -> str:
-    """A file name in one Unicode form: some systems write an umlaut as one character, some as two."""
-    return unicodedata.normalize("NFC", name.replace("\\", "/"))
+    """A file name in one form: forward slashes, without "." and "..", and in Unicode NFC, since some systems write an
+    umlaut as one character and some as two."""
+    return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[int, dict | None, str]]:
-    """(line number, row, reason) of the rows of a table; an unreadable row is None, with the reason."""
-    if path.suffix == ".jsonl":
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    yield (number, row, "") if isinstance(row, dict) else (number, None, "not a JSON object")
-                except ValueError as error:
-                    yield number, None, f"not JSON: {error}"
-        return
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    if not set(NAME_KEYS) & set(reader.fieldnames or ()) or not set(TEXT_KEYS) & set(reader.fieldnames or ()):
-        raise ValueError(f"{path}: columns {reader.fieldnames}; valid: file, caption and, if wanted, weight")
-    for row in reader:
-        if not row.get("weight"):
-            row.pop("weight", None)
-        yield reader.line_num, row, ""
+# ---- tables
+
+@dataclass
+class CaptionTable:
+    """Captions by the name of a file, relative to the folder of the table; the first line that names each file; and
+    (line, reason) of the lines that cannot be read."""
+
+    captions: dict[str, Captions] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    refused: list[tuple[int, str]] = field(default_factory=list)
 
 
-def _table_rows(path: Path, text: str) -> Iterator[tuple[int, dict | None, str]]:
-    """``_rows``, with ValueError in place of the errors of the csv module."""
-    try:
-        yield from _rows(path, text)
-    except csv.Error as error:
-        raise ValueError(f"{path} is not a table that can be read: {error}") from None
+class NoCaptions(ValueError):
+    """A table about images that has no column of captions."""
 
 
-def read_table(path: Path) -> tuple[dict[str, Captions], list[tuple[str, str]]]:
-    """Captions by file name from captions.jsonl or .csv, and (line, reason) for the lines that cannot be read.
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for one that has a key twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key '{next(name for name in names if names.count(name) > 1)}' is given twice")
+    return found
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, Any, str]]:
+    """(line number, row, fault) of the lines of a .jsonl file that are not empty."""
+    for number, line in enumerate(lines_of(text), 1):
+        if line.strip():
+            try:
+                row = json.loads(line, object_pairs_hook=_unique_keys)
+                yield number, row, "" if isinstance(row, dict) else "not a JSON object"
+            except (ValueError, RecursionError) as error:
+                yield number, None, f"not JSON: {error}"
+
+
+def _csv_rows(text: str, name: str) -> Iterator[tuple[int, Any, str]]:
+    """(line number, row, fault) of the rows of a .csv file. Raises ValueError if its columns are not those."""
+    table = CsvTable(text, name)
+    if not set(NAME_KEYS) & set(table.columns) or not set(TEXT_KEYS) & set(table.columns):
+        raise NoCaptions(f"{name}: columns {table.columns}; valid: file, caption and, if wanted, weight, with commas "
+                         "between them")
+    for number, row, fault in table:
+        yield number, {key: value for key, value in row.items() if key != "weight" or value}, fault
+
+
+def _captions_of_row(row: dict[str, Any]) -> tuple[str, Captions]:
+    """The file that a row names, and its captions. Raises ValueError."""
+    name = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str)), None)
+    value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
+    if not name or value is None:
+        raise ValueError("it lacks a file or a caption")
+    weight = row.get("weight")
+    if weight is not None:
+        if not isinstance(value, str):
+            raise ValueError("a weight beside several captions; valid: [[text, weight], ...]")
+        try:
+            value = [[value, float(weight) if isinstance(weight, str) else weight]]
+        except ValueError:
+            raise ValueError(f"its weight is {weight[:80]!r}; valid: a number, and text that has commas in quotation "
+                             "marks") from None
+    return plain_name(name), caption_list(value)
+
+
+def read_table(path: Path, name: str) -> CaptionTable:
+    """The captions in a .jsonl or .csv file, which messages call ``name``. Raises NoCaptions for a .csv file without a
+    column of captions, another ValueError for a file of which nothing can be read.
 
     A line of JSON has "file", "caption" (any value that ``caption_list`` accepts) and optionally "weight"; a CSV table
     has the columns file, caption and optionally weight. Several lines for one file are combined.
     """
-    found: dict[str, Captions] = {}
-    refused = []
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from None
-    for number, row, reason in _table_rows(path, text):
+    found = CaptionTable()
+    text = decode_text(path.read_bytes(), name)
+    for number, row, fault in _json_rows(text) if path.suffix == ".jsonl" else _csv_rows(text, name):
         try:
-            if row is None:
-                raise ValueError(reason)
-            name = next((row[key] for key in NAME_KEYS if isinstance(row.get(key), str)), None)
-            value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
-            if name is None or value is None:
-                raise ValueError("it lacks a file or a caption")
-            if "weight" in row and isinstance(value, str):
-                value = [[value, float(row["weight"])]]
-            found.setdefault(plain_name(name), []).extend(caption_list(value))
+            if fault:
+                raise ValueError(fault)
+            file, captions = _captions_of_row(row)
+            found.captions.setdefault(file, []).extend(captions)
+            found.lines.setdefault(file, number)
         except ValueError as error:
-            refused.append((f"{path.name} line {number}", str(error)))
-    return found, refused
+            found.refused.append((number, str(error)))
+    return found
 
 
-def read_text_file(path: Path, name: str) -> Captions | None:
-    """The captions of a .txt file, None if there is no file. Raises Unreadable."""
-    try:
-        lines: list[Any] = list(lines_of(path.read_bytes().decode("utf-8-sig")))
-    except FileNotFoundError:
-        return None
-    except (UnicodeDecodeError, OSError) as error:
-        raise Unreadable(name, f"its caption {path.name} cannot be read: {error}") from None
-    if not lines:
-        raise Unreadable(name, f"its caption {path.name} is empty")
-    return caption_list(lines)
+def text_captions(data: bytes, name: str) -> Captions | None:
+    """The captions of a .txt file, one a line; None if it is empty. Raises ValueError if it is not UTF-8."""
+    lines: list[Any] = [line for line in lines_of(decode_text(data, name)) if line.strip()]
+    return caption_list(lines) if lines else None
 
 
 # ---- choosing

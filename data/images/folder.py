@@ -1,12 +1,14 @@
-"""Source `folder`: images in a folder and its subfolders, with captions in a .txt beside each or in one table.
+"""Source `folder`: images in a folder and its subfolders, with captions in a .txt beside each or in tables.
 
-Captions come from captions.jsonl, metadata.jsonl or captions.csv in the root, else from the .txt of the same name
-(data/images/caption_list.py). The hash and the size of every image are stored in ROOT/.index.jsonl and computed again
-only for files whose length or modification time has changed; a folder that cannot be written is read every time.
+Captions come from a table (captions.jsonl, metadata.jsonl, captions.csv, metadata.csv) in the folder of an image or
+above it, else from the .txt of the same name (data/images/folder_files.py). The hash and the size of every image are
+stored in ROOT/.index.jsonl and computed again only for files whose length or modification time has changed; a folder
+that cannot be written is read every time.
 """
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,20 +17,21 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.images.base import ImageConfig, ImageFiles, check_shares, split_of
-from data.images.caption_list import TABLES, Captions, plain_name, read_table, read_text_file
+from data.fingerprint import state_hash
+from data.images.base import SPLIT_NAMES, ImageConfig, ImageFiles, check_shares, split_named, split_of
+from data.images.caption_list import plain_name
+from data.images.folder_files import INDEX, caption_files_state, find_files, read_captions
 from data.images.transforms import SUFFIXES, Unreadable, image_size
 from data.strings import Strings
 from files.whole import whole_file
 
-INDEX = ".index.jsonl"
-SUBFOLDERS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation", "test": "test"}
+OUTSIDE = f"images outside the folders of the splits ({', '.join(SPLIT_NAMES)})"
 
 
 @dataclass(frozen=True)
 class FolderConfig(ImageConfig):
     """``split``: "hash" splits by a hash of the file names with the shares ``validation`` and ``test``, "folders" by
-    the subfolders train, validation (val, valid) and test of the root."""
+    the subfolders of the root that are called as in ``SPLIT_NAMES``."""
 
     split: Literal["hash", "folders"] = "hash"
     validation: float = 0.02
@@ -39,24 +42,20 @@ class FolderConfig(ImageConfig):
         check_shares(self.validation, self.test)
 
 
-def image_files(root: Path) -> list[str]:
-    """Names of all image files below ``root``, relative to it and sorted, without hidden files."""
-    found = []
-    for folder, names, files in os.walk(root):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        found += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/") for name in files
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
-
-
 def _read_index(index: Path) -> dict[str, dict]:
     """The rows of an index by file name."""
     rows = {}
     try:
         for line in index.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             row = json.loads(line)
+            size = () if "error" in row else (row["height"], row["width"])
+            whole = [row["bytes"], row["time"], row["limit"], *size]
+            text = [row["name"], row["sha256"], row.get("error", "")]
+            if {type(value) for value in whole} != {int} or {type(value) for value in text} != {str} \
+                    or not all(side in range(1, 2**31) for side in size):
+                return {}
             rows[row["name"]] = row
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}  # absent or damaged: all files are read again
     return rows
 
@@ -66,6 +65,8 @@ def _inspect_file(root: Path, name: str, max_pixels: int, known: dict | None) ->
     path = root / name
     try:
         about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            return {"name": name, "error": "it is no regular file"}  # reading a pipe would wait without end
         row: dict[str, Any] = {"name": name, "bytes": about.st_size, "time": about.st_mtime_ns, "limit": max_pixels}
         if known is not None and all(known.get(key) == row[key] for key in row):
             return known
@@ -96,28 +97,6 @@ def scan_files(root: Path, names: Sequence[str], max_pixels: int) -> list[dict[s
     return rows
 
 
-def _read_captions(root: Path, names: Sequence[str]
-                   ) -> tuple[dict[str, Captions], dict[str, str], list[tuple[str, str]]]:
-    """(captions by file, reason by file for unreadable captions, (line, reason) for unreadable lines of a table)."""
-    table: dict[str, Captions] = {}
-    lines: list[tuple[str, str]] = []
-    for path in (root / name for name in TABLES):
-        if path.is_file():
-            table, lines = read_table(path)
-            break
-    found: dict[str, Captions] = {}
-    wrong = {}
-    for name in names:
-        try:
-            texts = table.get(plain_name(name)) or read_text_file((root / name).with_suffix(".txt"), name)
-        except Unreadable as error:
-            wrong[name] = error.reason
-            continue
-        if texts is not None:
-            found[name] = texts
-    return found, wrong, lines
-
-
 class Folder(ImageFiles):
     """One split of a folder. Raises FileNotFoundError or ValueError if there is nothing to read."""
 
@@ -125,23 +104,29 @@ class Folder(ImageFiles):
         root = self.root = Path(config.root)
         if not config.root or not root.is_dir():
             raise FileNotFoundError(f"root: '{config.root}' is no folder; valid: a folder of images with captions")
-        names = image_files(root)
-        if not names:
+        files = find_files(root)
+        if not files.images:
             raise ValueError(f"root: {root} holds no images; valid: files that end in {', '.join(SUFFIXES)}")
-        captions, wrong, refused = _read_captions(root, names)
-        rows = []
-        for row in scan_files(root, names, config.max_pixels):
+        captions = read_captions(root, files)
+        rows, refused = [], list(captions.lines)
+        index_rows = scan_files(root, files.images, config.max_pixels)
+        for row in index_rows:
             name = row["name"]
-            texts = captions.get(name) or ([(config.fallback, 1.0)] if config.fallback else None)
-            reason = row.get("error") or wrong.get(name) or ("" if texts else "it has no caption")
+            texts = captions.captions.get(name) or ([(config.fallback, 1.0)] if config.fallback else None)
+            reason = row.get("error") or captions.wrong.get(name) or ("" if texts else "it has no caption")
             place = self._split_of_file(config, name)
-            if reason:
+            if place is None:
+                files.leave_out(OUTSIDE, [name])
+            elif reason:
                 refused.append((name, reason))
-            elif place is not None:
+            else:
                 rows.append({**row, "captions": json.dumps(texts, ensure_ascii=False), "split": place})
-        self.refused, self.found = refused, len(names)
+        self.refused, self.left_out = refused, files.left_out
+        self.found = len(files.images) - len(files.left_out.get(OUTSIDE, []))
         self.content = hashlib.sha256(json.dumps(
             [[row["name"], row["sha256"], row["captions"]] for row in rows]).encode()).hexdigest()
+        self.state = state_hash([*((row["name"], row.get("bytes"), row.get("time")) for row in index_rows),
+                                 *caption_files_state(root, files)])
         mine = [row for row in rows if row["split"] == split]
         super().__init__(config, Strings(row["name"] for row in mine), Strings(row["captions"] for row in mine),
                          np.array([[row["height"], row["width"]] for row in mine], dtype=np.int32).reshape(-1, 2))
@@ -150,7 +135,7 @@ class Folder(ImageFiles):
     def _split_of_file(config: FolderConfig, name: str) -> str | None:
         """The split of a file, None for a file outside the subfolders of the splits."""
         if config.split == "folders":
-            return SUBFOLDERS.get(name.partition("/")[0]) if "/" in name else None
+            return split_named(name.partition("/")[0]) if "/" in name else None
         return split_of(plain_name(name), config.validation, config.test)
 
     def _bytes(self, index: int) -> bytes:

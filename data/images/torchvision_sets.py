@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from data.fingerprint import Fingerprint, fingerprint_of_files
 from data.images.base import ImageConfig, ImageFiles, check_shares, split_of
 from data.images.caption_list import Captions, caption_list
 from data.images.folder import scan_files
@@ -65,7 +66,7 @@ class CocoCaptions(ImageFiles):
     """One split of COCO Captions (Chen et al. 2015). The sizes of the images are those in the annotations."""
 
     def __init__(self, config: CocoConfig, split: Split):
-        self.root = Path(config.root)
+        self.root, self._year = Path(config.root), config.year
         part = ("train" if split == "train" else "val") + config.year
         path = self.root / "annotations" / f"captions_{part}.json"
         if not config.root or not path.is_file() or not (self.root / part).is_dir():
@@ -92,6 +93,12 @@ class CocoCaptions(ImageFiles):
 
     def _bytes(self, index: int) -> bytes:
         return (self.root / self.names[index]).read_bytes()
+
+    def fingerprint(self) -> Fingerprint:
+        """By the annotations and by the names and sizes of the images of both parts."""
+        notes = [f"annotations/captions_{part}{self._year}.json" for part in ("train", "val")]
+        folders = [f"{part}{self._year}" for part in ("train", "val")]
+        return fingerprint_of_files(self.root, [*notes, *folders], notes)
 
 
 # ---- Flowers102
@@ -140,6 +147,11 @@ class Flowers102(ImageFiles):
     def _bytes(self, index: int) -> bytes:
         return (self.root / self.names[index]).read_bytes()
 
+    def fingerprint(self) -> Fingerprint:
+        """By the labels and by the names and sizes of the images of all splits."""
+        labels = ["setid.mat", "imagelabels.mat"]
+        return fingerprint_of_files(self.root, [*labels, "jpg"], labels)
+
 
 # ---- CIFAR10
 
@@ -180,6 +192,11 @@ class Cifar10(ImageFiles):
         super().__init__(config, Strings(names[row] for row in rows),
                          Strings(phrases[whole.targets[row]] for row in rows),
                          np.full((len(rows), 2), 32, dtype=np.int32))
+
+    def fingerprint(self) -> Fingerprint:
+        """By the files of the set, of which torchvision has compared the hashes."""
+        return Fingerprint(fingerprint_of_files(Path(self.config.root or "."), ["cifar-10-batches-py"], []).files,
+                           self.content)
 
     def file_bytes(self, index: int) -> None:
         """None: the images are rows of an array, not files."""

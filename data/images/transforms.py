@@ -9,10 +9,12 @@ import re
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageColor, ImageOps
+from PIL import Image, ImageColor
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # decoders of other formats are never called
+from files.images import BadImage, decode_upright, open_header, reason_of, rgb_on_background
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # decoders of other formats are never called
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 
 # Mirroring makes these captions wrong: they name sides, directions, or writing, which would read backwards.
@@ -58,34 +60,27 @@ def _orientation(image: Image.Image) -> int:
     return int(image.getexif().get(0x0112, 1))
 
 
-def _reason(error: Exception) -> str:
-    """The message of a decoder's error in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0].replace("<_io.BytesIO object at ", "<")
-
-
 def _open_header(data: bytes, name: str, max_pixels: int) -> Image.Image:
     """The image with its header read and its pixels not. Raises Unreadable, also above ``max_pixels``."""
     if not data:
         raise Unreadable(name, "the file is empty")
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.UnidentifiedImageError:
-        raise Unreadable(name, f"not an image in one of the formats {', '.join(FORMATS)}") from None
-    except Exception as error:  # a decoder may raise anything on damaged bytes
-        raise Unreadable(name, _reason(error)) from None
-    if image.width * image.height > max_pixels:
-        raise Unreadable(name, f"{image.width} x {image.height} pixels are more than max_pixels = {max_pixels}")
-    return image
+        return open_header(io.BytesIO(data), max_pixels, FORMATS)
+    except BadImage as error:
+        raise Unreadable(name, str(error)) from None
 
 
 def image_size(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
     """(height, width) of the upright image, from its header. Raises Unreadable."""
     image = _open_header(data, name, max_pixels)
+    width, height = image.size
     try:
+        if image.format == "TIFF":  # Pillow 11 and later turn the size of a TIFF, but of no other format, at once
+            width, height = image.tag_v2[256], image.tag_v2[257]  # type: ignore[attr-defined]
         turned = _orientation(image) in TURNED
     except Exception as error:  # damaged EXIF data
-        raise Unreadable(name, _reason(error)) from None
-    return (image.width, image.height) if turned else (image.height, image.width)
+        raise Unreadable(name, reason_of(error)) from None
+    return (width, height) if turned else (height, width)
 
 
 def decode_image(data: bytes, name: str, background: tuple[int, int, int], max_pixels: int,
@@ -99,30 +94,10 @@ def decode_image(data: bytes, name: str, background: tuple[int, int, int], max_p
     try:
         if image.format == "JPEG" and least:
             image.draft(None, (2 * least, 2 * least))
-        turned = _orientation(image)
-        image.load()
-        if turned != 1:
-            image = ImageOps.exif_transpose(image)
-        return _rgb_on_background(image, background)
+        turned = _orientation(image) != 1  # asked of the header, as in image_size
+        return rgb_on_background(decode_upright(image, turned), background)
     except Exception as error:  # a decoder may raise anything on damaged bytes
-        raise Unreadable(name, _reason(error)) from None
-
-
-def _rgb_on_background(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """8-bit RGB of an image in any mode, with ``background`` behind transparent parts."""
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip at 255
-        deep = np.asarray(image).astype(np.int64)
-        grey = np.clip((deep + 128) // 257, 0, 255).astype(np.uint8)  # 65535 / 255 = 257
-        hidden = image.info.get("transparency")
-        if hidden is None:
-            return Image.fromarray(grey).convert("RGB")
-        opaque = np.where(deep == hidden, 0, 255).astype(np.uint8)
-        image = Image.merge("LA", (Image.fromarray(grey), Image.fromarray(opaque)))
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        over = image.convert("RGBA")
-        below = Image.new("RGBA", over.size, (*background, 255))
-        return Image.alpha_composite(below, over).convert("RGB")
-    return image.convert("RGB")
+        raise Unreadable(name, reason_of(error)) from None
 
 
 # ---- sizes

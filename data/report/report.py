@@ -2,8 +2,10 @@
 
 SOURCE is a folder of images, a folder of shards, or a config with a data section. The page shows counts, sizes, aspect
 ratios, lengths of captions in words and tokens, unknown tokens, near-duplicates within and between splits, a contact
-sheet and the files that cannot be read. Files that would stop a run are listed and do not stop the report.
+sheet, the files that cannot be read, and what is left out. Files that would stop a run are listed and do not stop the
+report.
 """
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from tqdm import tqdm
 
 from data.catalog import FILE_SOURCES, DataConfig, build_source
 from data.images.base import SPLITS, ImageFiles
+from data.images.folder_files import LeftOut, left_out_line
 from data.images.transforms import Unreadable, may_flip
 from data.report.duplicates import near_groups, near_pairs, perceptual_hash, small_version
 from data.source import Source
@@ -165,12 +168,14 @@ def duplicate_sections(splits: dict[str, SplitContent], most: int) -> tuple[str,
 def data_report(config: DataConfig, title: str, tokenizer: Path | None = None, limit: int = 20_000,
                 most: int = 3) -> str:
     """The report as HTML. Raises ValueError or OSError if there is no data at all."""
-    splits, refused = {}, []
+    splits: dict[str, SplitContent] = {}
+    refused: list[tuple[str, str]] = []
+    left_out: LeftOut = {}
     for split in SPLITS:
         source: Source
         if config.source in FILE_SOURCES:
             source = FILE_SOURCES[config.source](getattr(config, config.source), split)  # type: ignore[arg-type]
-            refused = list(source.refused)  # the same list for every split
+            refused, left_out = list(source.refused), source.left_out  # the same for every split
         else:
             source = build_source(config, split)  # type: ignore[arg-type]
         splits[split] = read_split(source, limit, split)
@@ -188,4 +193,8 @@ def data_report(config: DataConfig, title: str, tokenizer: Path | None = None, l
         sheet = contact_sheet(thumbnails, 8, CELL)
         sections.append(("Contact sheet", inline_image(sheet, f"the first {len(thumbnails)} images")))
     sections.append((f"Unreadable: {len(bad)}", html_list([f"{name}: {reason}" for name, reason in bad])))
+    if left_out:
+        print(left_out_line(title, left_out), file=sys.stderr)
+    sections.append((f"Left out: {sum(map(len, left_out.values()))}", "".join(
+        f"<h3>{len(names)} {escape(reason)}</h3>{html_list(names)}" for reason, names in left_out.items())))
     return page(f"Data: {title}", sections)

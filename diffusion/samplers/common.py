@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 
 from diffusion.denoise import Denoise
-from diffusion.schedule import Schedule
 
 Noise = Callable[[], Tensor]
 Times = Iterable[float]
 
-__all__ = ["Denoise", "Noise", "Times", "checked", "ddim_step", "half_log_snr", "initial_state", "level",
+__all__ = ["Denoise", "Noise", "Times", "checked", "ddim_step", "half_log_snr", "initial_state",
            "require_noise", "time_pairs", "time_pairs_left"]
 
 
@@ -73,13 +72,6 @@ def time_pairs_left(timesteps: Times, ahead: int = 2) -> Iterator[tuple[float, f
         yield t, s, left
         window.popleft()
         window.extend(islice(times, 1))
-
-
-def level(schedule: Schedule, t: float | None, clean_end: bool = True) -> tuple[float, float]:
-    """(alpha, sigma) at t; None is the end, all signal and no noise, or the level of time 0 without `clean_end`."""
-    if t is None:
-        return (1.0, 0.0) if clean_end else schedule.alpha_sigma(0)
-    return schedule.alpha_sigma(t)
 
 
 def half_log_snr(alpha: float, sigma: float) -> float:

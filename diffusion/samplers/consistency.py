@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion.distillation import consistency_function
 from diffusion.prediction import check_prediction_type
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, require_noise, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, require_noise, time_pairs
 from diffusion.schedule import Schedule
 
 EndOfPath = Callable[[Tensor, Tensor, float], Tensor]  # prediction, x_t, t -> f(x_t, t)
@@ -35,7 +35,7 @@ def consistency(
     check_prediction_type(schedule, prediction_type)
 
     def end_of_path(prediction: Tensor, x: Tensor, t: float) -> Tensor:
-        return consistency_function(prediction, x, *level(schedule, t), prediction_type)
+        return consistency_function(prediction, x, *schedule.alpha_sigma(t), prediction_type)
 
     return walk(denoise, x_T, timesteps, schedule, end_of_path, require_noise(noise, "consistency"), trace)
 
@@ -50,6 +50,6 @@ def walk(denoise: Denoise, x_T: Tensor, timesteps: Times, schedule: Schedule, en
             trace.append(start)
         if s is None:
             return start
-        alpha, sigma = level(schedule, s)
+        alpha, sigma = schedule.arrival(t, s)
         x = alpha * start + sigma * draw()
     raise AssertionError("time_pairs ends with None")

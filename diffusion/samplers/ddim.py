@@ -19,7 +19,7 @@ from typing import Annotated
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, require_noise, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, require_noise, time_pairs
 from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
@@ -42,7 +42,7 @@ def ddim(
     draw = require_noise(noise, "ddim with eta > 0") if eta > 0.0 else None
     x = initial_state(x_T)
     for t, s in time_pairs(timesteps):
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = level(schedule, t), level(schedule, s, clean_end)
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = schedule.alpha_sigma(t), schedule.arrival(t, s, clean_end)
         prediction = denoise(x, t)
         x_0 = x_0_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)
         eps = epsilon_from_prediction(prediction, x, alpha_t, sigma_t, prediction_type)

@@ -9,7 +9,7 @@ A path that is straight is followed exactly by one step, which is what training 
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, velocity_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, initial_state, level, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, initial_state, time_pairs
 from diffusion.schedule import Schedule
 
 
@@ -58,12 +58,12 @@ def flow(
                          "flow_heun: flow (euler and heun take any)")
     x = initial_state(x_T)
     for t, s in time_pairs(timesteps):
-        velocity = velocity_from_prediction(denoise(x, t), x, *level(schedule, t), prediction_type)
+        velocity = velocity_from_prediction(denoise(x, t), x, *schedule.alpha_sigma(t), prediction_type)
         if trace is not None:
             trace.append(x - t * velocity)
         if second_order and s is not None:
             end = x + (s - t) * velocity
-            velocity_end = velocity_from_prediction(denoise(end, s), end, *level(schedule, s), prediction_type)
+            velocity_end = velocity_from_prediction(denoise(end, s), end, *schedule.alpha_sigma(s), prediction_type)
             velocity = 0.5 * (velocity + velocity_end)
         x = x + ((0.0 if s is None else s) - t) * velocity
     return x

@@ -10,7 +10,7 @@ From pure noise (alpha = 0) s is infinite and the mean of two slopes means nothi
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, time_pairs
 from diffusion.schedule import Schedule
 
 
@@ -28,7 +28,7 @@ def heun(
     check_prediction_type(schedule, prediction_type)
     x = initial_state(x_T)
     for t, s in time_pairs(timesteps):
-        here, there = level(schedule, t), level(schedule, s)
+        here, there = schedule.alpha_sigma(t), schedule.arrival(t, s)
         prediction = denoise(x, t)
         x_0 = x_0_from_prediction(prediction, x, *here, prediction_type)
         eps = epsilon_from_prediction(prediction, x, *here, prediction_type)

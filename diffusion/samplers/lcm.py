@@ -13,7 +13,7 @@ from typing import Annotated
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, level, require_noise
+from diffusion.samplers.common import Denoise, Noise, Times, require_noise
 from diffusion.samplers.consistency import walk
 from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
@@ -38,7 +38,7 @@ def lcm(
     check_prediction_type(schedule, prediction_type)
 
     def end_of_path(prediction: Tensor, x: Tensor, t: float) -> Tensor:
-        x_0 = x_0_from_prediction(prediction, x, *level(schedule, t), prediction_type)
+        x_0 = x_0_from_prediction(prediction, x, *schedule.alpha_sigma(t), prediction_type)
         scaled = timestep_scaling * t * (schedule.steps if schedule.is_flow else 1)
         norm = sigma_data**2 + scaled**2
         return (sigma_data**2 / norm) * x + (scaled / norm**0.5) * x_0

@@ -11,13 +11,13 @@ Heun's, so n times cost n + 1 network calls. The variant that starts with Runge-
 nine more calls and published models skip it.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from diffusion.prediction import check_prediction_type, epsilon_from_prediction, x_0_from_prediction
-from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, level, time_pairs
+from diffusion.samplers.common import Denoise, Noise, Times, ddim_step, initial_state, time_pairs
 from diffusion.samplers.options import Option
 from diffusion.schedule import Schedule
 
@@ -41,28 +41,38 @@ def pndm(
     trace: list | None = None,
     clean_end: Annotated[bool, Option("False ends at the noise level of time 0, as Stable Diffusion was published, "
                                       "and not at x_0.")] = True,
+    extrapolate: Annotated[Literal["epsilon", "prediction"], Option(
+        "What is extrapolated: the noise, or as in diffusers the prediction, which for v is another direction at each "
+        "time.")] = "epsilon",
 ) -> Tensor:
     """x_0 (B, C, H, W); arguments as in `samplers.common`. n + 1 network calls for n times."""
     check_prediction_type(schedule, prediction_type)
     x = initial_state(x_T)
-    history: list[Tensor] = []  # eps, newest first
+    history: list[Tensor] = []  # of what is extrapolated, newest first
+    kind = "epsilon" if extrapolate == "epsilon" else prediction_type  # what the history holds
     for t, s in time_pairs(timesteps):
-        here, there = level(schedule, t), level(schedule, s, clean_end)
+        here, there = schedule.alpha_sigma(t), schedule.arrival(t, s, clean_end)
         prediction = denoise(x, t)
         eps = epsilon_from_prediction(prediction, x, *here, prediction_type)
+        slope = eps if extrapolate == "epsilon" else prediction
         first = not history
-        history = [eps, *history[:3]]
+        history = [slope, *history[:3]]
         if first:
             x_0 = x_0_from_prediction(prediction, x, *here, prediction_type)
             end = there[0] * x_0 + there[1] * eps
             if s is not None and here[0] > 0.0:
-                eps_end = epsilon_from_prediction(denoise(end, s), end, *there, prediction_type)
-                end = ddim_step(x, 0.5 * (eps + eps_end), here, there)
+                slope_end = denoise(end, s)
+                if extrapolate == "epsilon":
+                    slope_end = epsilon_from_prediction(slope_end, end, *there, prediction_type)
+                start = schedule.departure(t, s)
+                mean = epsilon_from_prediction(0.5 * (slope + slope_end), x, *start, kind)
+                end = ddim_step(x, mean, start, schedule.alpha_sigma(s))
         else:
             # Liu et al. 2022, eq. 12
-            combined = torch.zeros_like(eps)
+            combined = torch.zeros_like(slope)
             for weight, past in zip(ADAMS_BASHFORTH[len(history) - 1], history):
                 combined = combined + weight * past
+            combined = epsilon_from_prediction(combined, x, *here, kind)
             x_0 = (x - here[1] * combined) / here[0]
             end = ddim_step(x, combined, here, there)
         if trace is not None:

@@ -46,6 +46,7 @@ AUTOENCODER_READ = ("block_out_channels", "down_block_types", "in_channels", "la
                     "up_block_types")
 AUTOENCODER_IDLE = ("force_upcast", "sample_size")
 
+MOST_LAYERS = 1000
 DOWN, UP = ("DownBlock2D", "CrossAttnDownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
 
 
@@ -56,6 +57,13 @@ def check_keys(config: Json, where: str, fixed: dict[str, tuple], known: tuple[s
             raise ValueError(f"{where}: {key} {value!r} is not supported; valid: {' or '.join(map(repr, fixed[key]))}")
         if key not in fixed and key not in known and not key.startswith("_") and value not in (None, False):
             raise ValueError(f"{where}: {key} {value!r} is not supported; valid: without this key")
+
+
+def layer_count(value: Any, key: str, where: str) -> int:
+    """A number of layers or blocks; raises ValueError for one that no published network has, before it is built."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_LAYERS:
+        raise ValueError(f"{where}: {key} {value!r} is not supported; valid: 1 .. {MOST_LAYERS}")
+    return value
 
 
 def one_value(config: Json, key: str, default: Any, where: str) -> Any:
@@ -83,8 +91,10 @@ def unet_config(config: Json, where: str = "unet") -> UNetConfig:
         raise ValueError(f"{where}: up_block_types {up} is not supported; valid: the attention of {down}, reversed")
     return UNetConfig(
         in_channels=config.get("in_channels", 4), out_channels=config.get("out_channels", 4), channels=channels,
-        blocks=one_value(config, "layers_per_block", 2, where), attention=attention,
-        depth=one_value(config, "transformer_layers_per_block", 1, where),
+        blocks=layer_count(one_value(config, "layers_per_block", 2, where), "layers_per_block", where),
+        attention=attention,
+        depth=layer_count(one_value(config, "transformer_layers_per_block", 1, where), "transformer_layers_per_block",
+                          where),
         context_width=one_value(config, "cross_attention_dim", 1280, where),
         linear_projection=config.get("use_linear_projection", False),
         norm_groups=config.get("norm_num_groups", 32), dropout=config.get("dropout", 0.0),
@@ -144,7 +154,7 @@ def autoencoder_config(config: Json, where: str = "vae") -> AutoencoderConfig:
                          f"{config.get('in_channels', 3)}")
     return AutoencoderConfig(
         image_channels=config.get("in_channels", 3), latent_channels=config.get("latent_channels", 4),
-        channels=channels, blocks=config.get("layers_per_block", 1),
+        channels=channels, blocks=layer_count(config.get("layers_per_block", 1), "layers_per_block", where),
         mid_attention=config.get("mid_block_add_attention", True), norm_groups=config.get("norm_num_groups", 32),
     )
 
@@ -189,7 +199,8 @@ def text_encoder_config(config: Json, where: str = "text_encoder") -> TextEncode
     check_transformer(config, where)
     return TextEncoderConfig(
         vocab_size=config.get("vocab_size", 49408), length=config.get("max_position_embeddings", 77),
-        width=config.get("hidden_size", 512), layers=config.get("num_hidden_layers", 12),
+        width=config.get("hidden_size", 512),
+        layers=layer_count(config.get("num_hidden_layers", 12), "num_hidden_layers", where),
         heads=config.get("num_attention_heads", 8), mlp_width=config.get("intermediate_size", 2048),
         activation=config.get("hidden_act", "quick_gelu"),
     )
@@ -225,7 +236,8 @@ def clip_config(config: Json, pixels: Json, where: str = "clip") -> ClipConfig:
         image=ImageEncoderConfig(
             size=image.get("image_size", 224), patch=image.get("patch_size", 32),
             channels=image.get("num_channels", 3), width=image.get("hidden_size", 768),
-            layers=image.get("num_hidden_layers", 12), heads=image.get("num_attention_heads", 12),
+            layers=layer_count(image.get("num_hidden_layers", 12), "num_hidden_layers", f"{where}: vision_config"),
+            heads=image.get("num_attention_heads", 12),
             mlp_width=image.get("intermediate_size", 3072), activation=image.get("hidden_act", "quick_gelu"),
             mean=tuple(pixels.get("image_mean", PIXEL_MEAN)), std=tuple(pixels.get("image_std", PIXEL_STD)),
         ),

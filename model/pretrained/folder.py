@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor
 
+from files.config import from_dict, to_dict
 from model.autoencoder import Autoencoder, AutoencoderConfig
 from model.clip import Clip
 from model.pretrained.config import (
@@ -39,12 +40,14 @@ from model.pretrained.names import (
     unet_to_diffusers,
     with_one_scale,
 )
-from model.pretrained.tensors import network_from_state, read_json, read_tensors, weight_files
+from model.pretrained.tensors import network_from_state, read_json, read_tensors, weight_files, weights_in
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
 T = TypeVar("T")
 PIPELINES = ("StableDiffusionPipeline",)
+STEMS = {"unet": ("diffusion_pytorch_model",), "vae": ("diffusion_pytorch_model",),
+         "text_encoder": ("model", "pytorch_model")}
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ def check_parts(unet: UNetConfig, autoencoder: AutoencoderConfig, text_encoder: 
                          f"{text_encoder.width}, the width of the text encoder")
 
 
-def read_diffusers_folder(path: str | Path) -> Published:
-    """The system in a folder that diffusers wrote.
+def read_diffusers_folder(path: str | Path, variant: str | None = None) -> Published:
+    """The system in a folder that diffusers wrote. variant: "fp16" and the like, of the weights that there are twice;
+    parts that have no such variant are read in full.
 
     Raises FileNotFoundError for a missing file, and ValueError naming what is damaged, which setting these networks
     do not support, and every tensor that is missing, unexpected or of another shape.
@@ -87,11 +91,9 @@ def read_diffusers_folder(path: str | Path) -> Published:
         if name not in PIPELINES:
             raise ValueError(f"{path / 'model_index.json'}: _class_name {name!r} is not supported; valid: "
                              f"{' or '.join(PIPELINES)}")
-    files = {
-        "unet": weight_files(path / "unet", "diffusion_pytorch_model"),
-        "vae": weight_files(path / "vae", "diffusion_pytorch_model"),
-        "text_encoder": weight_files(path / "text_encoder", "model", "pytorch_model"),
-    }
+    if variant is not None:
+        check_variant(path, variant)
+    files = {part: weight_files(path / part, *stems, variant=variant) for part, stems in STEMS.items()}
     unet_data, unet_shape = read_config(path / "unet", unet_config)
     vae_data, vae_shape = read_config(path / "vae", autoencoder_config)
     _, text_shape = read_config(path / "text_encoder", text_encoder_config)
@@ -112,6 +114,13 @@ def read_diffusers_folder(path: str | Path) -> Published:
     )
 
 
+def check_variant(path: Path, variant: str) -> None:
+    """Raises ValueError that lists the variants if no part has this one."""
+    found = {name for part, stems in STEMS.items() for name in weights_in(path / part, stems)}
+    if variant not in found:
+        raise ValueError(f"{path} has no variant {variant!r}; valid: {', '.join(sorted(found - {''})) or 'none'}")
+
+
 def read_clip_folder(path: str | Path) -> Clip:
     """The `CLIPModel` in a folder that transformers wrote; raises the errors of `read_diffusers_folder`."""
     path = Path(path)
@@ -126,7 +135,9 @@ def read_config(folder: Path, convert: Callable[[dict[str, Any], str], T]) -> tu
     """The config.json of a folder, and the result of `convert(data, where)` for it; errors name the file."""
     data = read_json(folder / "config.json")
     try:
-        return data, convert(data, str(folder / "config.json"))
+        config = convert(data, str(folder / "config.json"))
+        from_dict(type(config), to_dict(config), "its network")  # every value has its type
+        return data, config
     except (TypeError, AttributeError) as error:  # a number where a list belongs, and the like
         raise ValueError(f"{folder / 'config.json'} has a value of a wrong type: {error}") from None
     except ValueError as error:

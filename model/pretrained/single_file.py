@@ -26,7 +26,7 @@ from model.pretrained.names import (
     text_encoder_from_transformers,
     with_latent_scale,
 )
-from model.pretrained.tensors import network_from_state, read_tensors
+from model.pretrained.tensors import metadata_of, network_from_state, read_tensors
 from model.text_encoder import TextEncoder, TextEncoderConfig
 from model.unet import UNet, UNetConfig
 
@@ -35,9 +35,10 @@ CLIP, OPENCLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
 HEAD_WIDTH = 64  # of the text encoders, and of the UNet of 2.x; that of 1.x has 8 heads at every level
 
 # What a file may hold beside the three networks: the other average of the weights, the noise schedule as tables,
-# training state, the part of OpenCLIP that is not used.
+# training state, the part of OpenCLIP that is not used, and two marks that programs leave: the model predicts v
+# (v_pred), its last time is pure noise (ztsnr).
 UNUSED = re.compile(
-    r"(\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|scale_factor|global_step)$"
+    r"(v_pred|ztsnr|\w*alphas_cumprod(_prev)?|betas|posterior_\w+|lvlb_weights|logvar|scale_factor|global_step)$"
     r"|model_ema\.|first_stage_model\.loss\.|cond_stage_model\.(logit_scale|text_projection)$"
 )
 
@@ -45,24 +46,37 @@ UNUSED = re.compile(
 SCHEDULER = {"_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
              "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1,
              "timestep_spacing": "leading"}
+# Of a model whose last time is pure noise: Lin et al. 2023, section 3.
+ZERO_SNR = {**SCHEDULER, "_class_name": "DDIMScheduler", "clip_sample": False, "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing"}
+PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 
 def read_single_file(path: str | Path, prediction_type: str | None = None) -> Published:
     """The system in a single file (.safetensors; .ckpt if it holds nothing but tensors).
 
-    prediction_type: the target that the UNet predicts. 1.x predicts "epsilon". For 2.x there are both kinds,
-    "v_prediction" at 768 pixels and "epsilon" at 512, and the file does not record which. Raises ValueError without it
-    for 2.x, for another layout, for a damaged file, and naming every tensor that is missing, unexpected or of another
-    shape.
+    prediction_type: the target that the UNet predicts, in place of what the file says: its metadata in
+    `modelspec.prediction_type`, or a tensor named v_pred. Without either 1.x predicts "epsilon"; for 2.x there are both
+    kinds, "v_prediction" at 768 pixels and "epsilon" at 512. Raises ValueError for 2.x that does not say it, for
+    another layout, for a damaged file, and naming every tensor that is missing, unexpected or of another shape.
     """
     path = Path(path)
-    state = read_tensors(path)
+    metadata, state = metadata_of(path), read_tensors(path)
     try:
-        return from_single_state(state, path, prediction_type)
+        return from_single_state(state, path, prediction_type or recorded_prediction(state, metadata))
     except KeyError as error:
         raise ValueError(f"{path} is no Stable Diffusion 1.x or 2.x: it lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def recorded_prediction(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str | None:
+    """What the file says that its UNet predicts; None if it does not say. Raises ValueError for what is not known."""
+    said = metadata.get("modelspec.prediction_type")
+    if said is not None and said not in PREDICTIONS:
+        raise ValueError(f"modelspec.prediction_type {said!r} is not supported; valid: {', '.join(PREDICTIONS)}, or "
+                         "--prediction in its place")
+    return PREDICTIONS[said] if said is not None else "v_prediction" if "v_pred" in state else None
 
 
 def from_single_state(state: State, path: Path, prediction_type: str | None) -> Published:
@@ -75,7 +89,11 @@ def from_single_state(state: State, path: Path, prediction_type: str | None) -> 
         raise ValueError("the file does not say what a 2.x model predicts; valid: prediction type v_prediction (768 "
                          "pixels) or epsilon (512)")
     prediction_type = prediction_type or "epsilon"
+    if "ztsnr" in state and prediction_type == "epsilon":
+        raise ValueError("the file is marked ztsnr, and the noise says nothing of an image in pure noise; valid: "
+                         "prediction type v_prediction")
     check_all_known(state, OPENCLIP if second else CLIP)
+    scheduler = ZERO_SNR if "ztsnr" in state else SCHEDULER
 
     unet_shape = unet_config(state, second)
     vae_shape = autoencoder_config(state)
@@ -88,7 +106,7 @@ def from_single_state(state: State, path: Path, prediction_type: str | None) -> 
     return Published(
         unet=network_from_state(UNet, unet_shape, unet),
         autoencoder=network_from_state(Autoencoder, vae_shape, with_latent_scale(vae, vae_shape, SD_LATENT_STD)),
-        text_encoder=text_encoder, scheduler={**SCHEDULER, "prediction_type": prediction_type},
+        text_encoder=text_encoder, scheduler={**scheduler, "prediction_type": prediction_type},
         tokenizer=None, latent_size=(side, side), files={"single file": (path,)},
     )
 

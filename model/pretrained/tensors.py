@@ -1,18 +1,19 @@
 """Reads tensors and JSON from files of others. Nothing in them is executed: pickles are read with `weights_only`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 N = TypeVar("N", bound=nn.Module)
 Kind = Literal["diffusers", "clip", "single file"]
 
-SUFFIXES = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")  # in this order
+ROUNDED = ("fp16", "bf16")  # variants that hold the same weights with fewer digits; the first is taken
 LAYOUTS = ("a diffusers folder (unet/, vae/, text_encoder/, tokenizer/, scheduler/), a transformers CLIP folder, or a "
            "single file of Stable Diffusion 1.x or 2.x (.safetensors, .ckpt)")
 
@@ -46,19 +47,60 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def weight_files(folder: Path, *stems: str) -> list[Path]:
+def weight_files(folder: Path, *stems: str, variant: str | None = None) -> list[Path]:
     """The files that hold the weights of a network: STEM.safetensors, its shards by STEM.safetensors.index.json, or the
-    same as .bin. Raises FileNotFoundError if there is none, and ValueError for shards outside the folder."""
-    for suffix in SUFFIXES:
-        for stem in stems:
-            path = folder / f"{stem}{suffix}"
-            if path.is_file():
-                return [path]
-            index = folder / f"{stem}{suffix}.index.json"
-            if index.is_file():
-                return shards(index)
+    same as .bin; of a variant STEM.VARIANT.safetensors or STEM.safetensors.index.VARIANT.json.
+
+    Without the variant that is asked for the plain weights are read, as in diffusers, and without plain ones "fp16",
+    "bf16" or the only variant that there is. Raises FileNotFoundError that lists what lies there if nothing fits, and
+    ValueError for shards outside the folder.
+    """
+    found = weights_in(folder, stems)
+    order = [variant or "", "", *ROUNDED, *(found if len(found) == 1 else ())]
+    chosen = next((found[name] for name in order if name in found), None)
+    if chosen is not None:
+        return shards(chosen) if chosen.suffix == ".json" else [chosen]
+    if found:
+        raise FileNotFoundError(f"{folder} holds only variants of the weights: {', '.join(sorted(found))}; valid: one "
+                                "of them as --variant")
+    names = sorted(map(described, folder.iterdir())) if folder.is_dir() else []
     raise FileNotFoundError(f"{folder} holds no weights; valid: {', '.join(f'{stem}.safetensors' for stem in stems)}, "
-                            "its shards, or .bin")
+                            f"its shards, or .bin; found there: {', '.join(names) or 'nothing'}")
+
+
+def described(path: Path) -> str:
+    """The name of a path, and what it is if it is no file."""
+    return path.name if path.is_file() else f"{path.name}/" if path.is_dir() else f"{path.name} (a link to nothing)"
+
+
+def weights_in(folder: Path, stems: tuple[str, ...]) -> dict[str, Path]:
+    """The file, or the index of shards, of each variant in a folder; "" is the plain one. Of both the index counts for
+    diffusers and the file for transformers, and .safetensors before .bin."""
+    name = rf"(?P<stem>{'|'.join(map(re.escape, stems))})"
+    kinds = (rf"{name}(\.(?P<variant>[\w-]+))?\.(?P<kind>safetensors|bin)",
+             rf"{name}\.(?P<kind>safetensors|bin)\.index(\.(?P<variant>[\w-]+))?\.json",
+             rf"{name}\.(?P<kind>safetensors|bin)\.(?P<variant>[\w-]+)\.index\.json")  # as older versions wrote it
+    ranked = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_file() or re.search(r"-\d{5}-of-\d{5}\b", path.name):  # a shard is found through its index
+            continue
+        for match in filter(None, (re.fullmatch(kind, path.name) for kind in kinds)):
+            sharded = path.suffix == ".json"
+            rank = (match["kind"] == "bin", sharded != (match["stem"] == "diffusion_pytorch_model"),
+                    stems.index(match["stem"]), path.name)
+            ranked.append((rank, match["variant"] or "", path))
+    return {variant: path for _, variant, path in sorted(ranked, reverse=True)}  # the first of each is set last
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a .safetensors file says about itself; nothing for other files and where it says nothing."""
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 
 def shards(index: Path) -> list[Path]:
@@ -89,7 +131,7 @@ def read_tensors(*paths: Path) -> dict[str, Tensor]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from None
 
 

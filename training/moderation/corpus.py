@@ -10,7 +10,6 @@ The header of a file defines its kind:
 
 The files words.txt and names.txt hold a dictionary and names, one a line. Several categories are joined by "|" or ", ".
 """
-import csv
 import re
 import zlib
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.csgraph
 
+from files.text import CsvTable, decode_text, read_lines
 from safety.policy import HEADS
 
 SHARE_HARMLESS, SHARE_HARMFUL = 10.0, 50.0  # percent of inappropriate images: at most, at least
@@ -105,7 +105,7 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
             read_file(path, rows, terms)
         for name, words in lists.items():
             if (folder / name).is_file():
-                words.update((folder / name).read_text(encoding="utf-8").split("\n"))
+                words.update(read_lines(folder / name))
     if not any(row.harmful for row in rows) or not any(row.harmless for row in rows):
         raise TextFilesError("moderator.data.root: valid: at least one harmful and one harmless text")
     return Corpus(group_alike(rows), terms, lists["words.txt"] - {""}, lists["names.txt"] - {""})
@@ -114,14 +114,15 @@ def read_corpus(folders: Iterable[str | Path]) -> Corpus:
 def read_file(path: Path, rows: list[Row], terms: list[ListedTerm]) -> None:
     """Append the contents of a CSV file to ``rows`` and ``terms``; raises TextFilesError naming a wrong value."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            header, lines = set(reader.fieldnames or ()), list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        table = CsvTable(decode_text(path.read_bytes(), path.name), path.name)
+        header, lines = set(table.columns), list(table)
+    except (OSError, ValueError) as error:
         raise TextFilesError(f"{path}: {error}") from None
     source, first = path.stem, len(rows)
-    for number, line in enumerate(lines, 2):
-        where, group = f"{path}, line {number}", first + number
+    for number, (place, line, fault) in enumerate(lines, 2):
+        where, group = f"{path}, line {place}", first + number
+        if fault:
+            raise TextFilesError(f"{where}: {fault}")
         if {"text", "severity", "category"} <= header:
             terms.append(ListedTerm(line["text"].lower().strip(), line["category"],
                                     _number(line["severity"], where, 1, 3)))

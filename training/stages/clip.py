@@ -15,6 +15,7 @@ from data.loader import Batch, Loader
 from data.order import Order
 from data.source import Source, image_batch
 from data.tokenizer import Tokenizer, TokenizerConfig
+from diffusion.noise import check_seed
 from eval.clip_score import caption_ranks
 from files.config import to_dict
 from files.images import to_unit
@@ -57,6 +58,7 @@ class ClipStage:
     seed: int = 1
 
     def __post_init__(self):
+        check_seed(self.seed)
         text = self.model.text
         if text.vocab_size < self.tokenizer.vocab_size:
             raise ValueError(f"model.text.vocab_size: {text.vocab_size}; valid: from tokenizer.vocab_size = "
@@ -81,9 +83,8 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
     source, validation, run = context.source, context.validation, context.run
     device, processes = context.device, context.processes
     if processes.world > 1:
-        raise ValueError(f"stage clip with {processes.world} processes; valid: one, a batch is its own set of wrong "
-                         "answers")
-    inherited = run.path / "clip_tokenizer.json"
+        raise ValueError(f"stage clip with {processes.world} processes; valid: one, a batch has its own wrong answers")
+    inherited = run.path / "clip_tokenizer.json"  # of the run that this one starts from
     tokenizer = Tokenizer.load(inherited) if inherited.is_file() else fit_tokenizer(source, config.tokenizer)
     torch.manual_seed(config.seed)  # initial weights
     model = place_on(Clip(config.model), device)

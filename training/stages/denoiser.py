@@ -2,12 +2,15 @@
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
+from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
 from diffusion.denoise import DenoiseAtTimes
 from diffusion.guidance_free import Scales, beta_of_uniform, check_scales, guidance_free
@@ -103,19 +106,30 @@ def new_networks(config: DenoiserStage, seed: int, device: torch.device) -> Netw
     return place_on(Networks(unet, text_encoder, words), device)
 
 
-class Denoising:
-    """The loss of a training step, and the loss that is measured on held-out images."""
+class Predicts(Protocol):
+    """What a loss is computed with: `Networks`, or functions that call networks with other weights."""
 
-    def __init__(self, config: DenoiserStage, tokenizer: Tokenizer, seed: int, device: torch.device):
-        self.config, self.tokenizer, self.seed, self.device = config, tokenizer, seed, device
+    @property
+    def unet(self) -> Callable[..., torch.Tensor]: ...
+
+    @property
+    def text_encoder(self) -> Callable[..., torch.Tensor]: ...
+
+
+class Denoising:
+    """The loss of a training step, and the loss that is measured on held-out images. ``masked`` says whether padding is
+    hidden from the networks, which published ones see."""
+
+    def __init__(self, config: DenoiserStage, tokenizer: Tokenizer | ClipTokenizer, seed: int, device: torch.device,
+                 masked: bool = True):
+        self.config, self.tokenizer, self.seed, self.device, self.masked = config, tokenizer, seed, device, masked
         self.schedule, self.batch = Schedule(config.schedule), config.train.batch
 
-    def losses(self, networks: Networks, x_0: torch.Tensor, captions: list[str], t: torch.Tensor,
+    def losses(self, networks: Predicts, x_0: torch.Tensor, captions: list[str], t: torch.Tensor,
                eps: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
         """The loss of each image, (B,), of latents x_0 and noise eps (B, C, H, W), captions and times t (B,). beta (B,)
         is one over the guidance scale in guidance-free training."""
-        ids, mask = self.tokenizer.encode(captions)  # (B, L)
-        ids, mask = (tensor.to(self.device) for tensor in trim_padding(ids, mask, MULTIPLE))
+        ids, mask = self.encode(captions)  # (B, L)
         context = networks.text_encoder(ids, mask)  # (B, L, D)
 
         beta = None if beta is None else beta.to(self.device)
@@ -133,15 +147,16 @@ class Denoising:
         return diffusion_loss(denoise, x_0.to(self.device), t.to(self.device), eps.to(self.device), self.schedule,
                               self.config.prediction_type, self.config.weighting)  # (B,)
 
-    def unconditional(self, networks: Networks, count: int) -> DenoiseAtTimes:
+    def unconditional(self, networks: Predicts, count: int) -> DenoiseAtTimes:
         """The prediction for ``count`` empty captions, without a gradient and unseen by whoever watches attention."""
-        ids, mask = (tensor.to(self.device) for tensor in trim_padding(*self.tokenizer.encode([""]), MULTIPLE))
+        ids, mask = self.encode([""])
+        rows = None if mask is None else mask.expand(count, -1)
+        watched = networks.unet.cross_attentions() if isinstance(networks.unet, UNet) else ()
 
         def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            with torch.no_grad(), unwatched(networks.unet.cross_attentions()):
+            with torch.no_grad(), unwatched(watched):
                 context = networks.text_encoder(ids, mask)  # (1, L, D)
-                return networks.unet(x_t, self.schedule.network_time(t), context.expand(count, -1, -1),
-                                     mask.expand(count, -1))
+                return networks.unet(x_t, self.schedule.network_time(t), context.expand(count, -1, -1), rows)
 
         return denoise
 
@@ -153,6 +168,14 @@ class Denoising:
         random = generator(self.seed, "denoiser/beta", position)
         beta = part.of_batch(beta_of_uniform(torch.rand(part.batch, generator=random), self.config.guidance_scales))
         return torch.where(torch.tensor([caption == "" for caption in captions]), torch.ones_like(beta), beta)
+
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Token ids (B, L) of captions and their mask, both cut to the longest of them; None if padding is seen."""
+        ids, mask = self.tokenizer.encode(captions)  # (B, L)
+        if not self.masked:
+            return ids.to(self.device), None
+        ids, mask = trim_padding(ids, mask, MULTIPLE)
+        return ids.to(self.device), mask.to(self.device)
 
     def loss_at(self, networks: Networks, read: PairBatch, position: int, part: Part) -> dict[str, torch.Tensor]:
         """The mean loss of a part of a batch, with grounding where the places of things are known."""
@@ -185,6 +208,7 @@ class Denoising:
         """The mean loss of the denoiser plus the losses that compare its attention and features with where things are.
         Their weights are multiplied by ``grounding_scale``, which falls from 1 to 0 during the run."""
         config, terms = self.config.grounding, {}
+        assert isinstance(self.tokenizer, Tokenizer)  # published systems are not grounded
         with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
             loss = self.losses(networks, x_0, captions, t, eps, beta).mean()
         if config.attention:
@@ -197,7 +221,7 @@ class Denoising:
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
     @torch.no_grad()
-    def validate(self, networks: Networks, read: PairBatch) -> dict[str, float]:
+    def validate(self, networks: Predicts, read: PairBatch) -> dict[str, float]:
         """The mean loss on held-out images, and the mean in each fifth of the noise levels, least noise first. Noise
         and times are the same at every call; the times are a Sobol sequence, which covers all levels evenly."""
         random = generator(self.seed, "validation", 0)

