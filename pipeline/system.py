@@ -252,7 +252,8 @@ class TextToImage:
         return bind(cond_cache), bind(doubled_cache)
 
     def denoisers_of_steps(self, contexts: StepContexts, count: int, times: Sequence[float],
-                           known: Sequence[float] = (), config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
+                           known: Sequence[float] = (),
+                           config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
         """As ``denoisers``, for a run along ``times`` whose steps have contexts of their own. The keys and values of a
         context are computed when it is first read, and its deep features are those of its own calls. ``known``: what
         ``denoisers`` calls times."""

@@ -39,8 +39,9 @@ class Sources:
 
 def check_requests(system: TextToImage, requests: Sequence[Request], sources: Sources) -> None:
     """Raise ValueError now for what would stop the sampling later."""
+    for config, strength in dict.fromkeys((request.config, request.strength) for request in requests):
+        check_sampling(system.schedule, system.config.prediction_type, config, strength)
     for kind in {request.kind: request for request in requests}.values():
-        check_sampling(system.schedule, system.config.prediction_type, kind.config, kind.strength)
         system.has_pair(kind.config, kind.read(kind.negative))
         sampler, eta = kind.config.sampler, kind.config.options.get("eta", 0.0)
         if sources.refinements is not None and (sampler != "ddim" or eta):
