@@ -1,6 +1,6 @@
 """Sample images: python sample.py "a small red star" "two blue circles" --run runs/shapes
 From published weights: python sample.py "a photo of a horse" --pretrained PATH --steps 30 --size 512
-Many prompts: torchrun --nproc-per-node 2 sample.py --prompts FILE --out DIR --bulk
+Many prompts: torchrun --nproc-per-node 2 -- sample.py --prompts FILE --out DIR --bulk
 
 Writes one PNG an image, with the settings it was made from inside, a labelled grid, and results.jsonl with a line for
 each image that was requested, refused ones too. What the flags mean is in docs/sampling.md, docs/prompts.md,

@@ -69,7 +69,7 @@ class Call:
     def start(self) -> subprocess.Popen:
         """Start it in a session of its own."""
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes), "--master-port",
-                    str(20_000 + (os.getpid() + self.launches) % 20_000)] if self.processes > 1 else []
+                    str(20_000 + (os.getpid() + self.launches) % 20_000), "--"] if self.processes > 1 else []
         self.launches += 1
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8")
         return subprocess.Popen([sys.executable, *launcher, "sample.py", *self.arguments], cwd=ROOT,

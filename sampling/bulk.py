@@ -1,7 +1,7 @@
 """Bulk sampling: a file of prompts of any length to shards of images, by one process or several, killed or not.
 
     python sample.py --prompts FILE --out DIR --bulk
-    torchrun --nproc-per-node 2 sample.py --prompts FILE --out DIR --bulk
+    torchrun --nproc-per-node 2 -- sample.py --prompts FILE --out DIR --bulk
 
 Nothing is sent between processes. Each reads the file from its beginning, counts the requests, and draws the windows of
 ``--shard-size`` requests that it can claim in the folder (`bulk_folder.py`). What is drawn together depends on the
