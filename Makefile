@@ -4,8 +4,11 @@ BIN := .venv/bin
 CONFIG ?= configs/shapes.yaml
 RUN ?= runs/shapes
 
-.PHONY: help venv demo test check lint types clean
+PROMPT ?= a happy cat above a red car, twemoji style
+
+.PHONY: help venv sample demo test check lint types clean
 help:
+	@echo 'make sample PROMPT="a red apple, noto style"    draw it with the shipped weights, or those of runs/shapes'
 	@echo "make demo    train configs/shapes.yaml from nothing, sample, score, write $(RUN)/report/index.html"
 	@echo "make test    the whole test suite"
 	@echo "make check   lint, types and the fast tests"
@@ -19,6 +22,11 @@ venv: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test,emoji,plots,metrics]"
 	@touch $@
+
+# handed on through the environment, so that quotes in a prompt stay what they are
+sample: export SAMPLE_PROMPT := $(value PROMPT)
+sample: venv
+	$(BIN)/python sample.py "$$SAMPLE_PROMPT"
 
 demo: venv
 	$(BIN)/python train.py $(CONFIG) run=$(RUN)

@@ -80,19 +80,21 @@ def settings(stage: str, steps: int, quick: bool) -> list[str]:
     return found
 
 
-def rows_of(stage: str, seconds: dict[str, list[float]], batch: int, shares: dict[str, float]) -> list[Row]:
+def rows_of(stage: str, seconds: dict[str, list[float]], batches: dict[str, int],
+            shares: dict[str, float]) -> list[Row]:
     """A row for each run; the ratio of this code is against the other revision, that of its second run against its
-    first.
+    first. Ratios are those of images a second, since a run may have another batch.
 
     ``shares`` of the peak are those that the runs have logged themselves.
     """
     rows = []
     warm = {name: values[WARM:] for name, values in seconds.items()}
+    an_image = {name: [value / batches[name] for value in values] for name, values in warm.items()}
     for name, values in warm.items():
-        base = warm[HERE] if name == AGAIN else warm.get(AGAINST)
-        ratio = ratio_of(base, values) if base is not None and base is not values else (None, None, None)
+        base = {AGAIN: HERE, HERE: AGAINST}.get(name)
+        ratio = ratio_of(an_image[base], an_image[name]) if base in an_image else (None, None, None)
         (low, high), median = quartiles(values), sorted(values)[len(values) // 2]
-        rows.append(Row(f"{stage} step", name, median, low, high, len(values), *ratio, images=batch / median,
+        rows.append(Row(f"{stage} step", name, median, low, high, len(values), *ratio, images=batches[name] / median,
                         share=shares[name], first=seconds[name][0]))
     return rows
 
@@ -100,6 +102,12 @@ def rows_of(stage: str, seconds: dict[str, list[float]], batch: int, shares: dic
 def wait_factor(split: dict[str, float]) -> float:
     """How many times as long a step took because it waited for its turn, which the run counts as reading data."""
     return sum(split.values()) / max(1e-9, sum(split.values()) - split["data"])
+
+
+def batch_of(stage: str, config: str, overrides: list[str]) -> int:
+    """The images of a step of a stage."""
+    experiment = load_experiment(config, overrides)
+    return (experiment.autoencoder if stage == "autoencoder" else experiment.denoiser).train.batch
 
 
 def main(stage: str, arguments: list[str] | None = None, description: str | None = None) -> None:
@@ -112,8 +120,8 @@ def main(stage: str, arguments: list[str] | None = None, description: str | None
     options = parser.parse_args(arguments)
     steps = (4 if options.quick else options.rounds) + WARM + 1
     shared = settings(stage, steps, options.quick)
-    experiment = load_experiment(options.config, shared)
-    batch = (experiment.autoencoder if stage == "autoencoder" else experiment.denoiser).train.batch
+    batches = {name: batch_of(stage, options.config, [*shared, *own])
+               for name, own in ((HERE, options.overrides), (AGAIN, options.overrides), (AGAINST, []))}
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, Run] = {}
         try:
@@ -135,5 +143,5 @@ def main(stage: str, arguments: list[str] | None = None, description: str | None
                      if key.startswith("validation_")} for name, lines in metrics.items()}
     command = " ".join(["python -m benchmarks." + {"denoiser": "training"}.get(stage, stage),
                         *(sys.argv[1:] if arguments is None else arguments)])
-    print(save(f"{stage}_step", rows_of(stage, seconds, batch, shares), options.out, command, options.device,
+    print(save(f"{stage}_step", rows_of(stage, seconds, batches, shares), options.out, command, options.device,
                split=split, validation=losses))

@@ -46,6 +46,15 @@ def image_files(folder: str | Path, max_pixels: int = MAX_PIXELS) -> list[Path]:
     return files
 
 
+def other_files(folder: str | Path) -> dict[str, list[str]]:
+    """The names of the files of a folder that ``image_files`` leaves out, by their ending in lower case."""
+    others: dict[str, list[str]] = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.suffix.lower() not in ENDINGS and path.is_file():
+            others.setdefault(path.suffix.lower(), []).append(path.relative_to(folder).as_posix())
+    return others
+
+
 def _fault(image: Image.Image, size: tuple[int, int]) -> str:
     """What is wrong with an image, given the size (W, H) of the first one; "" for nothing."""
     if image.size != size:

@@ -1,4 +1,5 @@
 """What the full suite compares samples with: networks that turn images into vectors, real images, training images."""
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.images.folder_files import left_out_line
 from data.source import Source, image_batch
 from eval.features.efficientnet import Features
 from eval.features.inception import InceptionFeatures
-from eval.image_folder import hash_of_files, image_file_batches, image_files
+from eval.image_folder import hash_of_files, image_file_batches, image_files, other_files
 from files.images import to_unit
 from pipeline.clip_vectors import ClipVectors
 
@@ -64,9 +66,15 @@ def load_judges(inception: str | None, clip: str | None, run: Path, device: torc
 
 
 def folder_reference(folder: str, size: torch.Size, max_pixels: int) -> ReferenceImages:
-    """The images of a folder, of up to ``max_pixels`` each. Raises ValueError unless there are at least 16, all of the
-    ``size`` (H, W)."""
-    files = image_files(folder, max_pixels)[:REFERENCE]
+    """The images of a folder, of up to ``max_pixels`` each, in the order of their names; what is left out of it is
+    printed to the standard error. Raises ValueError unless there are at least 16, all of the ``size`` (H, W)."""
+    files = image_files(folder, max_pixels)
+    left_out = {f"files that end in {ending}" if ending else "files without an ending": names
+                for ending, names in other_files(folder).items()}
+    left_out[f"images after the first {REFERENCE}"] = [str(path.relative_to(folder)) for path in files[REFERENCE:]]
+    if line := left_out_line(f"--reference {folder}", left_out):
+        print(line, file=sys.stderr)
+    files = files[:REFERENCE]
     shape = next(image_file_batches(files[:1], max_pixels=max_pixels)).shape[2:]
     if shape != size:
         raise ValueError(f"--reference {folder}: images of {shape[0]}x{shape[1]}; valid: {size[0]}x{size[1]}, "

@@ -8,6 +8,7 @@ from eval.features.reference import KEPT, FeatureSet, _distance, cached_features
 from eval.frechet import Moments, frechet_distance, frechet_of_vectors
 from eval.image_folder import hash_of_files, image_file_batches, image_files
 from eval.interval import bootstrap_mean, bootstrap_share, estimate_from_error, jackknife
+from scoring.judges import folder_reference
 
 
 class Colours:
@@ -198,6 +199,20 @@ def test_a_folder_of_images_is_read_in_order(tmp_path):
     before = hash_of_files(files)
     write(files[0], colour=(9, 9, 9))
     assert hash_of_files(files) != before
+
+
+def test_what_a_folder_of_real_images_leaves_out_is_named(tmp_path, monkeypatch, capsys):
+    """Files of other kinds by their ending, and the images after the most that are compared with."""
+    monkeypatch.setattr("scoring.judges.REFERENCE", 16)
+    for number in range(18):
+        write(tmp_path / f"{number:02d}.png")
+    for name in ("notes.txt", "a.HEIC", "b.heic", "LICENSE"):
+        (tmp_path / name).write_text("no image")
+    reference = folder_reference(str(tmp_path), torch.Size([8, 8]), 10_000)
+    assert reference.about == f"16 images of {tmp_path.name}"
+    assert capsys.readouterr().err == (
+        f"left out of --reference {tmp_path}: 2 files that end in .heic (a.HEIC, ...); 2 images after the first 16 "
+        "(16.png, ...); 1 files that end in .txt (notes.txt); 1 files without an ending (LICENSE)\n")
 
 
 @pytest.mark.parametrize("fault, line", [
