@@ -83,7 +83,7 @@ class Call:
         """Run it to its end, or to the moment ``until``, at which it is left running; what it said on stderr."""
         self.process = self.start()
         last = 0.0
-        while self.process.poll() is None and not until():
+        while self.process.poll() is None and not (self.workers(self.process) and until()):
             time.sleep(0.05)
             if time.monotonic() - last > 1.0:
                 last = time.monotonic()

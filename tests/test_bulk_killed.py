@@ -16,7 +16,7 @@ def test_two_processes_killed_at_random(tiny_run, tmp_path):
     calls = [Call(["--run", str(tiny_run), "--prompts", str(prompts), "--out", str(folder.out), "--bulk", "--steps",
                    "2", "--shard-size", "20"]) for folder in (whole, killed)]
     finish(calls[0], whole)
-    assert disturb(calls[1], killed, [0, 40, 150, 250], random.Random(0), longest=0.5) >= 2
+    assert disturb(calls[1], killed, [20, 100, 180, 260], random.Random(0), longest=0.5) >= 2
     finish(calls[1], killed)
     assert numbers_of(killed.out) == [*range(COUNT)]
     assert files_of(killed.out) == files_of(whole.out)
