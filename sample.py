@@ -1,5 +1,6 @@
 """Sample images: python sample.py "a small red star" "two blue circles" --run runs/shapes
 From published weights: python sample.py "a photo of a horse" --pretrained PATH --steps 30 --size 512
+Many prompts: torchrun --nproc-per-node 2 -- sample.py --prompts FILE --out DIR --bulk
 
 Writes one PNG an image, with the settings it was made from inside, a labelled grid, and results.jsonl with a line for
 each image that was requested, refused ones too. What the flags mean is in docs/sampling.md, docs/prompts.md,
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from model.allocator import keep_freed_memory
 from pipeline.moderation import OFF
 from pipeline.personal import cards_of_run, judge_cards
+from sampling.bulk import draw_bulk
+from sampling.bulk_folder import PLAN
 from sampling.command import Command, parse
 from sampling.engine import Job, check_settings, draw_samples, gate_of, step_count
 from sampling.gate import blur_where_decided
@@ -25,7 +28,7 @@ from sampling.loading import load_moderation, load_system, read_sources
 from sampling.metadata import shared_settings
 from sampling.notes import notes_on_prompts
 from sampling.plan import read_prompts, requests_of_plan
-from sampling.results import SampleFolder
+from sampling.results import RESULTS, SampleFolder
 from sampling.sheets import LARGEST_GRID, Sheet, save_overview
 from sampling.styling import choose_styles, list_of_styles, style_request, styled_plan
 from sampling.verify import verify
@@ -36,6 +39,8 @@ REFUSED = 5  # exit code, as that of `python moderate.py check`
 def output_folder(command: Command) -> Path:
     """The folder of the images, made where it is missing. Raises OSError when nothing can be written to it."""
     out = Path(command.out) if command.out else command.system.default_output
+    if (out / PLAN).exists():
+        raise ValueError(f"{out} is the folder of a bulk call; valid: --out with another folder")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise PermissionError(f"{out} cannot be written to")
@@ -78,6 +83,16 @@ def sample(command: Command) -> int:
     return 0
 
 
+def sample_bulk(command: Command) -> int:
+    """Draw a file of prompts of any length; 5 when all of it was refused, else 0."""
+    done, count = draw_bulk(command)
+    if done.requests == count:
+        print(f"{count - done.refused} images in {command.out} ({done.refused} refused, see {RESULTS})")
+    elif "RANK" not in os.environ:
+        print(f"{done.requests} of {count} requests are done; other processes draw the others")
+    return REFUSED if done.refused == count else 0
+
+
 def verify_files(command: Command) -> int:
     """Draw images again from their own settings and compare them; 1 when one is not equal, else 0."""
     failed = 0
@@ -98,7 +113,8 @@ def main(arguments: list[str]) -> int:
     if command.list_styles:
         print(list_of_styles(command.style_file))
         return 0
-    return verify_files(command) if command.verify else sample(command)
+    run = verify_files if command.verify else sample_bulk if command.bulk else sample
+    return run(command)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def _sample_of_item(source: Source, index: int) -> tuple[bytes, str, str, Captio
     return _png(image), ".png", item["id"], [(text, 1.0) for text in item["captions"]]
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Append a file to a tar."""
     member = tarfile.TarInfo(name)  # owner and time stay 0, so that the same source gives the same bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -129,13 +130,13 @@ def _add_sample(tar: tarfile.TarFile, splits: Mapping[str, Source], split: str, 
         print(f"unreadable: {error}", file=sys.stderr)
         return False
     about = {"id": name, "captions": captions, "split": split}
-    _add(tar, key + {".jfif": ".jpg", ".jpe": ".jpg"}.get(suffix, suffix), data)  # as webdataset calls them
+    add_member(tar, key + {".jfif": ".jpg", ".jpe": ".jpg"}.get(suffix, suffix), data)  # as webdataset calls them
     try:
         text = json.dumps(about, ensure_ascii=False).encode()
     except UnicodeEncodeError:  # an id that is no Unicode, as names of files may be
         text = json.dumps(about).encode()
-    _add(tar, key + ".json", text)
-    _add(tar, key + ".txt", max(captions, key=lambda entry: entry[1])[0].encode())
+    add_member(tar, key + ".json", text)
+    add_member(tar, key + ".txt", max(captions, key=lambda entry: entry[1])[0].encode())
     return True
 
 

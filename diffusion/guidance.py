@@ -70,6 +70,12 @@ class GuidanceConfig:
         if self.threshold_limit <= 0.0:
             raise ValueError(f"threshold_limit: value {self.threshold_limit}; valid: a positive number")
 
+    def scale_at(self, alpha: float, sigma: float) -> float:
+        """The scale at one noise level: 1 outside the interval."""
+        noisiness = sigma / alpha if alpha > 0.0 else math.inf
+        low, high = self.interval or (-math.inf, math.inf)
+        return self.scale if low < noisiness <= high else 1.0
+
 
 def classifier_free_guidance(
     conditional: Denoise, doubled: Denoise, config: GuidanceConfig, schedule: Schedule, prediction_type: str
@@ -131,9 +137,7 @@ class GuidedDenoiser:
         if t > (1.0 - config.zero_init) * self.schedule.last:
             return torch.zeros_like(x_t)
         alpha, sigma = self.schedule.alpha_sigma(t)
-        noisiness = sigma / alpha if alpha > 0.0 else math.inf
-        low, high = config.interval or (-math.inf, math.inf)
-        if config.scale == 1.0 or not low < noisiness <= high:
+        if config.scale_at(alpha, sigma) == 1.0:
             result = self.conditional(x_t, t)
         else:
             uncond, cond = (p.to(x_t.dtype) for p in self.pair(x_t, t))

@@ -30,6 +30,8 @@ class SamplingConfig:
     options: of the sampler, by name; docs/samplers.md lists them. Those that equal the sampler's defaults are omitted,
         so that `replace(config, sampler=...)` refuses only an option that was chosen and that the new one lacks.
     offset: added to the times of "leading" spacing; 1 for published Stable Diffusion 1.x weights.
+    reuse: steps for which the deep features of the UNet are used once they are computed (Ma et al. 2024, "DeepCache");
+        1 computes them anew at every step, more is faster and approximate.
     grid: how diffusers places the times and levels, for published checkpoints; None places them as `spacing.py` does.
     Raises ValueError for values that are not valid and for an option that the sampler does not have.
     """
@@ -39,6 +41,7 @@ class SamplingConfig:
     spacing: Spacing = "trailing"
     options: dict[str, Value] = field(default_factory=dict, hash=False)
     offset: int = 0
+    reuse: int = 1
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     grid: PretrainedGrid | None = None
 
@@ -46,6 +49,8 @@ class SamplingConfig:
         sampler = get_sampler(self.sampler)
         if not 1 <= self.steps <= 10_000:
             raise ValueError(f"steps: value {self.steps}; valid: 1 .. 10000")
+        if not 1 <= self.reuse <= 100:
+            raise ValueError(f"reuse: value {self.reuse}; valid: 1 .. 100, 1 for none")
         if self.offset < 0:
             raise ValueError(f"offset: value {self.offset}; valid: 0 or more")
         try:

@@ -53,7 +53,7 @@ class RunFolder:
         before = run.path / "config.yaml"
         if before.exists():
             known, both = _with_stages(complete(read_yaml(before)), config, order)
-            changed = _differences(known, both)
+            changed = differences(known, both)
             if changed:
                 raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
                                   "name another folder with run=DIR, or remove this one")
@@ -191,10 +191,10 @@ def _with_stages(known: dict[str, Any], config: dict[str, Any],
     return {**known, **late, "stages": stages}, {**config, "stages": stages}
 
 
-def _differences(before: Any, now: Any, path: str = "") -> list[str]:
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
     """One line for each key whose values differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [line for key in keys
-                for line in _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
+                for line in differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)]
     return [] if before == now else [f"{path}: {before!r} then, {now!r} now"]

@@ -5,8 +5,11 @@ copied from web pages and PDF files.
 """
 import csv
 import io
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+STRAY = re.compile("[\udc80-\udcff]")  # what a byte that is not UTF-8 is decoded to
 
 
 def decode_text(data: bytes, name: str) -> str:
@@ -29,17 +32,29 @@ def read_lines(path: str | Path) -> list[str]:
     return lines_of(decode_text(Path(path).read_bytes(), str(path)))
 
 
+def stream_lines(path: str | Path, ends: bool = False) -> Iterator[str]:
+    """The lines of a text file one by one, for files of any length; ``ends`` leaves their ends on them. Raises
+    ValueError naming the first line that is not UTF-8, OSError if the file cannot be read."""
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="" if ends else None) as file:
+        for number, line in enumerate(file, 1):
+            if not line.isascii() and (stray := STRAY.search(line)):
+                raise ValueError(f"{path} is not a text file in UTF-8: byte 0x{ord(stray[0]) - 0xdc00:02x} in line "
+                                 f"{number}")
+            yield line if ends else line.removesuffix("\n")
+
+
 class CsvTable:
-    """A CSV table with a header. ``columns`` are its names; iteration yields (line number, values by column, fault) of
-    every row that is not empty, where a row with another number of values than the header has its fault in words.
+    """A CSV table with a header, from its text or from its lines with their ends. ``columns`` are its names; iteration
+    yields (line number, values by column, fault) of every row that is not empty, where a row with another number of
+    values than the header has its fault in words.
 
     Raises ValueError naming the line, here and in iteration, for quotation marks that do not match, since the rows
     behind them cannot be told apart, and for a header that names a column twice.
     """
 
-    def __init__(self, text: str, name: str):
+    def __init__(self, text: str | Iterable[str], name: str):
         self._name = name
-        self._reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        self._reader = csv.reader(io.StringIO(text, newline="") if isinstance(text, str) else text, strict=True)
         self.columns = [column.strip() for column in next(self._lists(), (1, []))[1]]
         twice = sorted({column for column in self.columns if self.columns.count(column) > 1})
         if twice:

@@ -93,6 +93,24 @@ def try_lock(file: IO) -> bool:
     return True
 
 
+def claim(file: IO, place: int) -> bool:
+    """Lock the byte ``place`` of an open file, whether it has that byte or not, until it is released or this process
+    closes the file or ends; False if another process holds it. Locks of one process do not exclude each other."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def release(file: IO, place: int) -> None:
+    """Give back what ``claim`` locked."""
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+
+
 def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:

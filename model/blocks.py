@@ -62,11 +62,32 @@ class TimeMLP(nn.Module):
         self.linear1 = nn.Linear(channels, width)
         self.linear2 = nn.Linear(width, width)
 
-    def forward(self, t: Tensor, dtype: torch.dtype, pooled: Tensor | None = None) -> Tensor:
-        """t (B,) -> (B, width) in `dtype`; pooled (B, width) is added before the last SiLU."""
+    def forward(self, t: Tensor, dtype: torch.dtype, *beside: Tensor | None) -> Tensor:
+        """t (B,) -> (B, width) in `dtype`; what is `beside`, (B, width) each, is added before the last SiLU."""
         x = timestep_embedding(t, self.channels).to(dtype)
         x = self.linear2(F.silu(self.linear1(x)))
-        return F.silu(x if pooled is None else x + pooled)
+        for vector in beside:
+            x = x if vector is None else x + vector
+        return F.silu(x)
+
+
+class GuidanceMLP(nn.Module):
+    """Maps beta, one over the guidance scale, to a vector that is added to the time embedding.
+
+    For networks into which guidance is folded (`diffusion/guidance_free.py`). The last layer starts at zero, so that a
+    network which was trained without this input begins with the same predictions. beta lies in (0, 1]; it is stretched
+    to the range that the sinusoids are made for.
+    """
+
+    def __init__(self, channels: int, width: int, stretch: float = 1000.0):
+        super().__init__()
+        self.channels, self.stretch = channels, stretch
+        self.linear1 = nn.Linear(channels, width)
+        self.linear2 = zero_init(nn.Linear(width, width))
+
+    def forward(self, beta: Tensor, dtype: torch.dtype) -> Tensor:
+        """beta (B,) -> (B, width) in `dtype`."""
+        return self.linear2(F.silu(self.linear1(timestep_embedding(self.stretch * beta, self.channels).to(dtype))))
 
 
 class Positions(nn.Module):

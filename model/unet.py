@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.attention import ContextCache, ContextPool, CrossAttention, key_mask
 from model.blocks import (
     Downsample,
+    GuidanceMLP,
     Positions,
     ResBlock,
     SpatialTransformer,
@@ -50,6 +51,7 @@ class UNetConfig:
     qk_norm: bool = False
     positions: int = 0  # learned positions after conv_in, for latents of this side only; 0: none, any size
     pooled_context: bool = False  # the mean of the context is added to the time embedding, as in SDXL
+    guidance_input: bool = False  # the time embedding also reads beta = 1 / guidance scale, for guidance folded in
     dropout: float = 0.0
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
@@ -95,6 +97,17 @@ class UNetConfig:
     def sd2(cls) -> "UNetConfig":
         """Stable Diffusion 2.x: 865,910,724 parameters."""
         return cls(head_width=64, context_width=1024, linear_projection=True)
+
+
+class DeepFeatures:
+    """What the last block of a UNet received from all blocks before it, in the last full call of `UNet.forward`.
+
+    It changes slowly from step to step, so that some calls may reuse it and compute the last block alone (Ma et al.
+    2024, "DeepCache", arXiv 2312.00858; their shallowest branch). That is an approximation.
+    """
+
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
 
 
 class Level(nn.Module):
@@ -155,12 +168,22 @@ class MidLevel(Level):
 class UpLevel(Level):
     """A level of the upward path, in which every block first concatenates one result of the downward path."""
 
-    def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
-        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), or (B, c_out, H, W) at the finest level."""
-        for index in range(len(self.resblocks)):
-            x = torch.cat([x, skips.pop()], dim=1)  # (B, c_in + c_skip, H, W)
-            x = self.block(index, x, time, pairs, mask)
+    def forward(self, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs, mask: Tensor | None,
+                kept: "DeepFeatures | None" = None) -> Tensor:
+        """x (B, c_in, H, W); pops from `skips`. Returns (B, c_out, 2H, 2W), or (B, c_out, H, W) at the finest level.
+        `kept`, at the finest level, is given what its last block receives from below."""
+        last = len(self.resblocks) - 1
+        for index in range(last):
+            x = self.joined(index, x, skips, time, pairs, mask)
+        if kept is not None:
+            kept.features = x
+        x = self.joined(last, x, skips, time, pairs, mask)
         return x if self.resample is None else self.resample(x)
+
+    def joined(self, index: int, x: Tensor, skips: list[Tensor], time: Time, pairs: Pairs,
+               mask: Tensor | None) -> Tensor:
+        """Block `index` on x joined with the last of `skips`, (B, c_in, H, W) -> (B, c_out, H, W)."""
+        return self.block(index, torch.cat([x, skips.pop()], dim=1), time, pairs, mask)
 
 
 class UNet(nn.Module):
@@ -174,6 +197,7 @@ class UNet(nn.Module):
 
         self.time = TimeMLP(channels[0], 4 * channels[0])
         self.pool = ContextPool(config.context_width, 4 * channels[0]) if config.pooled_context else None
+        self.guidance = GuidanceMLP(channels[0], 4 * channels[0]) if config.guidance_input else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.positions = Positions(config.positions, channels[0]) if config.positions else None
         self.down = nn.ModuleList()
@@ -220,9 +244,9 @@ class UNet(nn.Module):
         self.check_context(context)
         return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
-    def time_biases(self, t: Tensor) -> list[Tensor]:
+    def time_biases(self, t: Tensor, beta: Tensor | None = None) -> list[Tensor]:
         """The vectors that each time t (S,) adds in the residual blocks, (S, c_out) for each block; `forward` takes one
-        row of each.
+        row of each. beta (S,) as in `forward`.
 
         They depend on nothing else, so a sampler computes those of all its steps at once. Raises ValueError for a
         network whose time embedding also reads the prompt.
@@ -230,35 +254,65 @@ class UNet(nn.Module):
         if self.pool is not None:
             raise ValueError("time_biases: the time embedding of this network reads the prompt; valid: a UNet with "
                              "pooled_context: false")
-        time = self.time(t, self.conv_in.weight.dtype)  # (S, 4 channels[0])
+        dtype = self.conv_in.weight.dtype
+        time = self.time(t, dtype, self.guidance_vector(beta, t, dtype))  # (S, 4 channels[0])
         return [block.time(time) for level in (*self.down, self.mid, *self.up) for block in level.resblocks
                 if block.time is not None]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
-                cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None) -> Tensor:
+                cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None,
+                beta: Tensor | None = None, deep: DeepFeatures | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
         `context_cache`. Both give the same bits. time_biases: one row of what the method of that name returns,
-        (B or 1, c_out) each, used in place of t. Returns (B, out_channels, H, W). Raises ValueError for other shapes,
-        for a cache together with a context or in training mode, and for a cache that is older than the weights may be.
+        (B or 1, c_out) each, used in place of t and beta. beta (B,): one over the guidance scale, for a network with
+        `guidance_input`, which takes 1 if there is none. deep: features to reuse; empty ones are computed and kept.
+        Returns (B, out_channels, H, W). Raises ValueError for other shapes, for a cache together with a context or in
+        training mode, and for a cache that is older than the weights may be.
         """
         self.check_input(x, t)
         pairs, mask, pooled = self.context_parts(x, context, mask, cache)
 
         if time_biases is not None and self.pool is not None:
             raise ValueError("time_biases: given to a network whose time embedding reads the prompt; valid: None")
-        time: Time = self.time(t, x.dtype, pooled) if time_biases is None else iter(time_biases)
+        time: Time = iter(time_biases) if time_biases is not None else self.time(
+            t, x.dtype, pooled, self.guidance_vector(beta, t, x.dtype))
         x = self.conv_in(x)  # (B, channels[0], H, W)
         if self.positions is not None:
             x = self.positions(x)
+        if deep is not None and deep.features is not None:
+            x = self.shallow(x, deep.features, time, pairs, mask)
+        else:
+            x = self.whole(x, time, pairs, mask, deep)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+
+    def whole(self, x: Tensor, time: Time, pairs: Pairs, mask: Tensor | None, deep: DeepFeatures | None) -> Tensor:
+        """All levels down and up again, (B, channels[0], H, W) -> the same shape; `deep` keeps what can be reused."""
         skips = [x]
         for down in self.down:
             x = down(x, skips, time, pairs, mask)
         x = self.mid(x, time, pairs, mask)
-        for up in self.up:
-            x = up(x, skips, time, pairs, mask)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, out_channels, H, W)
+        for level, up in enumerate(self.up, start=1):
+            x = up(x, skips, time, pairs, mask, deep if level == len(self.up) else None)
+        return x
+
+    def shallow(self, x: Tensor, features: Tensor, time: Time, pairs: Pairs, mask: Tensor | None) -> Tensor:
+        """The last block alone, on `features` kept from another call."""
+        up = self.up[-1]
+        assert isinstance(up, UpLevel)
+        of_block = iter(list(pairs)[-up.depth:]) if len(up.transformers) == len(up.resblocks) else iter(())
+        biases = time if isinstance(time, Tensor) else iter(list(time)[-1:])
+        return up.joined(len(up.resblocks) - 1, features, [x], biases, of_block, mask)
+
+    def guidance_vector(self, beta: Tensor | None, t: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What beta (B,) adds to the time embedding, (B, 4 channels[0]), 1 if it is None; None for a network without
+        this input. Raises ValueError for a beta that the network does not read."""
+        if self.guidance is None:
+            if beta is not None:
+                raise ValueError("beta: given to a network without guidance_input; valid: None")
+            return None
+        return self.guidance(torch.ones_like(t, dtype=torch.float32) if beta is None else beta, dtype)
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
         """Raises ValueError unless x is (B, in_channels, H, W) with sizes that halve at every level, and t is (B,)."""

@@ -7,6 +7,7 @@ import torch
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
 from diffusion.pretrained import process_of_scheduler
+from files.config import ConfigError
 from files.run_folder import RunFolder
 from files.weights import load_weights
 from files.whole import sha256_of
@@ -16,8 +17,9 @@ from model.pretrained.folder import read_diffusers_folder
 from model.pretrained.single_file import read_single_file
 from model.pretrained.tensors import kind_of
 from model.text_encoder import TextEncoder
+from model.tiny_decoder import TinyDecoder
 from model.unet import UNet
-from pipeline.config import SystemConfig, read_system_config
+from pipeline.config import SystemConfig, read_system_config, read_tiny_decoder_config
 from pipeline.moderation import Moderation
 from pipeline.personal import cards_of_run, judge_cards
 from pipeline.system import Networks, TextToImage
@@ -51,6 +53,19 @@ def load_run(path: str | Path, device: torch.device | str = "cpu",
     if system.moderation is not None:
         judge_cards(system.moderation, cards_of_run(run.path))
     return system
+
+
+def use_tiny_decoder(system: TextToImage, path: str | Path) -> None:
+    """Let the system of a run folder decode by the run's tiny decoder. Raises ConfigError if none was trained, and
+    CheckpointError naming a damaged file."""
+    run = RunFolder.open(path)
+    if not run.has("tiny_decoder.safetensors"):
+        raise ConfigError(f"{run.path} has no tiny decoder; train one with: python train.py {run.path / 'config.yaml'} "
+                          f"run={run.path} \"stages=[tiny_decoder]\"")
+    decoder = TinyDecoder(read_tiny_decoder_config(run.path / "config.yaml"), system.config.autoencoder)
+    load_weights(decoder, run.weights("tiny_decoder"))
+    system.tiny_decoder = freeze(place_on(decoder, system.device))
+    system.files = {**system.files, "tiny_decoder": run.weights("tiny_decoder")}
 
 
 def load_pretrained(path: str | Path, device: torch.device | str = "cpu", tokenizer: str | Path | None = None,
@@ -98,6 +113,8 @@ def load_weaker(system: TextToImage, path: str | Path) -> TextToImage:
 
     Raises FileNotFoundError or ValueError naming what is missing, damaged or different.
     """
+    if system.config.scales is not None:
+        raise ValueError(f"{path} cannot guide: guidance is folded into the denoiser of this run; valid: no weaker one")
     if Path(path).is_dir():
         guide = load_run(path, system.device, moderation=None)
         for name in ("schedule", "prediction_type"):

@@ -3,6 +3,7 @@ checkpoint.
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
@@ -16,6 +17,8 @@ from torch import nn
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
 from diffusion.denoise import Denoise, time_tensor
+from diffusion.guidance import GuidanceConfig
+from diffusion.guidance_free import check_folded, without_pair
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained import scheduler_of_process
 from diffusion.sampling import (
@@ -38,7 +41,8 @@ from model.graphed import Runs
 from model.pretrained.card import Card
 from model.pretrained.folder import write_diffusers_folder
 from model.text_encoder import TextEncoder
-from model.unet import UNet
+from model.tiny_decoder import TinyDecoder
+from model.unet import DeepFeatures, UNet
 from pipeline.config import SystemConfig
 from pipeline.moderation import Moderation, Refused, blur_or_refuse, decision_on_request
 from pipeline.prompt_schedule import AnyPrompt, StepContexts, as_prompt, text_of
@@ -48,6 +52,7 @@ from safety.policy import Decision, most_severe
 
 Progress = Callable[[list], Iterable]
 Speed = Literal["exact", "fast"]  # fast rounds: see docs/performance.md
+Decoder = Literal["full", "tiny"]  # tiny is approximate: see docs/student.md
 WHOLE = 256 * 256  # pixels of an image up to which a batch is decoded at once; one at a time is as fast above
 
 
@@ -66,10 +71,10 @@ class TextToImage:
 
     ``masked`` says whether the denoiser was trained with padding masked; published denoisers see the padding.
     ``files`` maps names to the files that the system was read from. ``tiled`` may be set to decode with less memory,
-    approximately. ``guide`` may be set to a weaker system of the same latents (`load_weaker`): guidance then pushes
-    away from its prediction for the prompt instead of from the negative prompt (autoguidance). ``images`` asks
-    ``moderation`` if there is one, and both loaders set it; ``latents`` and ``decode`` are the steps below and do not
-    ask.
+    approximately, and ``tiny_decoder`` to decode by it. ``guide`` may be set to a weaker system of the same latents
+    (`load_weaker`): guidance then pushes away from its prediction for the prompt instead of from the negative prompt
+    (autoguidance). ``images`` asks ``moderation`` if there is one, and both loaders set it; ``latents`` and ``decode``
+    are the steps below and do not ask.
     """
 
     def __init__(self, config: SystemConfig, tokenizer: Tokenizer | ClipTokenizer,
@@ -82,6 +87,7 @@ class TextToImage:
         self.device = next(unet.parameters()).device
         self.files: dict[str, Path] = {}
         self.tiled = False
+        self.tiny_decoder: TinyDecoder | None = None
         self.guide: TextToImage | None = None
         self.speed: Speed = "exact"
         self.runs: Runs | None = None  # on a GPU, where "fast" replays whole runs as CUDA graphs
@@ -141,7 +147,7 @@ class TextToImage:
         if not prompts or len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
         config = config or self.config.sampling
-        guided = config.guidance.scale != 1.0
+        guided = self.has_pair(config, negative)
         opposite = [negative] * len(prompts) if guided and self.guide is None else []
         contexts = StepContexts.of([*opposite, *prompts], self.encode)  # (2B, L, D) or (B, L, D) each
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
@@ -158,8 +164,9 @@ class TextToImage:
         if len(contexts.contexts) == 1:
             return self.latents_from_context(*contexts.contexts[0], count, noise, config, run)
         times = times_of_run(self.schedule, config, run)
-        denoisers = self.denoisers_of_steps(contexts, count, times, times)
-        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type, config, run)
+        denoisers = self.denoisers_of_steps(contexts, count, times, times, config)
+        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
+                              self.solver_config(config), run)
 
     def latents_from_context(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
                              noise: Callable[[], torch.Tensor], config: SamplingConfig,
@@ -174,8 +181,9 @@ class TextToImage:
             for _ in run.progress(times):
                 pass
             return latents
-        denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times))
-        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type, config, run)
+        denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times), config)
+        return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
+                              self.solver_config(config), run)
 
     def replay(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, noise: Callable[[], torch.Tensor],
                config: SamplingConfig, times: list) -> torch.Tensor:
@@ -184,37 +192,74 @@ class TextToImage:
 
         def sample(draw: Callable[[], torch.Tensor], context: torch.Tensor,
                    mask: torch.Tensor | None = None) -> torch.Tensor:
-            denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times))
-            return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type, config)
+            denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times), config)
+            return sample_latents(denoisers, draw, times, self.schedule, self.config.prediction_type,
+                                  self.solver_config(config))
 
         kind = (repr(config), context.shape, mask is None, count, self.latent_shape)
         return self.runs(kind, sample, [context] if mask is None else [context, mask], noise)
 
-    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int,
-                  times: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
+    def has_pair(self, config: SamplingConfig, negative: AnyPrompt = "") -> bool:
+        """Whether a run with these settings makes two predictions, also for the negative prompt: it is guided, and the
+        guidance is not folded into the denoiser. Raises ValueError for settings that a denoiser with folded guidance
+        does not follow."""
+        if self.config.scales is None:
+            return config.guidance.scale != 1.0
+        try:
+            check_folded(config.guidance, self.config.scales)
+        except ValueError as error:
+            raise ValueError(f"guidance.{error}") from None
+        if text_of(negative):
+            raise ValueError("a negative prompt; valid for a run whose guidance is folded into its denoiser: none")
+        return False
+
+    def solver_config(self, config: SamplingConfig) -> SamplingConfig:
+        """The settings as the solver takes them: guidance that is folded into the denoiser is none to it."""
+        return config if self.config.scales is None else replace(config, guidance=without_pair(config.guidance))
+
+    def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, times: Sequence[float] = (),
+                  config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
         """The network bound to the prompts alone, and to the whole context, whose keys and values are computed here.
-        With "fast", whatever depends only on the time is computed once, too: for all ``times`` together, or when a time
-        is first used. That product has fewer rows, and so other last bits."""
+        A network with folded guidance is bound to the guidance of ``config``, and to none without it; ``config.reuse``
+        counts the calls of each of the two. With "fast", whatever depends only on the time is computed once, too: for
+        all ``times`` together, or when a time is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype
         doubled_cache = self.unet.context_cache(context.to(dtype), mask)
         cond_cache = doubled_cache.last(count)
-        table = TimeTable(self.unet, self.schedule, times) if self.speed == "fast" else None
+        guidance = config.guidance if config else GuidanceConfig(scale=1.0)
+
+        def beta_at(t: float) -> float:
+            return 1.0 / guidance.scale_at(*self.schedule.alpha_sigma(t))
+
+        folded = beta_at if self.unet.guidance is not None else None
+        table = TimeTable(self.unet, self.schedule, times, folded) if self.speed == "fast" else None
+
+        reuse = config.reuse if config else 1
 
         def bind(cache: ContextCache) -> Denoise:
+            deep = DeepFeatures()
+            calls = itertools.count()
+
             def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
                 network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,), or (2B,) when guided
-                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t])
+                beta = time_tensor(folded(t), x_t) if folded else None
+                if next(calls) % reuse == 0:
+                    deep.features = None
+                return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t], beta=beta,
+                                 deep=deep if reuse > 1 else None)
             return denoise
 
         return bind(cond_cache), bind(doubled_cache)
 
     def denoisers_of_steps(self, contexts: StepContexts, count: int, times: Sequence[float],
-                           known: Sequence[float] = ()) -> tuple[Denoise, Denoise]:
+                           known: Sequence[float] = (),
+                           config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
         """As ``denoisers``, for a run along ``times`` whose steps have contexts of their own. The keys and values of a
-        context are computed when it is first read. ``known``: what ``denoisers`` calls times."""
+        context are computed when it is first read, and its deep features are those of its own calls. ``known``: what
+        ``denoisers`` calls times."""
         @cache
         def pair(place: int) -> tuple[Denoise, Denoise]:
-            return self.denoisers(*contexts.contexts[place], count, known)
+            return self.denoisers(*contexts.contexts[place], count, known, config)
 
         return (lambda x_t, t: pair(contexts.place(times, t))[0](x_t, t),
                 lambda x_t, t: pair(contexts.place(times, t))[1](x_t, t))
@@ -248,8 +293,10 @@ class TextToImage:
         return self.autoencoder.encode(to_unit(images).to(self.device)).mean
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) of unit-scale latents, decoded in tiles if ``tiled``, and one at a time if they are
-        large."""
+        """Images (B, 3, H, W) of unit-scale latents: by the tiny decoder if set, in tiles if ``tiled``, and one
+        at a time if they are large."""
+        if self.tiny_decoder is not None:
+            return self.tiny_decoder(latents).float()
         pixels = latents.shape[2] * latents.shape[3] * self.autoencoder.factor**2
         decode = self.autoencoder.decode if pixels <= WHOLE else partial(decode_sliced, self.autoencoder)
         with torch.autocast(self.device.type, torch.bfloat16, self.speed == "fast" and self.device.type == "cuda"):

@@ -1,5 +1,5 @@
 """What the times of a sampling run add in the UNet, computed before the run."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,8 +14,10 @@ class TimeTable:
     The biases of ``times`` are computed together, and those of any other time when it is first asked for.
     """
 
-    def __init__(self, unet: UNet, schedule: Schedule, times: Sequence[float] = ()):
-        self.unet, self.schedule = unet, schedule
+    def __init__(self, unet: UNet, schedule: Schedule, times: Sequence[float] = (),
+                 beta: Callable[[float], float] | None = None):
+        """``beta`` is one over the guidance scale at a time, for a UNet with guidance folded in."""
+        self.unet, self.schedule, self.beta = unet, schedule, beta
         self.biases: dict[float, list[torch.Tensor]] = {}  # of a time: (1, c_out) for each block
         if times and unet.pool is None:
             self.add(times)
@@ -32,5 +34,8 @@ class TimeTable:
         device = next(self.unet.parameters()).device
         # filled on the device: a copy from the host cannot be recorded in a CUDA graph
         t = torch.cat([torch.full((1,), float(time), device=device) for time in times])  # (S,)
-        columns = self.unet.time_biases(self.schedule.network_time(t))  # (S, c_out) for each block
+        beta = None
+        if self.beta is not None:
+            beta = torch.cat([torch.full((1,), self.beta(time), device=device) for time in times])  # (S,)
+        columns = self.unet.time_biases(self.schedule.network_time(t), beta)  # (S, c_out) for each block
         self.biases.update((time, [column[k:k + 1] for column in columns]) for k, time in enumerate(times))

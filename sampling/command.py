@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sampling.engine import DrawSettings
 from sampling.flags import SAMPLERS, check_combination, check_limits, parser
-from sampling.limits import REFINEMENTS
+from sampling.limits import REFINEMENTS, SHARD
 from sampling.loading import ModerationChoice, SourceFiles, SystemChoice
 from sampling.personal import PersonalFiles
 from sampling.plan import Plan
@@ -14,7 +14,8 @@ from sampling.plan import Plan
 class Command:
     """A command line, understood. out: the folder of the images, None for the one in the run. verify: files to draw
     again instead. styles: "NAME" or "NAME:STRENGTH", of ``style_file`` or of the repository, which ``list_styles``
-    prints instead."""
+    prints instead. bulk: the file of prompts may be of any length; ``shard_size`` requests go into one tar, or into one
+    folder of single ``files``."""
 
     plan: Plan
     system: SystemChoice
@@ -27,6 +28,9 @@ class Command:
     styles: tuple[str, ...] = ()
     style_file: str | None = None
     list_styles: bool = False
+    bulk: bool = False
+    shard_size: int = SHARD
+    files: bool = False
 
 
 def parse(arguments: list[str]) -> Command:
@@ -52,14 +56,14 @@ def command_of(options: argparse.Namespace) -> Command:
     return Command(
         plan,
         SystemChoice(options.run, options.pretrained, options.tokenizer, options.prediction, sampler_of(options),
-                     options.variant, options.weak, options.size, options.tiled, options.speed,
+                     options.variant, options.weak, options.size, options.tiled, options.speed, options.decoder,
                      PersonalFiles(options.adapter or (), options.embedding or (), options.any_base)),
         SourceFiles(options.init, options.mask, options.invert, refinements),
         DrawSettings(options.batch or (1 if options.pretrained else 64), options.exact, options.frames or 0,
                      options.attention),
         ModerationChoice(options.moderation, options.concepts, options.clip, options.audit and tuple(options.audit)),
         options.out, not options.no_metadata, tuple(options.verify or ()),
-        tuple(options.style), options.style_file, options.styles)
+        tuple(options.style), options.style_file, options.styles, options.bulk, options.shard_size, options.files)
 
 
 def sampler_of(options: argparse.Namespace) -> str | None:

@@ -39,8 +39,10 @@ class Sources:
 
 def check_requests(system: TextToImage, requests: Sequence[Request], sources: Sources) -> None:
     """Raise ValueError now for what would stop the sampling later."""
+    for config, strength in dict.fromkeys((request.config, request.strength) for request in requests):
+        check_sampling(system.schedule, system.config.prediction_type, config, strength)
     for kind in {request.kind: request for request in requests}.values():
-        check_sampling(system.schedule, system.config.prediction_type, kind.config, kind.strength)
+        system.has_pair(kind.config, kind.read(kind.negative))
         sampler, eta = kind.config.sampler, kind.config.options.get("eta", 0.0)
         if sources.refinements is not None and (sampler != "ddim" or eta):
             raise ValueError(f"{sampler} with eta {eta} cannot be inverted; valid: ddim with eta 0, whose steps can be "
@@ -120,7 +122,7 @@ def interpolated_latents(system: TextToImage, requests: Sequence[Request], progr
     ends = [request.toward for request in requests if request.toward is not None]
     first = requests[0]
     config, count = first.config, len(requests)
-    guided = config.guidance.scale != 1.0
+    guided = system.has_pair(config, first.read(first.negative))
 
     def mixed(prompts: list[str | Prompt]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The context (B, L, D), or (2B, L, D) under guidance, of B prompts, the B they go towards, and a negative."""
@@ -149,15 +151,16 @@ def reconstruct(system: TextToImage, request: Request, sources: Sources, progres
     """Latents (1, C, H, W) of the source, inverted to noise by ``ddim_inversion`` and sampled from there by ``ddim``,
     the sampler of the request. Raises ValueError where there is no source."""
     config = request.config
-    guided = config.guidance.scale != 1.0
+    guided = system.has_pair(config, request.read(request.negative))
     contexts = StepContexts.of([request.read(request.negative)] * guided + [request.read(request.prompt)],
                                system.encode)
     times = times_of(system, request, sources)
-    conditional, doubled = system.denoisers_of_steps(contexts, 1, times)
+    conditional, doubled = system.denoisers_of_steps(contexts, 1, times, config=config)
     kind = system.config.prediction_type
     if sources.image is None:
         raise ValueError("image: value None; valid: an image to invert")
-    denoise = classifier_free_guidance(conditional, doubled, config.guidance, system.schedule, kind)
+    denoise = classifier_free_guidance(conditional, doubled, system.solver_config(config).guidance, system.schedule,
+                                       kind)
     x_T = ddim_inversion(denoise, system.encode_images(sources.image[None]), times, system.schedule, kind,
                          sources.refinements or 0)
     return get_sampler("ddim")(denoise, x_T, progress(times), system.schedule, kind, None, trace=trace,

@@ -12,7 +12,8 @@ import torch
 
 from model.attention_maps import AttentionMaps
 from pipeline.moderation import Moderation
-from pipeline.prompt_schedule import PromptSchedule
+from pipeline.prompt_schedule import PromptSchedule, prompts_of
+from pipeline.prompts import chunks_of
 from pipeline.system import TextToImage
 from safety.policy import Decision
 from sampling.draw import (
@@ -47,12 +48,14 @@ class DrawSettings:
 
     batch: requests at a time, which changes the last bits. exact: one at a time, with ``exact_arithmetic``. frames:
     how many predictions of x_0 on the way come with each sample. attention: maps of the cross-attention come with it.
+    by_length: a batch has prompts that fill equally many contexts, so that none is padded to the length of another.
     """
 
     batch: int = 64
     exact: bool = False
     frames: int = 0
     attention: bool = False
+    by_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,8 +179,17 @@ def batches_of(job: Job, gate: Gate, settings: DrawSettings) -> list[list[int]]:
     size = 1 if settings.exact else settings.batch
     kinds: dict[tuple, list[int]] = {}
     for number in gate.allowed:
-        kinds.setdefault(job.requests[number].kind, []).append(number)
+        request = job.requests[number]
+        length = length_of(job.system, request) if settings.by_length else ()
+        kinds.setdefault((request.kind, length), []).append(number)
     return [numbers[i:i + size] for numbers in kinds.values() for i in range(0, len(numbers), size)]
+
+
+def length_of(system: TextToImage, request: Request) -> tuple:
+    """How many contexts the prompts of a request fill, and for those that change on the way, at which steps."""
+    read = [request.read(text) for text in (request.prompt, *([request.toward.prompt] if request.toward else []))]
+    filled = max(len(chunks_of(prompt, system.tokenizer).ids) for one in read for prompt in prompts_of(one))
+    return filled, *(one.of_step for one in read if isinstance(one, PromptSchedule))
 
 
 def step_count(job: Job, gate: Gate, settings: DrawSettings) -> int:

@@ -12,27 +12,31 @@ from sampling.limits import (
     PALETTE_WEIGHT,
     REFINEMENTS,
     RUN,
+    SHARD,
     STRENGTH,
 )
 
 # names that modules define which take seconds to import; a test compares them
 SAMPLERS = ("ddpm", "ddim", "euler", "euler_ancestral", "heun", "pndm", "dpm_solver_multistep", "dpm_solver_singlestep",
-            "dpm_solver_sde", "unipc", "lcm", "flow_euler", "flow_heun")
-SETTINGS = ("spacing", "offset", "variance", "noisy_end", "repeats", "eta", "clean_end", "extrapolate", "order",
-            "solver_type", "lower_order_final", "euler_at_final", "third_order", "form", "uncorrected", "sigma_data",
-            "timestep_scaling", "method", "interval", "rescale", "apg_parallel", "apg_norm", "apg_momentum",
-            "zero_init", "threshold", "threshold_limit")
+            "dpm_solver_sde", "unipc", "consistency", "lcm", "flow_euler", "flow_heun")
+SETTINGS = ("spacing", "offset", "reuse", "variance", "noisy_end", "repeats", "eta", "clean_end", "extrapolate",
+            "order", "solver_type", "lower_order_final", "euler_at_final", "third_order", "form", "uncorrected",
+            "sigma_data", "timestep_scaling", "method", "interval", "rescale", "apg_parallel", "apg_norm",
+            "apg_momentum", "zero_init", "threshold", "threshold_limit")
 AXES = ("steps", "guidance", "sampler", "seed", "strength", "prompt", "negative", "chunks", "palette_weight", *SETTINGS)
 THEMES = ("autumn", "ocean", "forest", "neon", "pastel", "sunset", "earth", "monochrome")
 CONCEPTS = "concepts.yaml"
 
 APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"), ("xy", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
-         ("palette", "invert"), ("weak", "negative"), ("weak", "interpolate"), ("weak", "invert"),
-         ("weak", "pretrained"))
+         ("decoder", "tiled"), ("decoder", "pretrained"), ("palette", "invert"), ("weak", "negative"),
+         ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"),
+         *(("bulk", other) for other in ("prompt", "interpolate", "xy", "init", "invert", "frames", "attention",
+                                         "styles")))
 NEEDS_ONE = (("any_base", ("adapter", "embedding")),)
 NEEDS = (("mask", "init"), ("strength", "init"), ("to_seed", "interpolate"), ("refinements", "invert"),
-         ("palette_weight", "palette"), ("palette_only", "palette"), ("variant", "pretrained"))
+         ("palette_weight", "palette"), ("palette_only", "palette"), ("variant", "pretrained"), ("bulk", "prompts"),
+         ("bulk", "out"), ("shard_size", "bulk"), ("files", "bulk"))
 OF_VERIFY = {"verify", "run", "weak", "pretrained", "tokenizer", "prediction", "variant", "init", "mask", "invert",
              "adapter", "embedding"}
 
@@ -44,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="(word:1.3) and [word] weigh words, {a|b} draws every alternative; docs/sampling.md, docs/prompts.md")
     add = parser.add_argument_group("prompts").add_argument
     add("prompt", nargs="*", help="one or more prompts")
-    add("--prompts", metavar="FILE", help="a text file with one prompt a line")
+    add("--prompts", metavar="FILE", help="a text file with one prompt a line; with --bulk also .jsonl and .csv")
     add("--negative", default="", metavar="TEXT", help="what guidance pushes away from")
     add("--literal", action="store_true", help="brackets and braces are letters: no weights, no alternatives")
     add("--chunks", type=int, default=CHUNKS, metavar="K", help="contexts that a long prompt may fill before it is cut "
@@ -72,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     add("--attention", action="store_true", help="also where each token is looked at, as a sheet")
     add("--no-metadata", action="store_true", help="leave no settings in the images")
     add("--verify", nargs="+", metavar="FILE", help="draw images again from their own settings and compare all bytes")
+    add = parser.add_argument_group("many prompts (docs/bulk.md)").add_argument
+    add("--bulk", action="store_true", help="--prompts of any length, text, .jsonl or .csv, into tar shards in --out; "
+        "the same command goes on where it was stopped, and several processes share the work")
+    add("--shard-size", type=int, default=SHARD, metavar="N", help="requests a shard (%(default)s)")
+    add("--files", action="store_true", help="single files in a folder for each shard instead of tars")
     return parser
 
 
@@ -90,6 +99,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         f"of the sampler among them: {', '.join(SETTINGS)}")
     add("--size", metavar="N or HxW", help="pixels of an image (what the model was trained at)")
     add("--tiled", action="store_true", help="decode in tiles: less memory, approximate")
+    add("--decoder", choices=("full", "tiny"), default="full", help="tiny: the run's small decoder, for previews; "
+        "approximate (%(default)s)")
     add("--speed", choices=("exact", "fast"), default="exact", help="fast: in bf16 where the machine has it, with "
         "rounding that is measured in docs/performance.md (%(default)s)")
     add("--batch", type=int, help="images computed at a time (64, with --pretrained 1)")
@@ -164,9 +175,9 @@ def check_combination(options: argparse.Namespace, given: set[str]) -> None:
 
 def check_limits(options: argparse.Namespace) -> None:
     """Raise ValueError for a number out of its range."""
-    limits = {"n": (1, LARGEST), "batch": (1, LARGEST), "chunks": (1, MOST_CHUNKS), "frames": (1, 1000),
-              "refinements": (0, MOST_REFINEMENTS), "interpolate": (2, LARGEST), "seed": (0, LAST_SEED),
-              "to_seed": (0, LAST_SEED), "palette_weight": (0, HEAVIEST_PALETTE)}
+    limits = {"n": (1, LARGEST), "batch": (1, LARGEST), "shard_size": (1, LARGEST), "chunks": (1, MOST_CHUNKS),
+              "frames": (1, 1000), "refinements": (0, MOST_REFINEMENTS), "interpolate": (2, LARGEST),
+              "seed": (0, LAST_SEED), "to_seed": (0, LAST_SEED), "palette_weight": (0, HEAVIEST_PALETTE)}
     for name, (low, high) in limits.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:

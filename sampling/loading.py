@@ -8,9 +8,9 @@ from pathlib import Path
 from files.images import MAX_PIXELS, read_image, read_mask
 from model.device import default_device
 from pipeline.config import read_data_config
-from pipeline.loading import load_pretrained, load_run, load_weaker
+from pipeline.loading import load_pretrained, load_run, load_weaker, use_tiny_decoder
 from pipeline.moderation import Moderation, moderation_weights
-from pipeline.system import Speed, TextToImage
+from pipeline.system import Decoder, Speed, TextToImage
 from safety.audit import AuditLog, read_key
 from safety.policy import Mode
 from safety.prompt import DEFAULT
@@ -28,7 +28,8 @@ class SystemChoice:
     tokenizer, prediction: of a single file that does not hold them. sampler: in place of the checkpoint's own, where
     that cannot be followed. variant: of weights that a folder holds twice. weak: a run folder or a state to be the
     weaker network of autoguidance. size: "N" or "HxW" pixels, None for those of training. tiled: decode in tiles.
-    speed: "fast" computes in bf16 (docs/performance.md). personal: adapters and learned tokens that are put on it.
+    speed: "fast" computes in bf16 (docs/performance.md). decoder: "tiny" is the small one of the run (docs/student.md).
+    personal: adapters and learned tokens that are put on it.
     """
 
     run: str | None = None
@@ -41,6 +42,7 @@ class SystemChoice:
     size: str | None = None
     tiled: bool = False
     speed: Speed = "exact"
+    decoder: Decoder = "full"
     personal: PersonalFiles = PersonalFiles()
 
     @property
@@ -99,6 +101,8 @@ def load_system(choice: SystemChoice) -> TextToImage:
         system.guide = load_weaker(system, choice.weak)
     personalize(system, choice.personal)
     system.tiled = choice.tiled
+    if choice.decoder == "tiny":
+        use_tiny_decoder(system, choice.path)
     return system.at_speed(choice.speed)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from files.config import to_dict
 from files.whole import sha256_of
-from pipeline.system import Speed, TextToImage
+from pipeline.system import Decoder, Speed, TextToImage
 from sampling.limits import MOST_REFINEMENTS
 from sampling.loading import SourceFiles, SystemChoice
 from sampling.personal import AdapterFile, LearnedFile, learned_files
@@ -54,6 +54,7 @@ class Call:
     size: str | None = None
     tiled: bool = False
     speed: Speed = "exact"
+    decoder: Decoder = "full"
     exact: Exact | None = None
     weak: Guide | None = None
     adapters: tuple[AdapterFile, ...] = ()
@@ -79,11 +80,11 @@ def shared_settings(system: TextToImage, choice: SystemChoice, files: SourceFile
     adapters, embeddings = learned_files(choice.personal)
     call = Call(weight_hashes(system), run=None if choice.pretrained else choice.name,
                 pretrained=choice.path.name if choice.pretrained else None, size=choice.size, tiled=choice.tiled,
-                speed=system.speed,
+                speed=system.speed, decoder=choice.decoder,
                 exact=Exact(torch.get_num_threads()) if exact else None,
                 weak=Guide(Path(choice.weak or "").name, weight_hashes(system.guide)) if system.guide else None,
                 adapters=adapters, embeddings=embeddings,
                 init=SourceFile.of(files.init), mask=SourceFile.of(files.mask),
                 invert=SourceFile.of(files.invert), refinements=files.refinements if files.invert else None)
     return {key: value for key, value in to_dict(call).items() if value not in (None, False, [])
-            and (key, value) != ("speed", "exact")}
+            and (key, value) not in (("speed", "exact"), ("decoder", "full"))}

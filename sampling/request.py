@@ -75,9 +75,10 @@ class Request:
         return read_prompt(text, self.config.steps, self.chunks, self.literal, self.notation)
 
 
-SAMPLING = tuple(field.name for field in fields(SamplingConfig) if field.name != "grid")
-# the keys of metadata that describe the sampling, in files of any version; a grid is there where there is one
-OF_CONFIG = {*SAMPLING, "grid", *OLDER_OPTIONS}
+OMITTED = {"grid": None, "reuse": 1}  # settings that are not in metadata at these values; older files lack them
+SAMPLING = tuple(field.name for field in fields(SamplingConfig) if field.name not in OMITTED)
+# the keys of metadata that describe the sampling, in files of any version
+OF_CONFIG = {*SAMPLING, *OMITTED, *OLDER_OPTIONS}
 OWN = tuple(field.name for field in fields(Request) if field.name != "config")
 
 
@@ -85,8 +86,9 @@ def settings_of(request: Request) -> dict[str, Any]:
     """The metadata of a request. Every option of the sampler is there; of the request itself defaults are omitted."""
     settings: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed, "negative": request.negative,
                                 **to_dict(request.config), "options": request.config.complete_options}
-    if request.config.grid is None:
-        del settings["grid"]
+    for name, default in OMITTED.items():
+        if settings[name] == default:
+            del settings[name]
     if request.strength is not None:
         settings["strength"] = request.strength
     if request.toward is not None:
@@ -153,7 +155,7 @@ OF_SAMPLING: dict[str, Callable[[str], Any]] = {"steps": int, "guidance": float,
 READERS: dict[type, Callable[[str], Any]] = {bool: parse_switch, int: int, float: float, str: str}
 OF_SAMPLER = {name: READERS[option.kind] for sampler in SAMPLERS.values() for name, option in sampler.options.items()}
 # what has no flag of its own
-SETTINGS: dict[str, Callable[[str], Any]] = {"spacing": str, "offset": int, **OF_SAMPLER, **OF_GUIDANCE}
+SETTINGS: dict[str, Callable[[str], Any]] = {"spacing": str, "offset": int, "reuse": int, **OF_SAMPLER, **OF_GUIDANCE}
 AXES = {**OF_SAMPLING, **OF_REQUEST, **SETTINGS}
 NOUNS: dict[Callable[[str], Any], str] = {int: "a whole number", float: "a number", parse_switch: "true or false",
                                           parse_span: "LOW:HIGH or off"}

@@ -37,6 +37,21 @@ def next_number(results: Path) -> int:
     return max([-1, *names, *(number for number in rows if isinstance(number, int))]) + 1
 
 
+def result_row(number: int, sample: Sample, file: str | None, checks: Sequence[str]) -> dict[str, Any]:
+    """The line of a request: what became of it, and no word of its prompt but in the name of a file."""
+    return {"number": number, "seed": sample.request.seed, "file": file, "checked": list(checks),
+            **decision_row(sample.decision, sample.stage)}
+
+
+def image_bytes(sample: Sample, shared: dict[str, Any] | None) -> tuple[bytes, dict[str, Any] | None]:
+    """The PNG of a sample that has an image, and the settings in it; None for none. ``shared``: metadata of all images
+    of a call, None to leave none in them."""
+    assert sample.image is not None
+    marked = {"moderation": sample.decision.action} if sample.decision.action != "allow" else {}
+    settings = None if shared is None else {**settings_of(sample.request), **shared, **marked}
+    return png_bytes(sample.image, settings), settings
+
+
 class Results:
     """A line of JSON for each request, written when it is known: number, seed, file or null, action, category, message.
     No word of a prompt is in it but in the name of a file that was written. ``checks`` says what was looked at.
@@ -58,9 +73,7 @@ class Results:
 
     def add(self, sample: Sample, file: Path | None) -> None:
         """Append what became of a request; ``file`` None when nothing was written."""
-        row: dict[str, Any] = {"number": self.first + sample.number, "seed": sample.request.seed,
-                               "file": file.name if file else None, "checked": self.checks,
-                               **decision_row(sample.decision, sample.stage)}
+        row = result_row(self.first + sample.number, sample, file.name if file else None, self.checks)
         self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
 
@@ -95,9 +108,7 @@ class SampleFolder:
             self.results.add(sample, None)
             return
         path = self.out / file_name(sample.request, number)
-        marked = {"moderation": sample.decision.action} if sample.decision.action != "allow" else {}
-        settings = None if self.shared is None else {**settings_of(sample.request), **self.shared, **marked}
-        save_bytes(png_bytes(sample.image, settings), path, new=True)
+        save_bytes(image_bytes(sample, self.shared)[0], path, new=True)
         self.results.add(sample, path)
         self._grey = torch.full_like(sample.image, GREY)
         if sample.number < self.kept:

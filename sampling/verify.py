@@ -71,7 +71,8 @@ def choice_of(path: str, call: Call, given: SystemChoice) -> SystemChoice:
         raise ValueError(f"{path} was not made with --weak; valid: --verify without it")
     run = given.run or (None if given.pretrained else str(Path("runs") / Path(call.run or "").name))
     personal = files_to_verify(path, call.adapters, call.embeddings, given.personal)
-    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed, personal=personal)
+    return replace(given, run=run, size=call.size, tiled=call.tiled, speed=call.speed, decoder=call.decoder,
+                   personal=personal)
 
 
 def files_of(path: str, call: Call, given: SourceFiles) -> SourceFiles:

@@ -120,8 +120,9 @@ def draw_samples(system: TextToImage, settings: EvaluationSettings, store: Sampl
     """
     base = with_options(system.config.sampling, settings.sampler, settings.num_steps)
     can_choose = bool(validation.facts)
-    by_scale = (store.samples_by_scale(validation, settings.scales, base) if can_choose or settings.full else [])
-    given = settings.scales[0] if len(settings.scales) == 1 else base.guidance.scale
+    scales = settings.scales_for(system.config.scales, base.guidance.scale)
+    by_scale = (store.samples_by_scale(validation, scales, base) if can_choose or settings.full else [])
+    given = scales[0] if len(scales) == 1 else base.guidance.scale
     scale, scores = best_guidance(by_scale, validation) if can_choose else (given, [])
     config = with_options(base, scale=scale)
     images = store.samples(test, config, f"test, guidance {scale:g}")

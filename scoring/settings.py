@@ -68,6 +68,13 @@ class EvaluationSettings:
         """The guidance scales that are tried on validation prompts."""
         return SUITES[self.suite].scales if self.guidance is None else self.guidance
 
+    def scales_for(self, folded: tuple[float, float] | None, own: float) -> tuple[float, ...]:
+        """The scales that are tried with a run: of the defaults only those between the lowest and the highest that are
+        ``folded`` into its denoiser, or its ``own`` if there are none."""
+        if folded is None or self.guidance is not None:
+            return self.scales
+        return tuple(scale for scale in self.scales if folded[0] <= scale <= folded[1]) or (own,)
+
     @property
     def sweep_num_steps(self) -> tuple[int, ...]:
         """The numbers of sampler steps that are tried on validation prompts."""

@@ -31,10 +31,11 @@ SMALLER: dict[str, list[str]] = {  # the same shape with fewer channels, on smal
                  "data.shards.size=64"],
 }
 PHOTOGRAPHS = {"flowers102": "folder", "coco_captions": "folder", "shards": "shards"}  # what stands in for a source
-ONCE = [*(f"{stage}.train.{setting}" for stage in ("autoencoder", "denoiser")
+ONCE = [*(f"{stage}.train.{setting}" for stage in ("autoencoder", "denoiser", "student")
           for setting in ("workers=0", "accumulate=1", "parallel=ddp", "compile=false", "snapshots.every=0")),
         "autoencoder.train.steps=1", "autoencoder.train.batch=2", "autoencoder.validation=2", "denoiser.train.steps=1",
-        "denoiser.train.batch=2", "denoiser.images=4", "denoiser.validation=2", "sampling.steps=2",
+        "denoiser.train.batch=2", "denoiser.images=4", "denoiser.validation=2", "student.train.steps=1",
+        "student.train.batch=2", "student.images=4", "student.validation=2", "sampling.steps=2",
         "preview_prompts=[a red star, two hats]"]
 
 
@@ -63,7 +64,7 @@ def photographs(root: Path, kind: str) -> list[str]:
 def networks(experiment) -> dict[str, torch.nn.Module]:
     with torch.device("meta"):
         found: dict[str, torch.nn.Module] = {"autoencoder": Autoencoder(experiment.autoencoder.model)}
-        if "denoiser" in experiment.stages:
+        if {"denoiser", "student"} & {*experiment.stages}:
             found |= {"unet": UNet(experiment.denoiser.unet), "text": TextEncoder(experiment.denoiser.text_encoder)}
         return found
 
@@ -124,13 +125,17 @@ def test_it_is_stepped_once_and_sampled(path, tmp_path):
     else:
         overrides += ["data.shapes.train=40", "data.shapes.validation=4", "data.shapes.test=4"]
     run = tmp_path / "run"
+    if experiment.start_from:  # the run of another config
+        teacher = ROOT / "configs" / f"{Path(experiment.start_from).name}.yaml"
+        train.main([str(teacher), f"run={tmp_path / 'teacher'}", *overrides])
+        overrides.append(f"start_from={tmp_path / 'teacher'}")
     train.main([str(path), f"run={run}", *overrides])
-    for stage in set(experiment.stages) & {"autoencoder", "denoiser"}:
+    for stage in set(experiment.stages) & {"autoencoder", "denoiser", "student"}:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         loss, validation = (line for line in lines if line["stage"] == stage)
         assert loss["step"] == 1 and np.isfinite(loss["loss"]) and loss["gradient_norm"] > 0
         assert all(np.isfinite(value) for key, value in validation.items() if key.startswith("validation_"))
-    if "denoiser" not in experiment.stages:
+    if not {"denoiser", "student"} & {*experiment.stages}:
         return
     sample.main(["--run", str(run), "--out", str(tmp_path / "out"), "a red star", "--steps", "2"])
     assert len(list((tmp_path / "out").glob("*_seed0.png"))) == 1

@@ -20,6 +20,7 @@ from files.weights import CheckpointError
 from files.whole import sha256_of
 from pipeline.loading import load_run
 from pipeline.system import TextToImage, with_options
+from sampling.request import OMITTED
 from training.experiment import load_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def test_metadata_is_complete_and_makes_the_image_again(tiny_run, tmp_path):
     names = ("tokenizer.json", "autoencoder.safetensors", "text_encoder.safetensors", "denoiser.safetensors")
     weights = {name.partition(".")[0]: sha256_of(tiny_run / name)[:16] for name in names}
     config = with_options(load_experiment(tiny_run / "config.yaml").sampling, steps=4, scale=2.5)
-    settings = {name: value for name, value in to_dict(config).items() if name != "grid"}  # of published weights
+    settings = {name: value for name, value in to_dict(config).items() if name not in OMITTED}
     assert given == {"prompt": "a red star · é 🟥", "seed": 6, "negative": "blue", "run": "tiny", "weights": weights,
                      **settings, "options": {"eta": 0.0, "clean_end": True}}
     assert (given["steps"], given["sampler"], given["guidance"]["scale"]) == (4, "ddim", 2.5)

@@ -76,8 +76,8 @@ OF_OTHER_ENDS = [("dpm_solver_singlestep", "lower_order_final"), ("dpm_solver_mu
 def test_every_axis_changes_its_parameter(system):
     values = {"steps": "7", "guidance": "2.5", "sampler": "euler", "seed": "9", "strength": "0.25", "prompt": "b",
               "negative": "c", "chunks": "2", "palette_weight": "0.5", "spacing": "leading", "offset": "1",
-              "method": "apg", "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25", "apg_norm": "5",
-              "apg_momentum": "-0.25", "zero_init": "0.1", "threshold": "0.9", "threshold_limit": "3",
+              "reuse": "2", "method": "apg", "interval": "0.5:4", "rescale": "0.7", "apg_parallel": "0.25",
+              "apg_norm": "5", "apg_momentum": "-0.25", "zero_init": "0.1", "threshold": "0.9", "threshold_limit": "3",
               **{name: value for name, (_, value) in OPTIONS.items()}}
     assert values.keys() == AXES.keys()
     base = Request(PROMPT, 0, system.config.sampling, strength=0.5, palette="#ff0000:1.0000")

@@ -203,7 +203,7 @@ def test_bad_values_are_refused(name):
         if key in sampler.options:
             with pytest.raises(ValueError, match="valid"):
                 call(**{key: value})
-    if name in ("ddpm", "euler_ancestral", "dpm_solver_sde", "lcm"):
+    if name in ("ddpm", "euler_ancestral", "dpm_solver_sde", "consistency", "lcm"):
         with pytest.raises(ValueError, match="noise"):
             call(noise=None)
     if name.startswith("flow"):

@@ -16,7 +16,7 @@ from diffusion.schedule import Schedule, ScheduleConfig
 VP = Schedule(ScheduleConfig())
 ZERO = Schedule(ScheduleConfig(zero_terminal_snr=True))
 FLOW = Schedule(ScheduleConfig(kind="flow"))
-STOCHASTIC = ("ddpm", "euler_ancestral", "dpm_solver_sde", "lcm")
+STOCHASTIC = ("ddpm", "euler_ancestral", "dpm_solver_sde", "consistency", "lcm")
 
 
 def smooth_times(schedule: Schedule, n: int) -> list[float]:
@@ -162,13 +162,16 @@ def test_consistency_sampling_draws_the_distribution():
         alpha, sigma = VP.alpha_sigma(t)
         return x * std / math.sqrt(alpha**2 * std**2 + sigma**2)
 
-    for n in (1, 4):
-        x_0 = get_sampler("lcm")(to_the_start, noise(), VP.timesteps(n), VP, "sample", noise)
+    for name, n in (("lcm", 1), ("lcm", 4), ("consistency", 1), ("consistency", 4)):
+        x_0 = get_sampler(name)(to_the_start, noise(), VP.timesteps(n), VP, "sample", noise)
         assert abs(x_0.mean().item()) < 4.0 * std / count**0.5
         assert abs(x_0.std().item() - std) < 4.0 * std / (2 * count) ** 0.5 + 0.004
 
 
-@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "lcm"])  # the mean is no consistency model
+CONSISTENCY = ("lcm", "consistency")  # the mean is no consistency model
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name not in CONSISTENCY])
 def test_more_steps_draw_the_mixture(name):
     """The mixture itself, from 50 steps: its distribution function at 9 points."""
     schedule = FLOW if name.startswith("flow") else VP

@@ -233,7 +233,7 @@ def check_denoiser(experiment: Experiment, tokenizer: Tokenizer, autoencoder: Au
         return PairBatch(both.mean.cpu(), both.logvar.cpu(), captions)
 
     def loss_of(read: PairBatch, batch: int) -> Step:
-        denoising = Denoising(replace(stage, caption_dropout=0.0), tokenizer, seed, device)
+        denoising = Denoising(stage, tokenizer, seed, device)  # the captions above are whole
         return lambda step: denoising.loss_at(networks, read, step, whole_batch(batch))["loss"]
 
     piece = max(1, stage.train.batch // stage.train.accumulate)

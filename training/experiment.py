@@ -7,6 +7,7 @@ from typing import Any
 
 from data.catalog import DataConfig
 from data.tokenizer import TokenizerConfig
+from diffusion.guidance_free import Scales, check_folded
 from diffusion.noise import check_seed
 from diffusion.prediction import check_prediction_type
 from diffusion.sampling import SamplingConfig, check_sampling
@@ -22,7 +23,9 @@ from training.stages.context import StageContext
 from training.stages.denoiser import DenoiserStage, train_denoiser
 from training.stages.dreambooth import DreamboothStage, train_dreambooth
 from training.stages.lora import LoraStage, train_lora
+from training.stages.student import StudentStage, train_student
 from training.stages.textual_inversion import TextualInversionStage, train_textual_inversion
+from training.stages.tiny_decoder import TinyDecoderStage, train_tiny_decoder
 from training.stages.tokenizer import train_tokenizer
 
 
@@ -50,6 +53,9 @@ STAGES = {stage.name: stage for stage in (
     Stage("clip", (), ("clip_tokenizer.json", "clip.safetensors"), train_clip, inherits=("clip_tokenizer.json",)),
     Stage("denoiser", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"),
           train_denoiser),
+    Stage("student", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"), train_student,
+          inherits=("tokenizer.json",)),
+    Stage("tiny_decoder", ("autoencoder",), ("tiny_decoder.safetensors",), train_tiny_decoder),
     Stage("lora", (), ("adapter.safetensors",), train_lora, teaches=True),
     Stage("textual_inversion", (), ("embedding.safetensors",), train_textual_inversion, teaches=True),
     Stage("dreambooth", (), ("dreambooth.json",), train_dreambooth, teaches=True),
@@ -58,7 +64,7 @@ STAGES = {stage.name: stage for stage in (
 PLACED = ("shapes", "emoji")  # data sources that say where in their images things are: what grounding needs
 # sections that a run which teaches has from its base, and the parts of them that decide what the base is
 OF_BASE = {"tokenizer": ("vocab_size", "length"), "autoencoder": ("model",),
-           "denoiser": ("unet", "text_encoder", "schedule", "prediction_type")}
+           "denoiser": ("unet", "text_encoder", "schedule", "prediction_type", "guidance_scales")}
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
 
 
@@ -78,6 +84,8 @@ class Experiment:
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
     clip: ClipStage = field(default_factory=ClipStage)
     denoiser: DenoiserStage = field(default_factory=DenoiserStage)
+    student: StudentStage = field(default_factory=StudentStage)
+    tiny_decoder: TinyDecoderStage = field(default_factory=TinyDecoderStage)
     lora: LoraStage = field(default_factory=LoraStage)
     textual_inversion: TextualInversionStage = field(default_factory=TextualInversionStage)
     dreambooth: DreamboothStage = field(default_factory=DreamboothStage)
@@ -97,8 +105,12 @@ class Experiment:
         if adversarial.weight and self.data.size < adversarial.model.smallest:
             raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
                              f"images of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
-        if "denoiser" in self.stages:
+        if "denoiser" in self.stages and "student" in self.stages:
+            raise ValueError(f"stages: {list(self.stages)}; valid: denoiser or student, both leave a denoiser; a "
+                             "student has a run of its own, with start_from=TEACHER")
+        if "denoiser" in self.stages or "student" in self.stages:
             self._check_denoiser()
+            self._check_student()
             self._check_process()
 
     def _check_teaching(self) -> None:
@@ -143,6 +155,19 @@ class Experiment:
         if len(self.data.image_shapes) > 1 and self.denoiser.cache:
             raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has images of one size")
 
+    def _check_student(self) -> None:
+        """Raise ValueError if the stage student lacks a teacher, or the UNet the input that its guidance needs."""
+        if "student" not in self.stages:
+            return
+        low, high = self.student.guidance_scales
+        if not self.start_from:
+            raise ValueError("start_from: none; valid for the stage student: the run folder of its teacher")
+        if low != high and not self.denoiser.unet.guidance_input:
+            raise ValueError(f"student.guidance_scales: {[low, high]}; valid without denoiser.unet.guidance_input: one "
+                             "scale, [3.0, 3.0]")
+        if len(self.data.image_shapes) > 1 and self.student.cache:
+            raise ValueError("student.cache: true; valid with aspect buckets: false, a cache has images of one size")
+
     def _check_sizes(self, factor: int, why: str) -> None:
         """Raise ValueError if a side of the images is not a multiple of ``factor``."""
         if self.data.size % factor:
@@ -161,6 +186,8 @@ class Experiment:
         except ValueError as error:
             raise ValueError(f"denoiser.{error}") from None
         try:
+            if self.scales is not None:
+                check_folded(self.sampling.guidance, self.scales)
             check_sampling(schedule, self.denoiser.prediction_type, self.sampling)
         except ValueError as error:
             raise ValueError(f"sampling (sampler {self.sampling.sampler}, steps {self.sampling.steps}, spacing "
@@ -172,11 +199,16 @@ class Experiment:
         return latent_shape_of(self.autoencoder.model, self.data.size)
 
     @property
+    def scales(self) -> Scales | None:
+        """The guidance scales that are folded into the denoiser, None for guidance by two predictions."""
+        return self.student.guidance_scales if "student" in self.stages else self.denoiser.guidance_scales
+
+    @property
     def system(self) -> SystemConfig:
         """The part of this configuration that sampling needs."""
         stage = self.denoiser
         return SystemConfig(stage.unet, stage.text_encoder, self.autoencoder.model, stage.schedule,
-                            stage.prediction_type, self.sampling, self.latent_shape)
+                            stage.prediction_type, self.sampling, self.latent_shape, self.scales)
 
 
 def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment:  # type: ignore[assignment]

@@ -20,6 +20,7 @@ from files.config import read_yaml
 from files.run_folder import RunFolder
 from files.weights import CheckpointError
 from files.whole import sha256_of, whole_file, write_text
+from pipeline.config import STUDENT
 from training.checkpoints.checkpoint import Checkpoints
 from training.experiment import STAGES
 
@@ -55,7 +56,8 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
     run = RunFolder.open(path)
     run.require(*STAGES["tokenizer"].leaves, *STAGES["autoencoder"].leaves)
     networks, step = denoiser_weights(run, unfinished)
-    networks["autoencoder"] = load_file(run.weights("autoencoder"))
+    for name in ("autoencoder", *(["tiny_decoder"] if run.has(*STAGES["tiny_decoder"].leaves) else [])):
+        networks[name] = load_file(run.weights(name))
     copied = {name: run.path / name for name in COPIED if run.has(name)}
     evaluator = RunFolder.open(clip) if clip else run
     if clip or run.has(*STAGES["clip"].leaves):
@@ -82,8 +84,10 @@ def record(run: RunFolder, evaluator: RunFolder, out: Path, step: int | None) ->
     if evaluator is not run:
         config["clip"] = read_yaml(evaluator.path / "config.yaml")["clip"]
         about["clip"] = evaluator.read_manifest().get("clip")
-    config["stages"] = [name for name, stage in STAGES.items() if all((out / file).exists() for file in stage.leaves)]
-    train = config["denoiser"]["train"]
+    own, other = (STUDENT, "denoiser") if STUDENT in config["stages"] else ("denoiser", STUDENT)  # they leave the same
+    config["stages"] = [name for name, stage in STAGES.items()
+                        if name != other and all((out / file).exists() for file in stage.leaves)]
+    train = config[own]["train"]
     steps = train["steps"] if step is None else step
     about["released"] = {"from": run.path.name, "denoiser_steps": steps, "images_seen": steps * train["batch"],
                          "finished": step is None,

@@ -44,6 +44,7 @@ from model.device import autocast_dtype
 from pipeline.loading import load_run, load_weaker
 from pipeline.system import TextToImage
 from scoring.held_out import Prompts, training_captions, unseen_prompts
+from training.experiment import Experiment, load_experiment
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
@@ -125,14 +126,14 @@ def guidance_study(steps: int, weak: bool) -> Study:
     return study
 
 
-def prompts_of(system: TextToImage, count: int, work: Path) -> Prompts:
+def prompts_of(experiment: Experiment, count: int, work: Path) -> Prompts:
     """The first prompts of the test split that do not occur in training. They are stored, because finding them takes
     long."""
-    source, data = Shapes(system.experiment.data.shapes, "test"), to_dict(system.experiment.data)
-    about = json.dumps([data, system.config.images, count], sort_keys=True)
+    source, data = Shapes(experiment.data.shapes, "test"), to_dict(experiment.data)
+    about = json.dumps([data, experiment.denoiser.images, count], sort_keys=True)
     file = work / f"prompts_{hashlib.sha256(about.encode()).hexdigest()[:16]}.json"
     if not file.is_file():
-        found = unseen_prompts(source, training_captions(system), count)
+        found = unseen_prompts(source, training_captions(experiment), count)
         write_text(file, json.dumps([found.seeds, found.captions]))
         return found
     seeds, captions = json.loads(file.read_text(encoding="utf-8"))
@@ -307,7 +308,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     dtype = autocast_dtype(options.precision, system.device)
-    prompts = prompts_of(system, options.prompts, work)
+    prompts = prompts_of(load_experiment(Path(options.run) / "config.yaml"), options.prompts, work)
     draws = resamples(len(prompts.captions))
     studies = (sampler_study(options.guidance), guidance_study(options.steps, guide is not None))
     found = {}

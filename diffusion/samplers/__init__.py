@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion.samplers.common import Denoise, Noise, Times, checked
+from diffusion.samplers.consistency import consistency
 from diffusion.samplers.ddim import ddim
 from diffusion.samplers.ddpm import ddpm
 from diffusion.samplers.dpm_solver import dpm_solver_multistep, dpm_solver_sde, dpm_solver_singlestep
@@ -50,7 +51,7 @@ class Sampler:
 SAMPLERS: dict[str, Sampler] = {
     function.__name__: Sampler(function, declared_options(function))
     for function in (ddpm, ddim, euler, euler_ancestral, heun, pndm, dpm_solver_multistep, dpm_solver_singlestep,
-                     dpm_solver_sde, unipc, lcm, flow_euler, flow_heun)
+                     dpm_solver_sde, unipc, consistency, lcm, flow_euler, flow_heun)
 }
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from data.clip_tokenizer import ClipTokenizer
 from data.tokenizer import Tokenizer
+from diffusion.denoise import DenoiseAtTimes
+from diffusion.guidance_free import Scales, beta_of_uniform, check_scales, guidance_free
 from diffusion.loss import TimestepSampling, Weighting, diffusion_loss, sample_timesteps
 from diffusion.noise import nearest_noise
 from diffusion.prediction import PredictionType
@@ -27,7 +29,15 @@ from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole_batch
 from training.stages.context import StageContext
 from training.stages.contexts import ContextWatch
-from training.stages.grounding import GroundingConfig, Place, attention_loss, keep_attention, keep_output, words_loss
+from training.stages.grounding import (
+    GroundingConfig,
+    Place,
+    attention_loss,
+    keep_attention,
+    keep_output,
+    unwatched,
+    words_loss,
+)
 from training.stages.pairs import CachedPairs, Encode, PairBatch, Pairs, ReadPairs, latent_encoder
 
 MULTIPLE = 16  # caption lengths of a batch are rounded up to it: fp32 values in the widest vector of a CPU
@@ -43,7 +53,9 @@ class DenoiserStage:
     mirroring; false encodes them in every step. ``validation`` is the number of held-out pairs for the validation loss.
     ``timestep_mean`` and ``timestep_std`` are those of the normal behind ``logit_normal`` (Esser et al. 2024).
     ``noise_candidates`` noises are drawn for every image, and the nearest is taken (`nearest_noise`). ``grounding``
-    supervises the UNet with the scene, for sources that know the positions of objects."""
+    supervises the UNet with the scene, for sources that know the positions of objects. ``guidance_scales`` (lowest,
+    highest) folds guidance into the UNet by guidance-free training (`diffusion/guidance_free.py`), null leaves it to
+    two predictions."""
 
     unet: UNetConfig = field(default_factory=UNetConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -59,6 +71,7 @@ class DenoiserStage:
     cache: bool = True
     validation: int = 256
     grounding: GroundingConfig = field(default_factory=GroundingConfig)
+    guidance_scales: Scales | None = None
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
@@ -67,6 +80,11 @@ class DenoiserStage:
         if self.unet.context_width != self.text_encoder.width:
             raise ValueError(f"unet.context_width: {self.unet.context_width} differs from text_encoder.width: "
                              f"{self.text_encoder.width}; the UNet reads what the text encoder writes")
+        if self.guidance_scales is not None:
+            check_scales(self.guidance_scales)
+            if not self.unet.guidance_input or not self.caption_dropout:
+                raise ValueError(f"guidance_scales: {list(self.guidance_scales)}; valid with unet.guidance_input: true "
+                                 "and a caption_dropout above 0, or null")
         if self.noise_candidates < 1:
             raise ValueError(f"noise_candidates: {self.noise_candidates}; valid: from 1 up")
         if not self.timestep_std > 0:
@@ -108,16 +126,48 @@ class Denoising:
         self.schedule, self.batch = Schedule(config.schedule), config.train.batch
 
     def losses(self, networks: Predicts, x_0: torch.Tensor, captions: list[str], t: torch.Tensor,
-               eps: torch.Tensor) -> torch.Tensor:
-        """The loss of each image, (B,), of latents x_0 and noise eps (B, C, H, W), captions and times t (B,)."""
+               eps: torch.Tensor, beta: torch.Tensor | None = None) -> torch.Tensor:
+        """The loss of each image, (B,), of latents x_0 and noise eps (B, C, H, W), captions and times t (B,). beta (B,)
+        is one over the guidance scale in guidance-free training."""
         ids, mask = self.encode(captions)  # (B, L)
         context = networks.text_encoder(ids, mask)  # (B, L, D)
 
-        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return networks.unet(x_t, self.schedule.network_time(t), context, mask)
+        beta = None if beta is None else beta.to(self.device)
 
+        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return networks.unet(x_t, self.schedule.network_time(t), context, mask, beta=beta)
+
+        if beta is not None:
+            unconditional = self.unconditional(networks, len(captions))
+            return self.loss_of(guidance_free(denoise, unconditional, beta), x_0, t, eps)
+        return self.loss_of(denoise, x_0, t, eps)
+
+    def loss_of(self, denoise: DenoiseAtTimes, x_0: torch.Tensor, t: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        """The loss of each image, (B,), of a network bound to its captions."""
         return diffusion_loss(denoise, x_0.to(self.device), t.to(self.device), eps.to(self.device), self.schedule,
                               self.config.prediction_type, self.config.weighting)  # (B,)
+
+    def unconditional(self, networks: Predicts, count: int) -> DenoiseAtTimes:
+        """The prediction for ``count`` empty captions, without a gradient and unseen by whoever watches attention."""
+        ids, mask = self.encode([""])
+        rows = None if mask is None else mask.expand(count, -1)
+        watched = networks.unet.cross_attentions() if isinstance(networks.unet, UNet) else ()
+
+        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad(), unwatched(watched):
+                context = networks.text_encoder(ids, mask)  # (1, L, D)
+                return networks.unet(x_t, self.schedule.network_time(t), context.expand(count, -1, -1), rows)
+
+        return denoise
+
+    def draw_beta(self, captions: list[str], position: int, part: Part) -> torch.Tensor | None:
+        """One over the guidance scale of each image of a part of a batch, (B,), and 1 where the caption was dropped;
+        None if guidance is not folded in."""
+        if self.config.guidance_scales is None:
+            return None
+        random = generator(self.seed, "denoiser/beta", position)
+        beta = part.of_batch(beta_of_uniform(torch.rand(part.batch, generator=random), self.config.guidance_scales))
+        return torch.where(torch.tensor([caption == "" for caption in captions]), torch.ones_like(beta), beta)
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Token ids (B, L) of captions and their mask, both cut to the longest of them; None if padding is seen."""
@@ -132,9 +182,10 @@ class Denoising:
         x_0, t, eps = self.draw(read, position, part)
         captions, places = part.of_read(read.captions), part.of_read(read.places) if read.places else None
         grounding_scale = self.config.grounding.left_at(position / self.config.train.steps)
+        beta = self.draw_beta(captions, position, part)
         if places is not None and grounding_scale:
-            return self.grounded_loss(networks, x_0, captions, places, t, eps, grounding_scale)
-        loss = self.losses(networks, x_0, captions, t, eps).mean()
+            return self.grounded_loss(networks, x_0, captions, places, t, eps, grounding_scale, beta)
+        loss = self.losses(networks, x_0, captions, t, eps, beta).mean()
         if networks.words is not None:  # DDP needs a gradient of every parameter in every step
             loss = loss + 0.0 * sum(parameter.sum() for parameter in networks.words.parameters())
         return {"loss": loss}
@@ -152,13 +203,14 @@ class Denoising:
         return x_0, t, eps
 
     def grounded_loss(self, networks: Networks, x_0: torch.Tensor, captions: list[str], places: list[list[Place]],
-                      t: torch.Tensor, eps: torch.Tensor, grounding_scale: float) -> dict[str, torch.Tensor]:
+                      t: torch.Tensor, eps: torch.Tensor, grounding_scale: float,
+                      beta: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """The mean loss of the denoiser plus the losses that compare its attention and features with where things are.
         Their weights are multiplied by ``grounding_scale``, which falls from 1 to 0 during the run."""
         config, terms = self.config.grounding, {}
         assert isinstance(self.tokenizer, Tokenizer)  # published systems are not grounded
         with keep_attention(networks.unet.cross_attentions()) as maps, keep_output(networks.unet.mid) as features:
-            loss = self.losses(networks, x_0, captions, t, eps).mean()
+            loss = self.losses(networks, x_0, captions, t, eps, beta).mean()
         if config.attention:
             terms["attention"] = attention_loss(maps, self.tokenizer, captions, places, (x_0.shape[2], x_0.shape[3]),
                                                 config.heads)

@@ -66,6 +66,19 @@ def keep_attention(layers: Sequence[CrossAttention]) -> Iterator[list[Tensor]]:
 
 
 @contextlib.contextmanager
+def unwatched(layers: Sequence[CrossAttention]) -> Iterator[None]:
+    """Inside this block nobody is given the attention of the layers."""
+    watches = [layer.watch for layer in layers]
+    for layer in layers:
+        layer.watch = None
+    try:
+        yield
+    finally:
+        for layer, watch in zip(layers, watches):
+            layer.watch = watch
+
+
+@contextlib.contextmanager
 def keep_output(module: nn.Module) -> Iterator[list[Tensor]]:
     """Inside this block the module appends its output to the list whenever it runs."""
     kept: list[Tensor] = []

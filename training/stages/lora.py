@@ -74,9 +74,9 @@ class ByAdapter(Method[Adapter]):
             yield self.base.system
 
 
-def call(network: nn.Module, weights: dict[str, Any], *arguments: Any) -> Tensor:
-    """``network(*arguments)`` with these weights in place of its own."""
-    return functional_call(network, weights, arguments)
+def call(network: nn.Module, weights: dict[str, Any], *arguments: Any, **named: Any) -> Tensor:
+    """``network(*arguments, **named)`` with these weights in place of its own."""
+    return functional_call(network, weights, arguments, named)
 
 
 def train_lora(config: LoraStage, context: StageContext) -> None:

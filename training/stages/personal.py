@@ -31,6 +31,7 @@ from files.config import from_dict, read_yaml, to_dict
 from files.whole import whole_file
 from model.pretrained.adapters import networks_of
 from model.pretrained.card import Card, hash_of_networks
+from pipeline.config import STUDENT
 from pipeline.loading import load_pretrained, load_run
 from pipeline.moderation import Moderation
 from pipeline.personal import judge_cards
@@ -135,12 +136,16 @@ def load_base(config: PersonalStage, context: StageContext) -> Base:
         stage = DenoiserStage(system.config.unet, system.config.text_encoder, system.config.schedule,
                               system.config.prediction_type)
     else:
+        data = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else {}
+        if STUDENT in (data.get("stages") or ()):
+            raise ValueError(f"{path} is a student of few steps, whose loss this stage does not have; valid: its "
+                             "teacher, whose adapters and words the student reads with --any-base")
         system = load_run(path, context.device, moderation=None)
-        stage = from_dict(DenoiserStage, read_yaml(path / "config.yaml").get("denoiser") or {}, "denoiser")
+        stage = from_dict(DenoiserStage, data.get("denoiser") or {}, "denoiser")
     if system.config.unet.gradient_checkpointing or system.config.text_encoder.gradient_checkpointing:
         raise ValueError(f"{path}: gradient_checkpointing: true; valid for this stage: false, it would compute "
                          "activations again with the weights of the base")
-    stage = replace(stage, grounding=GroundingConfig(), caption_dropout=config.caption_dropout, train=config.train)
+    stage = replace(stage, grounding=GroundingConfig(), train=config.train)
     return Base(system, stage, hash_of_networks(networks_of(system.unet, system.text_encoder)), path.name,
                 f"--{'pretrained' if config.pretrained else 'run'} {path}")
 
@@ -309,7 +314,8 @@ class Objective(Generic[M]):
 
         def mean(of: Denoising, read: PairBatch) -> torch.Tensor:
             x_0, t, eps = of.draw(read, position, part)
-            return of.losses(networks, x_0, part.of_read(read.captions), t, eps).mean()
+            captions = part.of_read(read.captions)
+            return of.losses(networks, x_0, captions, t, eps, of.draw_beta(captions, position, part)).mean()
 
         loss = mean(self.given, lesson.given)
         if lesson.prior is None:
