@@ -31,6 +31,11 @@ from serving.settings import EngineSettings, ServiceSettings
 ENGINE, API = "engine", "api"
 QUIET = {"enable_access_log": False, "log_level": "WARNING"}  # an access log would hold the names of jobs and images
 GRACE = 60  # seconds that a replica which is replaced has to finish its batch
+HERE = {"num_cpus": 0}  # on one machine there is nothing to count: `threads` says what a replica takes
+# Ray's workers have the niceness 15 unless told otherwise: beside other work they would starve; and a machine that is
+# busy takes longer to start a process than Serve waits by itself
+RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+       "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
 
 
 def application(drawer: Drawer, settings: ServiceSettings) -> FastAPI:
@@ -96,6 +101,11 @@ def replicas_of(settings: dict[str, Any], **options: Any) -> Any:
 
 def api(settings: dict[str, Any]) -> Any:
     """The application of the entrance. Raises ConfigError for settings that are not valid."""
+    return entrance_of(settings)
+
+
+def entrance_of(settings: dict[str, Any], **options: Any) -> Any:
+    """As ``api``, with options of the deployment."""
     from ray import serve
     parsed = from_dict(ServiceSettings, settings)
 
@@ -103,15 +113,16 @@ def api(settings: dict[str, Any]) -> Any:
         return application(Replicas(), parsed)
 
     return serve.deployment(serve.ingress(build)(), name="Entrance", max_ongoing_requests=10_000,
-                            graceful_shutdown_timeout_s=GRACE, logging_config=QUIET).bind()
+                            graceful_shutdown_timeout_s=GRACE, logging_config=QUIET, **options).bind()
 
 
-def start_ray(cpus: int, **options: Any) -> None:
+def start_ray(**options: Any) -> None:
     """A Ray of this machine alone, small and silent: no dashboard, no statistics to anybody."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in RAY.items():
+        os.environ.setdefault(name, value)
     import ray
     if not ray.is_initialized():
-        ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False,
+        ray.init(num_cpus=1, include_dashboard=False, object_store_memory=200 * 2**20, log_to_driver=False,
                  configure_logging=False, **options)
 
 
@@ -120,13 +131,13 @@ def deploy(engine_settings: EngineSettings, settings: ServiceSettings, host: str
     from ray import serve
     serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly", logging_config=QUIET)
     deploy_engine(engine_settings, replicas)
-    serve.run(api(to_dict(settings)), name=API, route_prefix="/")
+    serve.run(entrance_of(to_dict(settings), ray_actor_options=HERE), name=API, route_prefix="/")
 
 
 def deploy_engine(settings: EngineSettings, replicas: int) -> None:
     """Start the replicas, or replace them one after the other by those of other settings."""
     from ray import serve
-    app = replicas_of(to_dict(settings), num_replicas=replicas, ray_actor_options={"num_cpus": 1})
+    app = replicas_of(to_dict(settings), num_replicas=replicas, ray_actor_options=HERE)
     serve.run(app, name=ENGINE, route_prefix=None)
 
 
@@ -141,7 +152,7 @@ def serve_replicas(engine_settings: EngineSettings, settings: ServiceSettings, h
     done = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: done.set())
-    start_ray(replicas + 2)
+    start_ray()
     try:
         deploy(engine_settings, settings, host, port, replicas)
         print(f"{host}:{port}: /v1/images/generations, {replicas} replicas"

@@ -57,8 +57,7 @@ def service(run_folder, tmp_path_factory):
     path = str(tmp_path_factory.mktemp("keys") / "keys.yaml")
     key, port = new_key(path, "alice", LIMITS), free_port()
     folder = tempfile.mkdtemp(prefix="r")  # short: the path of a socket has at most 107 letters
-    root = str(Path(__file__).parents[1])
-    start_ray(5, _temp_dir=folder, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    start_ray(_temp_dir=folder)
     settings = ServiceSettings(lanes=2, batch=4, queue=500, timeout=120, keys=path)
     try:
         deploy(EngineSettings(str(run_folder), 4, 1), settings, "127.0.0.1", port, 2)
