@@ -93,7 +93,7 @@ def form_fields() -> dict[str, Any]:
     """The components of the form by the names of `Form`."""
     import gradio as gr
     found: dict[str, Any] = {}
-    found["prompt"] = gr.Textbox(label="Prompt", lines=2, max_lines=6, autofocus=True, elem_id="prompt",
+    found["prompt"] = gr.Textbox(label="Prompt", lines=1, max_lines=6, autofocus=True, elem_id="prompt",
                                  placeholder="a red apple")
     found["negative"] = gr.Textbox(label="Not", placeholder="what guidance pushes away from", elem_id="negative")
     with gr.Row():
