@@ -56,7 +56,11 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--replicas {options.replicas}; valid: 1 to 1000")
     if not 1 <= options.port <= 65_535:
         raise ValueError(f"--port {options.port}; valid: 1 to 65535")
-    needed = {**NEEDED, **({"ray": "serve"} if options.replicas else {}), **({"gradio": "page"} if options.page else {})}
+    needed = dict(NEEDED)
+    if options.replicas:
+        needed["ray"] = "serve"
+    if options.page:
+        needed["gradio"] = "page"
     if missing := {extra: name for name, extra in needed.items() if find_spec(name) is None}:
         extras = ",".join(sorted(missing))
         raise ValueError(f"the library {min(missing.values())} is not installed; valid: pip install -e \".[{extras}]\"")

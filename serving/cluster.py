@@ -9,6 +9,7 @@ applications of configs/serve.yaml. Ray is imported where it is used: it takes a
 """
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -149,11 +150,12 @@ def serve_replicas(engine_settings: EngineSettings, settings: ServiceSettings, h
     run = RunFolder.open(engine_settings.system.path)  # what is wrong with it is said in one line here
     run.require(*FILES)
     Keys(settings.keys)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     done = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: done.set())
     start_ray()
     try:
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own
+            signal.signal(number, lambda *_: done.set())
         deploy(engine_settings, settings, host, port, replicas)
         print(f"{host}:{port}: /v1/images/generations, {replicas} replicas"
               f"{', the page at /' if settings.page else ''}", flush=True)

@@ -91,7 +91,7 @@ def read_keys(path: str) -> KeyFile:
     """The keys of a file. Raises ConfigError naming what is not valid."""
     found = from_dict(KeyFile, read_yaml(path))
     if not found.keys or any(not key.sha256 for key in found.keys):
-        raise ValueError(f"{path}: a key without sha256, or no key; valid: python serve.py --new-key NAME --keys {path}")
+        raise ValueError(f"{path}: no key, or one without sha256; valid: python serve.py --new-key NAME --keys {path}")
     return found
 
 

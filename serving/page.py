@@ -74,8 +74,8 @@ def build_page(service: Service, keys: Keys, folder: Path) -> Any:
                     cancel = gr.Button("Cancel", variant="stop", elem_id="cancel")
             with gr.Column(min_width=300):
                 status = gr.Markdown("", elem_id="status")
-                gallery = gr.Gallery(label="Images", elem_id="images", columns=4, object_fit="contain", preview=False,
-                                     format="png", interactive=False)
+                gallery = gr.Gallery(label="Images", elem_id="images", columns=2, height=420, object_fit="contain",
+                                     preview=False, format="png", interactive=False)
                 settings = gr.JSON(label="Settings of the chosen image", elem_id="settings")
                 with gr.Row():
                     restart = gr.Button("Start from it", elem_id="restart")

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from cachetools import TTLCache
 
@@ -51,7 +51,7 @@ class Drawer(Protocol):
     def draw(self, orders: Sequence[Order]) -> AsyncIterator[Event]: ...
 
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Job:
     """One request on its way. results: by the index of the image, its identity in the store or None, and ``Drawn``
     without the file. form: in which the result is to be answered. fetched: the result was."""
@@ -262,12 +262,12 @@ class Service:
 
     async def _follow(self, batch: list[Job]) -> str:
         """Follow the events of a batch; what failed, "" for nothing."""
-        orders = [job.order for job in batch]
+        jobs = [job for job in batch if job.order is not None]
         failure = ""
-        if not any(orders):
+        if not jobs:
             return failure
-        async with contextlib.aclosing(self.drawer.draw([order for order in orders if order])) as events:  # type: ignore
-            jobs = [job for job, order in zip(batch, orders) if order]
+        drawing: Any = self.drawer.draw([job.order for job in jobs if job.order is not None])
+        async with contextlib.aclosing(drawing) as events:
             async for kind, *values in events:
                 if kind == "failed":
                     failure = values[0]

@@ -27,4 +27,3 @@ def start(options: argparse.Namespace) -> None:
           flush=True)
     uvicorn.run(app, host=options.host, port=options.port, access_log=False, log_level="warning",
                 timeout_graceful_shutdown=30)
-

@@ -66,10 +66,11 @@ class Form:
         of_axis = any(axis.startswith("prompt=") for axis in axes)
         try:
             order = ImageRequest(
-                prompt=self.prompt.strip() or "-" * of_axis, negative_prompt=self.negative.strip(), style=list(self.style or []),
-                palette="" if self.palette in (None, "none") else self.palette, n=1 if axes else int(self.count),
+                prompt=self.prompt.strip() or "-" * of_axis, negative_prompt=self.negative.strip(),
+                style=list(self.style or []), palette="" if self.palette in (None, "none") else self.palette,
+                n=1 if axes else int(self.count or 0),
                 seed=None if self.seed is None or self.seed < 0 else int(self.seed),
-                num_inference_steps=int(self.steps), guidance_scale=float(self.guidance),
+                num_inference_steps=int(self.steps or 0), guidance_scale=float(self.guidance or 0),
                 sampler=None if self.sampler == "default" else self.sampler, size=f"{self.width}x{self.height}",
                 palette_only=self.palette_only, exact=self.exact, metadata=self.metadata, previews=PREVIEWS).order()
         except ValidationError as error:

@@ -1,23 +1,17 @@
 """The service in one process, with a real engine on a tiny system: answers, errors, queue, jobs, keys, privacy."""
 import asyncio
-import base64
 import io
 import json
 import logging
-import random
-from contextlib import asynccontextmanager
 
 import pytest
 from PIL import Image
 
-fastapi = pytest.importorskip("fastapi")
-httpx = pytest.importorskip("httpx")
-pytest.importorskip("prometheus_client")
-pytest.importorskip("limits")
-pytest.importorskip("cachetools")
+for library in ("fastapi", "httpx", "prometheus_client", "limits", "cachetools"):
+    pytest.importorskip(library)
 
 import yaml  # noqa: E402
-from judged_run import HARMFUL, judged_run  # noqa: E402
+from serving_calls import CANARY, DRAW, HARMFUL, JOBS, Held, ask, judged_run, opened, png_of  # noqa: E402
 
 from sampling.loading import SourceFiles, SystemChoice  # noqa: E402
 from sampling.verify import verify  # noqa: E402
@@ -26,12 +20,8 @@ from serving.engine import Engine, wants_preview  # noqa: E402
 from serving.keys import new_key  # noqa: E402
 from serving.orders import Order  # noqa: E402
 from serving.schema import ImageRequest  # noqa: E402
-from serving.service import ReplicaLost  # noqa: E402
 from serving.settings import EngineSettings, Limits, ServiceSettings  # noqa: E402
 from serving.store import ImageStore, StoreFull  # noqa: E402
-
-CANARY = "quibblefrost"  # a word that no log may hold
-DRAW, JOBS = "/v1/images/generations", "/v1/jobs"
 
 
 @pytest.fixture(scope="module")
@@ -42,44 +32,6 @@ def run_folder(tiny_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def engine(run_folder) -> Engine:
     return Engine(EngineSettings(run=str(run_folder), threads=1))
-
-
-class Held:
-    """An engine that draws when it is told to, and counts."""
-
-    def __init__(self, engine: Engine):
-        self.engine, self.go, self.batches, self.losses = engine, asyncio.Event(), [], 0
-        self.describe = engine.describe
-
-    async def draw(self, orders):
-        self.batches.append(len(orders))
-        await self.go.wait()
-        if self.losses:
-            self.losses -= 1
-            raise ReplicaLost
-        async for event in self.engine.draw(orders):
-            yield event
-
-
-@asynccontextmanager
-async def opened(drawer, **settings):
-    """(client, application) of a running service."""
-    app = create_app(drawer, ServiceSettings(**{"timeout": 30, **settings}))
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-        yield client, app
-
-
-def ask(drawer, *bodies, path=DRAW, **settings):
-    """The answers to bodies that are sent together."""
-    async def run():
-        async with opened(drawer, **settings) as (client, _):
-            return await asyncio.gather(*(client.post(path, json=body) for body in bodies))
-    return asyncio.run(run())
-
-
-def png_of(answer, index=0) -> bytes:
-    return base64.b64decode(answer.json()["data"][index]["b64_json"])
 
 
 # ---- images
@@ -243,7 +195,8 @@ def test_keys_have_limits_of_their_own(engine, tmp_path):
             assert code == 429 and 1 <= int(answer.headers["retry-after"]) <= 61
             assert (await status(good, keys["bob"]))[0] == 200
             for method in ("GET", "DELETE"):  # a job of another is as none
-                answer = await client.request(method, f"{JOBS}/{job}", headers={"Authorization": f"Bearer {keys['bob']}"})
+                other = {"Authorization": f"Bearer {keys['bob']}"}
+                answer = await client.request(method, f"{JOBS}/{job}", headers=other)
                 assert answer.status_code == 404
             for route, code in (("/health", 200), ("/metrics", 401), ("/v1/models", 401)):
                 assert (await client.get(route)).status_code == code
@@ -396,47 +349,3 @@ def test_previews_are_spread_over_the_steps():
     assert [step for step in range(1, 21) if wants_preview(3, step, 20)] == [5, 10, 15]
     assert [step for step in range(1, 4) if wants_preview(6, step, 3)] == [1, 2]
     assert not wants_preview(0, 3, 10)
-
-
-def random_bodies(count: int, seed: int = 0):
-    """Bodies from nearly right to noise."""
-    draw = random.Random(seed)
-    good = {"prompt": "a star", "n": 1, "size": "32x32", "seed": 1, "num_inference_steps": 1}
-    values = [None, True, -1, 0, 1, 2, 1e308, 10**30, "", "a", "\0", "\ud800", "64x64", "../..", [], {}, ["noto"],
-              {"a": 1}, "💥" * 50, "%s%n", "{a|b", "[a:b:", "((((", "a\u202eb", "#fff:2", "NaN"]
-    for _ in range(count):
-        kind = draw.random()
-        if kind < 0.2:
-            yield bytes(draw.randrange(256) for _ in range(draw.randrange(200)))
-        elif kind < 0.3:
-            yield json.dumps(draw.choice(values)).encode()
-        else:
-            body = {key: draw.choice(values) if draw.random() < 0.3 else value for key, value in good.items()}
-            for key in draw.sample(sorted(ImageRequest.model_fields), 2) + ["x"] * (draw.random() < 0.2):
-                body[key] = draw.choice(values)
-            text = json.dumps(body).encode()
-            yield text[:draw.randrange(len(text))] if kind > 0.9 else text
-
-
-async def send_random(client, count: int) -> dict[int, int]:
-    found: dict[int, int] = {}
-    for body in random_bodies(count):
-        answer = await client.post(DRAW, content=body, headers={"content-type": "application/json"})
-        found[answer.status_code] = found.get(answer.status_code, 0) + 1
-        if answer.status_code != 200:
-            error = answer.json()["error"]
-            assert error["message"] and "Traceback" not in answer.text, body
-    return found
-
-
-@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_random_bodies_get_the_right_status_and_leave_nothing_in_the_logs(engine, caplog, count):
-    async def run():
-        async with opened(engine, limits=Limits(requests=10**6, steps=4, pixels=64 * 64, images=2)) as (client, app):
-            found = await send_random(client, count)
-            assert (await client.post(DRAW, json={"prompt": "a star"})).status_code == 200
-            assert not app.state.service.jobs and app.state.service.images.bytes == 0
-            return found
-    found = asyncio.run(run())
-    assert set(found) <= {200, 400, 404} and found[400] > count / 2
-    assert "failed" not in caplog.text

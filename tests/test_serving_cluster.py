@@ -16,15 +16,14 @@ ray = pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
-from judged_run import HARMFUL, judged_run  # noqa: E402
 from ray import serve  # noqa: E402
+from serving_calls import CANARY, HARMFUL, judged_run  # noqa: E402
 
 from serving.cluster import deploy, deploy_engine, start_ray  # noqa: E402
 from serving.keys import new_key  # noqa: E402
 from serving.settings import EngineSettings, Limits, ServiceSettings  # noqa: E402
 
 pytestmark = pytest.mark.slow
-CANARY = "quibblefrost"  # a word that no log may hold
 LIMITS = Limits(requests=10**6, queued=10**6)
 
 

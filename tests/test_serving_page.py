@@ -9,11 +9,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from judged_run import HARMFUL, judged_run
 
 pytest.importorskip("fastapi")
 pytest.importorskip("gradio")
+pytest.importorskip("httpx")
 playwright = pytest.importorskip("playwright.sync_api")
+
+from serving_calls import HARMFUL, judged_run  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

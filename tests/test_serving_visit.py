@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from judged_run import HARMFUL, judged_run
 from PIL import Image
 
-for name in ("fastapi", "prometheus_client", "limits", "cachetools"):
-    pytest.importorskip(name)
+for library in ("fastapi", "httpx", "prometheus_client", "limits", "cachetools"):
+    pytest.importorskip(library)
+
+from serving_calls import HARMFUL, judged_run  # noqa: E402
 
 from serving.engine import Engine  # noqa: E402
 from serving.keys import Account  # noqa: E402
@@ -75,7 +76,7 @@ def test_a_grid_has_a_sheet(engine, tmp_path):
     form = replace(FORM, start=STARTS[3], down_name="guidance", down_values="1,3")
     [shown] = drawn(engine, tmp_path, form)
     texts = [text for _, text in shown[-1].images]
-    assert texts == ["steps 1, guidance 1", "steps 2, guidance 1", "steps 1, guidance 3", "steps 2, guidance 3", "the grid"]
+    assert texts == [*(f"steps {steps}, guidance {scale}" for scale in (1, 3) for steps in (1, 2)), "the grid"]
     prompts = replace(form, prompt="", across_name="prompt", across_values="a star|a moon", down_name="none")
     [shown] = drawn(engine, tmp_path, prompts)
     assert len(shown[-1].images) == 3, shown[-1].text
