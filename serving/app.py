@@ -170,7 +170,8 @@ def fault_of(service: Service, job: Job) -> Fault:
 
 def result_of(service: Service, job: Job, form: str, base: str) -> dict[str, Any]:
     """The images of a job in OpenAI's shape, or its refusal. Files leave the store with the form b64_json."""
-    data, refused = [], []
+    data: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
     for index, (name, drawn) in sorted(job.results.items()):
         if name is None:
             refused.append({"index": index, "category": drawn.category, "message": drawn.message})

@@ -55,7 +55,7 @@ def mount_page(app: FastAPI) -> FastAPI:
 def build_page(service: Service, keys: Keys, folder: Path) -> Any:
     """The page as Gradio's blocks."""
     import gradio as gr
-    visit = Visit(service, folder)
+    visit = Visit(service, keys, folder)
 
     def account_of(request: gr.Request) -> Account:
         account = keys.named(request.username) if keys.needed else keys.find(None)
@@ -180,7 +180,8 @@ def wire_choice(fields: dict[str, Any], states: tuple, galleries: tuple, setting
     history.select(of_history, seen, [chosen, settings], api_visibility="private")
 
     def path_of(seen: list, chosen: int) -> str | None:
-        return seen[chosen][0] if seen else None  # the newest one where none was chosen
+        path = seen[chosen][0] if -1 <= chosen < len(seen) and seen else None  # the newest one where none was chosen
+        return path if path and Path(path).exists() else None
 
     restart.click(lambda seen, chosen: (STARTS[1], path_of(seen, chosen)), [seen, chosen],
                   [fields["start"], fields["image"]], api_visibility="private")

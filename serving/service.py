@@ -12,7 +12,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -102,6 +102,7 @@ class Service:
         self.model: Model | None = None
         self.drawing = 0
         self.closed = False
+        self.chores: list[Callable[[], object]] = []  # what others want to be called for every few seconds
         self._seconds = 0.5  # that an image takes, a running mean
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task] = set()
@@ -248,16 +249,16 @@ class Service:
 
     async def _follow_while_wanted(self, batch: list[Job]) -> str:
         """As ``_follow``, but only as long as somebody waits for the batch, even if a replica says nothing."""
-        following = asyncio.ensure_future(self._follow(batch))
-        over = asyncio.gather(*(job.over.wait() for job in batch))
+        following: asyncio.Future[str] = asyncio.ensure_future(self._follow(batch))
+        over: asyncio.Future[Any] = asyncio.gather(*(job.over.wait() for job in batch))
         try:
-            await asyncio.wait({following, over}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([following, over], return_when=asyncio.FIRST_COMPLETED)
             if not following.done() and all(job.complete for job in batch):
                 await asyncio.wait({following}, timeout=5)  # the end of the events
             return following.result() if following.done() else ""
         finally:
-            for task in (following, over):
-                task.cancel()
+            following.cancel()
+            over.cancel()
             await asyncio.gather(following, over, return_exceptions=True)
 
     async def _follow(self, batch: list[Job]) -> str:
@@ -336,6 +337,8 @@ class Service:
             self.images.expire()
             self.finished.expire()
             self.metrics.stored.set(self.images.bytes)
+            for chore in self.chores if ticks % 10 == 0 else ():
+                chore()
             if ticks % 10 == 0 and not self.drawing:
                 with contextlib.suppress(Exception):  # the next batch says it, too
                     self.model = await asyncio.wait_for(self.drawer.describe(), 5)

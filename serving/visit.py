@@ -2,7 +2,8 @@
 import asyncio
 import io
 import logging
-import tempfile
+import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from files.images import read_image
 from files.sheets import axes_grid
 from sampling.request import parse_axis, value_text
 from serving.guard import place_of
-from serving.keys import Account
+from serving.keys import Account, Keys
 from serving.orders import Order
 from serving.schema import ImageRequest, faults_text
 from serving.service import OVER, Busy, Job, Service
@@ -120,11 +121,23 @@ class Shown:
 class Visit:
     """Draws what forms ask for; files that the browser loads are written to ``folder``."""
 
-    def __init__(self, service: Service, folder: Path):
-        self.service, self.folder = service, folder
+    def __init__(self, service: Service, keys: Keys, folder: Path):
+        self.service, self.keys, self.folder = service, keys, folder
+        service.chores.append(self.sweep)
+
+    def sweep(self) -> None:
+        """Delete files that are older than a result may become."""
+        oldest = time.time() - self.service.settings.keep
+        for path in self.folder.glob("*.png"):
+            if path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
 
     async def draw(self, form: Form, account: Account, seen: Seen) -> AsyncIterator[Shown]:
         """Everything that is to be shown on the way, the images last."""
+        seen = [row for row in seen if Path(row[0]).exists()]
+        if wait := self.keys.wait(account):
+            yield Shown("", seen, f"Not now: too many requests. Try again in {wait} seconds.", [])
+            return
         try:
             order = form.order()
             job = self.service.submit(order, account)
@@ -179,9 +192,9 @@ class Visit:
 
     def save(self, png: bytes) -> str:
         """The path of a file that the browser may load."""
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".png", delete=False) as file:
-            file.write(png)
-        return file.name
+        path = self.folder / f"{secrets.token_urlsafe(24)}.png"  # a name that nobody else can guess
+        path.write_bytes(png)
+        return str(path)
 
     def sheet(self, made: Seen, order: Order) -> bytes:
         """The images of an X/Y grid on one labelled sheet, as a PNG file."""

@@ -15,7 +15,13 @@ pytest.importorskip("gradio")
 pytest.importorskip("httpx")
 playwright = pytest.importorskip("playwright.sync_api")
 
+from fastapi.testclient import TestClient  # noqa: E402
 from serving_calls import HARMFUL, judged_run  # noqa: E402
+
+from serving.cluster import application  # noqa: E402
+from serving.engine import Engine  # noqa: E402
+from serving.keys import new_key  # noqa: E402
+from serving.settings import EngineSettings, ServiceSettings  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -113,6 +119,17 @@ def test_it_cancels(page):
     expect_status(page, "Drawing")
     page.locator("#cancel").click()
     expect_status(page, "Cancelled.")
+
+
+def test_with_keys_it_asks_for_a_name_and_a_key(run_folder, tmp_path):
+    path = str(tmp_path / "keys.yaml")
+    key = new_key(path, "alice")
+    app = application(Engine(EngineSettings(run=str(run_folder), threads=1)), ServiceSettings(keys=path, page=True))
+    with TestClient(app) as client:
+        assert client.get("/config").status_code == 401
+        for name, secret, status in (("alice", "sk-no", 400), ("bob", key, 400), ("alice", key, 200)):
+            assert client.post("/login", data={"username": name, "password": secret}).status_code == status
+        assert client.get("/config").status_code == 200
 
 
 def test_it_fits_a_phone_and_the_dark(browser, address):

@@ -1,7 +1,9 @@
 """What a person does on the page, without a browser: forms to orders, and what is said on the way."""
 import asyncio
 import io
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ for library in ("fastapi", "httpx", "prometheus_client", "limits", "cachetools")
 from serving_calls import HARMFUL, judged_run  # noqa: E402
 
 from serving.engine import Engine  # noqa: E402
-from serving.keys import Account  # noqa: E402
+from serving.keys import Account, Keys  # noqa: E402
 from serving.service import Service  # noqa: E402
 from serving.settings import EngineSettings, ServiceSettings  # noqa: E402
 from serving.visit import STARTS, Form, Visit  # noqa: E402
@@ -29,15 +31,15 @@ def engine(tiny_run, tmp_path_factory) -> Engine:
     return Engine(EngineSettings(run=str(judged_run(tiny_run, tmp_path_factory.mktemp("judged"))), threads=1))
 
 
-def drawn(engine, folder, *forms):
+def drawn(engine, folder, *forms, seen=()):
     """What the page has shown for each form, one after the other in one visit."""
     async def run():
         service = Service(engine, ServiceSettings())
         await service.start()
-        visit, seen, shown = Visit(service, folder), [], []
+        visit, known, shown = Visit(service, Keys(), folder), list(seen), []
         for form in forms:
-            shown.append([state async for state in visit.draw(form, Account("local"), seen)])
-            seen = shown[-1][-1].seen
+            shown.append([state async for state in visit.draw(form, Account("local"), known)])
+            known = shown[-1][-1].seen
         assert not service.jobs and not service.finished and service.images.bytes == 0
         await service.stop()
         return shown
@@ -57,6 +59,17 @@ def test_a_visit_draws_and_keeps_what_it_has_seen(engine, tmp_path):
     assert [text for _, text, _ in second[-1].seen] == ["seed 3", "seed 4", "seed 9"]
     with Image.open(second[-1].images[0][0]) as image:
         assert "parameters" in image.text and image.size == (32, 32)
+
+
+def test_files_for_the_browser_go_when_they_are_old(engine, tmp_path):
+    [shown] = drawn(engine, tmp_path, FORM)
+    visit = Visit(Service(engine, ServiceSettings(keep=100)), Keys(), tmp_path)
+    paths = [Path(path) for path, _ in shown[-1].images]
+    os.utime(paths[0], (0, 0))
+    visit.sweep()
+    assert [path.exists() for path in paths] == [False, True]
+    [again] = drawn(engine, tmp_path, replace(FORM, count=1), seen=shown[-1].seen)
+    assert [path for path, _, _ in again[-1].seen] == [str(paths[1]), again[-1].images[0][0]]
 
 
 def test_it_starts_from_an_image_and_paints_on_one(engine, tmp_path):
@@ -105,7 +118,7 @@ def test_a_cancelled_drawing_says_so(engine, tmp_path):
     async def run():
         service = Service(engine, ServiceSettings())
         await service.start()
-        visit, texts = Visit(service, tmp_path), []
+        visit, texts = Visit(service, Keys(), tmp_path), []
         async for state in visit.draw(replace(FORM, steps=150, count=16, exact=True), Account("local"), []):
             texts.append(state.text)
             if state.text.startswith("Drawing"):
