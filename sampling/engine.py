@@ -112,8 +112,8 @@ def check_settings(job: Job, settings: DrawSettings) -> None:
 def draw_samples(job: Job, gate: Gate, settings: DrawSettings = DrawSettings(),
                  after_step: Callable[[], object] = lambda: None, preview: Preview | None = None) -> Iterator[Sample]:
     """Every request of the job as a sample: the refused ones first, then the others in the order of their batches.
-    ``after_step`` is called after every step of a batch, before it ``preview``, which may look at the prediction of
-    x_0; nobody has judged that."""
+    ``after_step`` is called after every step of a batch, before it ``preview`` with the newest prediction of x_0,
+    which nobody has judged; the last one is the image itself."""
     check_settings(job, settings)
     for number in sorted(set(range(len(job.requests))) - set(gate.allowed)):
         yield Sample(number, job.requests[number], gate.of_prompts[number], gate.stage_of_refusal(number))

@@ -90,5 +90,5 @@ def test_predictions_on_the_way_can_be_looked_at_and_change_nothing(system, mode
     watched = list(draw_samples(job, gate_of(job, moderation), preview=preview))
     plain = list(draw_samples(job, gate_of(job, moderation)))
     assert all(torch.equal(a.image, b.image) and a.frames is None for a, b in zip(watched, plain, strict=True))
-    assert [(numbers, shape) for numbers, shape, _ in seen] == [([0, 1], (2, *system.latent_shape))] * 3
-    assert torch.equal(to_uint8(system.decode(seen[-1][2])), torch.stack([sample.image for sample in plain]))
+    assert [(numbers, shape) for numbers, shape, _ in seen] == [([0, 1], (2, *system.latent_shape))] * 2  # of 3 steps
+    assert not torch.equal(seen[0][2], seen[1][2])
