@@ -7,6 +7,7 @@
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -27,6 +28,8 @@ from sampling.draw import (
 )
 from sampling.gate import Gate, blur_where_decided
 from sampling.request import Request
+
+Preview = Callable[[Sequence[int], torch.Tensor], object]  # numbers of a batch, x_0 (B, C, h, w) of a step
 
 
 @dataclass(frozen=True)
@@ -110,15 +113,17 @@ def check_settings(job: Job, settings: DrawSettings) -> None:
 
 
 def draw_samples(job: Job, gate: Gate, settings: DrawSettings = DrawSettings(),
-                 after_step: Callable[[], object] = lambda: None) -> Iterator[Sample]:
+                 after_step: Callable[[], object] = lambda: None, preview: Preview | None = None) -> Iterator[Sample]:
     """Every request of the job as a sample: the refused ones first, then the others in the order of their batches.
-    ``after_step`` is called after every step of a batch."""
+    ``after_step`` is called after every step of a batch, before it ``preview`` with the newest prediction of x_0,
+    which nobody has judged; the last one is the image itself."""
     check_settings(job, settings)
     for number in sorted(set(range(len(job.requests))) - set(gate.allowed)):
         yield Sample(number, job.requests[number], gate.of_prompts[number], gate.stage_of_refusal(number))
     for numbers in batches_of(job, gate, settings):
         with arithmetic_of(settings):
-            drawing = draw_batch(job, [job.requests[number] for number in numbers], settings, after_step)
+            drawing = draw_batch(job, [job.requests[number] for number in numbers], settings, after_step,
+                                 preview and partial(preview, numbers))
             decisions = gate.check_images(drawing.images, drawing.latents, job.requests, numbers)
         for place, (number, decision) in enumerate(zip(numbers, decisions)):
             with arithmetic_of(settings):
@@ -132,17 +137,20 @@ def arithmetic_of(settings: DrawSettings) -> contextlib.AbstractContextManager:
 
 
 def draw_batch(job: Job, requests: Sequence[Request], settings: DrawSettings,
-               after_step: Callable[[], object]) -> Drawing:
+               after_step: Callable[[], object], preview: Callable[[torch.Tensor], object] | None = None) -> Drawing:
     """Requests of one kind, drawn together."""
     def progress(times: list) -> Iterable:
         for time in times:
             yield time
+            if preview is not None and trace:
+                preview(trace[-1])
             after_step()
 
-    trace: list[torch.Tensor] | None = [] if settings.frames else None
+    trace: list[torch.Tensor] | None = [] if settings.frames or preview is not None else None
     maps = AttentionMaps(len(requests)) if settings.attention else None
     latents = latents_of_requests(job.system, requests, job.sources, progress, trace, maps)
-    return Drawing(decode_images(job.system, latents, job.sources, requests[0]), latents, trace, maps)
+    return Drawing(decode_images(job.system, latents, job.sources, requests[0]), latents,
+                   trace if settings.frames else None, maps)
 
 
 def sample_of(job: Job, gate: Gate, drawing: Drawing, place: int, settings: DrawSettings, refused: Sample) -> Sample:

@@ -160,7 +160,7 @@ def check(words: list[str], monkeypatch) -> None:
         if module == "train":
             load_experiment(ROOT / options.config, [text for text in options.overrides if not text.startswith("run=")])
     else:
-        known = ("source", "cd", "pip", "git", "npm", "mkdir", "cp", "diff", "torchrun")
+        known = ("source", "cd", "pip", "git", "npm", "mkdir", "cp", "diff", "torchrun", "curl", "ray", "serve")
         assert words[0] in known, f"not checked: {words}"
 
 

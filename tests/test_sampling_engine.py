@@ -78,3 +78,17 @@ def test_a_job_that_cannot_be_drawn_is_refused_at_once(system):
         [request] = requests(system, "a star")
         with pytest.raises(ValueError, match=message):
             Job(system, [Request(request.prompt, 0, type(config)("ddim", steps, options=config.options))], sources)
+
+
+def test_predictions_on_the_way_can_be_looked_at_and_change_nothing(system, moderation):
+    job = Job(system, requests(system, "a star", "a moon"))
+    seen = []
+
+    def preview(numbers, x_0):
+        seen.append((list(numbers), tuple(x_0.shape), x_0.clone()))
+
+    watched = list(draw_samples(job, gate_of(job, moderation), preview=preview))
+    plain = list(draw_samples(job, gate_of(job, moderation)))
+    assert all(torch.equal(a.image, b.image) and a.frames is None for a, b in zip(watched, plain, strict=True))
+    assert [(numbers, shape) for numbers, shape, _ in seen] == [([0, 1], (2, *system.latent_shape))] * 2  # of 3 steps
+    assert not torch.equal(seen[0][2], seen[1][2])
