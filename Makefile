@@ -6,9 +6,10 @@ RUN ?= runs/shapes
 
 PROMPT ?= a happy cat above a red car, twemoji style
 
-.PHONY: help venv sample demo test check lint types clean
+.PHONY: help venv sample page demo test check lint types clean
 help:
 	@echo 'make sample PROMPT="a red apple, noto style"    draw it with the shipped weights, or those of runs/shapes'
+	@echo "make page    the same in a browser, on http://127.0.0.1:8000 (installs Gradio the first time)"
 	@echo "make demo    train configs/shapes.yaml from nothing, sample, score, write $(RUN)/report/index.html"
 	@echo "make test    the whole test suite"
 	@echo "make check   lint, types and the fast tests"
@@ -27,6 +28,11 @@ venv: .venv/.installed
 sample: export SAMPLE_PROMPT := $(value PROMPT)
 sample: venv
 	$(BIN)/python sample.py "$$SAMPLE_PROMPT"
+
+page: venv
+	@$(BIN)/python -c 'import gradio' 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[page]"
+	$(BIN)/python serve.py --page
 
 demo: venv
 	$(BIN)/python train.py $(CONFIG) run=$(RUN)
