@@ -30,7 +30,7 @@ from sampling.notes import notes_on_prompts
 from sampling.plan import read_prompts, requests_of_plan
 from sampling.results import RESULTS, SampleFolder
 from sampling.sheets import LARGEST_GRID, Sheet, save_overview
-from sampling.styling import choose_styles, list_of_styles, style_request, styled_plan
+from sampling.styling import choose_styles, every_style, list_of_styles, style_request, styled_plan
 from sampling.verify import verify
 
 REFUSED = 5  # exit code, as that of `python moderate.py check`
@@ -49,13 +49,15 @@ def output_folder(command: Command) -> Path:
 
 def sample(command: Command) -> int:
     """Draw what is requested, as files; 5 when all of it was refused, else 0."""
-    styles = choose_styles(command.styles, command.style_file)
-    plan = styled_plan(command.plan, styles)
-    prompts = read_prompts(plan)
+    every = every_style(command.style_file) if command.list_styles else {
+        "": choose_styles(command.styles, command.style_file)}
+    plans = {name: styled_plan(command.plan, styles) for name, styles in every.items()}
+    prompts = read_prompts(command.plan)
     sources = read_sources(command.sources, command.system)
     system = load_system(command.system)
-    requests = requests_of_plan(plan, prompts, system.config.sampling)
-    job = Job(system, [style_request(request, styles) for request in requests], sources)
+    drawn = [(name, style_request(request, every[name])) for name, plan in plans.items()
+             for request in requests_of_plan(plan, prompts, system.config.sampling)]
+    job = Job(system, [request for _, request in drawn], sources)
     moderation = load_moderation(command.moderation, command.system)
     check_settings(job, command.draw)
     judge_cards(moderation, {**cards_of_run(command.system.path), **system.cards})
@@ -76,7 +78,8 @@ def sample(command: Command) -> int:
         print(f"nothing was drawn: all of {refused} refused; see {folder.results.path}", file=sys.stderr)
         return REFUSED
     original = None if sources.image is None else blur_where_decided(sources.image, gate.of_source)
-    sheet = Sheet(command.system.name, out, folder.results.first, command.plan.axes, folder.refused, original)
+    names = [f"{name} · {request.seed}" for name, request in drawn] if command.list_styles else ()
+    sheet = Sheet(command.system.name, out, folder.results.first, command.plan.axes, folder.refused, original, names)
     overview = save_overview(images, job.requests, sheet)
     hint = f" ({refused} refused, see {folder.results.path.name})" if refused else ""
     print(f"{len(job.requests) - refused} images and {overview.name} in {out}{hint}")
@@ -110,7 +113,7 @@ def main(arguments: list[str]) -> int:
     """Sample, or verify; 1 when a verified image is not equal, 5 when everything was refused."""
     command = parse(arguments)
     keep_freed_memory()
-    if command.list_styles:
+    if command.list_styles and not (command.plan.prompts or command.plan.file):
         print(list_of_styles(command.style_file))
         return 0
     run = verify_files if command.verify else sample_bulk if command.bulk else sample

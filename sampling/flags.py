@@ -31,6 +31,7 @@ APART = (("init", "invert"), ("init", "interpolate"), ("invert", "interpolate"),
          ("xy", "invert"), ("attention", "interpolate"), ("attention", "invert"), ("run", "pretrained"),
          ("decoder", "tiled"), ("decoder", "pretrained"), ("palette", "invert"), ("weak", "negative"),
          ("weak", "interpolate"), ("weak", "invert"), ("weak", "pretrained"),
+         *(("styles", other) for other in ("style", "interpolate", "xy", "invert")),
          *(("bulk", other) for other in ("prompt", "interpolate", "xy", "init", "invert", "frames", "attention",
                                          "styles")))
 NEEDS_ONE = (("any_base", ("adapter", "embedding")),)
@@ -114,7 +115,8 @@ def add_colours(parser: argparse.ArgumentParser) -> None:
         "one of them may have a strength between 0 and 1")
     add("--style-file", metavar="FILE", help="styles as YAML, as a web interface's styles.csv, or as Fooocus' JSON "
         "(configs/styles.yaml)")
-    add("--styles", action="store_true", help="list the styles and stop")
+    add("--styles", action="store_true", help="list the styles; with prompts, draw each without a style and in "
+        "every one")
     add("--palette", default="", metavar="COLOURS", help="colours such as \"#1b3a4b,#f2c14e:0.5\" (a number is a "
         f"share of the image), a theme ({', '.join(THEMES)}), or an image file to take them from")
     add("--palette-weight", type=float, metavar="W", help=f"how strongly samples are drawn to the palette, 0 to "

@@ -30,8 +30,8 @@ def save_attention(words: dict[int, str], heat: torch.Tensor, image: torch.Tenso
 @dataclass(frozen=True)
 class Sheet:
     """What an overview shows beside the images: the name of the system, the folder it is written to, the number of the
-    call's first image there, the axes of an X/Y grid, the numbers of the refused requests, and the image that was
-    given."""
+    call's first image there, the axes of an X/Y grid, the numbers of the refused requests, the image that was given,
+    and the names of the requests where their prompts are not to be shown."""
 
     name: str
     out: Path
@@ -39,6 +39,7 @@ class Sheet:
     axes: Sequence[str] = ()
     refused: Container[int] = ()
     original: torch.Tensor | None = None
+    names: Sequence[str] = ()
 
 
 def save_overview(images: torch.Tensor, requests: Sequence[Request], sheet: Sheet) -> Path:
@@ -62,6 +63,7 @@ def save_overview(images: torch.Tensor, requests: Sequence[Request], sheet: Shee
         save_sheet(axes_grid(images, columns, rows, title=f"{sheet.name}: {title}"), path, new=True)
         return path
     labels = [REFUSED if number in refused else label_of(request) for number, request in enumerate(requests)]
+    labels = [name if label != REFUSED else label for name, label in zip(sheet.names, labels)] or labels
     labels = labels[: len(images)]
     if sheet.original is not None:
         images, labels = torch.cat([sheet.original[None], images]), ["given", *labels]

@@ -62,6 +62,12 @@ def style_request(request: Request, styles: ChosenStyles) -> Request:
     return replace(request, prompt=styled.prompt, negative=styled.negative, toward=toward)
 
 
+def every_style(file: str | None) -> dict[str, ChosenStyles]:
+    """By name no style, and each style of a file, or of the repository, at its full strength."""
+    return {"no style": ChosenStyles(),
+            **{name: ChosenStyles(((style, 1.0),)) for name, style in read_styles(file or DEFAULT).items()}}
+
+
 def list_of_styles(file: str | None) -> str:
     """The styles of a file, or those of the repository, one a line."""
     styles = read_styles(file or DEFAULT)

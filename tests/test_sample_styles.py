@@ -1,4 +1,5 @@
 """Styles and palettes of sample.py: what they change, that they are kept in the image, and mistakes in one line."""
+import json
 import shutil
 
 import numpy as np
@@ -130,3 +131,24 @@ def test_styles_are_listed(capsys):
     assert capsys.readouterr().out.strip() == list_of_styles(None)
     assert all(name in list_of_styles(None) for name in read_styles(DEFAULT))
     assert flags.THEMES == tuple(THEMES)
+
+
+def test_a_prompt_is_drawn_in_every_style(tiny_run, tmp_path):
+    """Without a style first, the same seed in all of them; each with its own guidance and palette."""
+    file = tmp_path / "styles.yaml"
+    file.write_text("styles:\n- {name: bright, prompt: \"bright {prompt}\", guidance: 2}\n"
+                    "- {name: grey, prompt: grey, palette: monochrome}\n")
+    assert sample.main([PROMPT, "--run", str(tiny_run), "--styles", "--style-file", str(file), "--exact",
+                        "--out", str(tmp_path / "all")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "all" / "results.jsonl").read_text().splitlines()]
+    drawn = [parameters(tmp_path / "all" / row["file"]) for row in rows]
+    assert [settings["prompt"] for settings in drawn] == [PROMPT, f"bright {PROMPT}", f"{PROMPT}, grey"]
+    assert len({settings["seed"] for settings in drawn}) == 1 and (tmp_path / "all" / "grid.png").exists()
+    for row, arguments in zip(rows, ([], ["--style", "bright"], ["--style", "grey"])):
+        out = tmp_path / row["file"].removesuffix(".png")
+        assert sample.main([PROMPT, "--run", str(tiny_run), *arguments, "--style-file", str(file), "--exact", "--out",
+                            str(out)]) == 0
+        [alone] = out.glob("0*.png")
+        assert alone.read_bytes() == (tmp_path / "all" / row["file"]).read_bytes()
+    with pytest.raises(ValueError, match="--styles"):
+        sample.main([PROMPT, "--run", str(tiny_run), "--styles", "--style", "noto"])
