@@ -168,7 +168,11 @@ def check(words: list[str], monkeypatch) -> None:
 def test_commands_name_what_exists(page, monkeypatch, capsys):
     for words in commands(page.read_text(encoding="utf-8")):
         if not any(re.fullmatch(r"[A-Z]+|.*\b(DIR|FILE|NAME)\b.*|\.\.\.", word) for word in words):  # placeholders
-            check(words, monkeypatch)
+            try:
+                check(words, monkeypatch)
+            except ModuleNotFoundError as error:  # of an extra that is not installed
+                if error.name not in ("httpx", "ray", "gradio", "fastapi"):
+                    raise
 
 
 def test_the_readme_shows_every_command(monkeypatch):
