@@ -15,8 +15,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import httpx
 import numpy as np
 
 from benchmarks.cost_model import DOLLARS, MLPERF, fit_machines
@@ -54,6 +54,7 @@ class Running:
                         str(queue), "--threads", "1", *(["--replicas", str(replicas)] if replicas else [])]
 
     def __enter__(self) -> "Running":
+        import httpx
         self.process = subprocess.Popen(self.command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
                                         start_new_session=True, stdout=subprocess.DEVNULL)
         for _ in range(240):
@@ -95,7 +96,7 @@ class Running:
         return total / 1024
 
 
-async def send(client: httpx.AsyncClient, url: str, steps: int, seed: int, answers: Answers) -> None:
+async def send(client: Any, url: str, steps: int, seed: int, answers: Answers) -> None:
     """One request for one image."""
     start = time.monotonic()
     body = {"prompt": "a red apple, noto style", "seed": seed, "num_inference_steps": steps}
@@ -107,6 +108,7 @@ async def send(client: httpx.AsyncClient, url: str, steps: int, seed: int, answe
 
 async def keep_busy(url: str, steps: int, at_once: int, seconds: float) -> tuple[Answers, float]:
     """(answers, seconds) of so many clients, each of which sends its next request when it has its answer."""
+    import httpx
     answers = Answers()
     async with httpx.AsyncClient(timeout=600) as client:
         await send(client, url, steps, 0, Answers())  # whatever happens only once
@@ -123,6 +125,7 @@ async def keep_busy(url: str, steps: int, at_once: int, seconds: float) -> tuple
 
 async def overload(service: Running, steps: int, rate: float, seconds: float) -> tuple[Answers, list[float]]:
     """(answers, MB at ten moments) of requests that arrive at random, ``rate`` a second, whatever is answered."""
+    import httpx
     answers, memory, tasks, draw = Answers(), [service.memory()], set(), random.Random(0)
     limits = httpx.Limits(max_connections=2000, max_keepalive_connections=100)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:

@@ -330,9 +330,8 @@ print(json.dumps(changes))
 
 
 def is_complete(path: Path) -> bool:
-    """Whether the libraries that a file of serving/, or a benchmark of it, needs are installed."""
-    serves = path.parts[0] == "serving" or path == Path("benchmarks/serving.py")
-    return not serves or all(importlib.util.find_spec(name) for name in LIGHT | {"httpx"})
+    """Whether the libraries that a file of serving/ needs are installed."""
+    return path.parts[0] != "serving" or all(importlib.util.find_spec(name) for name in LIGHT)
 
 
 def changes_of_importing(names: list[str], folder: Path) -> list[str]:
