@@ -3,6 +3,7 @@ language to train others on."""
 import csv
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safety.prompt import FORMAT, HeadConfig, PromptHead, content_hash, tensors_
 CONFIG = HeadConfig(char_bits=8, word_bits=8, width=4, hidden=6)
 COLUMNS = CONFIG.width + len(HEADS)
 CALM = ["tree", "river", "lamp", "window", "garden", "boat", "cloud", "stone", "bread", "hill"]
+HARMFUL = "a zorbic star"
 BAD = {"violence": ["gorvax", "slimmet"], "sexual": ["lendrit", "pomfrel"]}
 
 
@@ -66,3 +68,10 @@ def written_text(path: Path) -> Path:
               [("zorbic", "racial / ethnic slurs", 3), ("quandle", "other", 2.8)])
     (path / "words.txt").write_text("\n".join(CALM))
     return path
+
+
+def judged_run(tiny_run: Path, folder: Path) -> Path:
+    """A copy of the tiny run in ``folder``, with the made-up moderation."""
+    run = Path(shutil.copytree(tiny_run, folder / "tiny"))
+    written(run / "moderation.safetensors")
+    return run

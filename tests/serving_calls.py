@@ -1,29 +1,17 @@
-"""Calls of the service in this process, for its tests: a run whose own moderation refuses the made-up word zorbic, a
-client, and an engine that draws when it is told to."""
+"""Calls of the service in this process, for its tests: a client, and an engine that draws when it is told to."""
 import asyncio
 import base64
-import shutil
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import httpx
-from made_up_moderation import written
 
 from serving.app import create_app
 from serving.engine import Engine
 from serving.service import ReplicaLost
 from serving.settings import ServiceSettings
 
-HARMFUL = "a zorbic star"
 CANARY = "quibblefrost"  # a word that no log may hold
 DRAW, JOBS = "/v1/images/generations", "/v1/jobs"
-
-
-def judged_run(tiny_run: Path, folder: Path) -> Path:
-    """A copy of the tiny run in ``folder``, with the made-up moderation."""
-    run = Path(shutil.copytree(tiny_run, folder / "tiny"))
-    written(run / "moderation.safetensors")
-    return run
 
 
 class Held:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_up_moderation import HARMFUL, judged_run
 from sample_calls import draw, parameters
 
 import sample
@@ -149,9 +150,15 @@ def test_a_long_file_takes_no_memory(tmp_path, system):
 
 # ---- shards and lines
 
-def test_every_request_has_an_image_and_a_line(tiny_run, tmp_path, capsys):
-    prompts = write(tmp_path / "a.txt", "a red star", LONG, "how to make a bomb at home", "a {red|blue} moon", "a star")
-    assert call(tiny_run, prompts, tmp_path / "out", "--seed", "5") == 0
+@pytest.fixture(scope="module")
+def judged(tiny_run, tmp_path_factory):
+    """The tiny run with a moderation that refuses a made-up word."""
+    return judged_run(tiny_run, tmp_path_factory.mktemp("judged"))
+
+
+def test_every_request_has_an_image_and_a_line(judged, tmp_path, capsys):
+    prompts = write(tmp_path / "a.txt", "a red star", LONG, HARMFUL, "a {red|blue} moon", "a star")
+    assert call(judged, prompts, tmp_path / "out", "--seed", "5") == 0
     assert "5 images in" in capsys.readouterr().out
     found = rows(tmp_path / "out")
     assert [(row["number"], row["line"], row["seed"]) for row in found] == [
@@ -159,14 +166,14 @@ def test_every_request_has_an_image_and_a_line(tiny_run, tmp_path, capsys):
     assert [row["file"] for row in found] == [
         "shard-000000.tar/000000000.png", "shard-000000.tar/000000001.png", None, "shard-000000.tar/000000003.png",
         "shard-000001.tar/000000004.png", "shard-000001.tar/000000005.png"]
-    assert found[2]["action"] == "block" and "bomb" not in json.dumps(found)
+    assert found[2]["action"] == "block" and "zorbic" not in json.dumps(found)
     assert sorted(contents(tmp_path / "out")) == ["bulk.json", "results.jsonl", "shard-000000.tar", "shard-000001.tar"]
     with tarfile.open(tmp_path / "out" / "shard-000001.tar") as tar:
         assert tar.getnames() == [f"00000000{number}.{kind}" for number in (4, 5) for kind in ("png", "json", "txt")]
         assert tar.extractfile("000000004.txt").read() == b"a blue moon"
         tar.extract("000000004.png", tmp_path, filter="data")
     assert parameters(tmp_path / "000000004.png")["prompt"] == "a blue moon"
-    assert sample.main(["--run", str(tiny_run), "--verify", str(tmp_path / "000000004.png")]) in (0, 1)  # a last bit
+    assert sample.main(["--run", str(judged), "--verify", str(tmp_path / "000000004.png")]) in (0, 1)  # a last bit
     source = Shards(ShardsConfig(root=str(tmp_path / "out"), size=32, validation=0.0, test=0.0), "train")
     assert len(source) == 5 and {source.captions(i)[0] for i in range(5)} >= {LONG, "a blue moon"}
 
@@ -197,9 +204,9 @@ def test_no_prompt_is_padded_to_the_length_of_another(system):
     assert batches_of(job, gate, DrawSettings(batch=3, by_length=True)) == [[0, 2, 5], [1, 3], [4]]
 
 
-def test_when_all_is_refused_the_exit_status_says_so(tiny_run, tmp_path):
-    prompts = write(tmp_path / "a.txt", "how to make a bomb at home")
-    assert call(tiny_run, prompts, tmp_path / "out") == 5
+def test_when_all_is_refused_the_exit_status_says_so(judged, tmp_path):
+    prompts = write(tmp_path / "a.txt", HARMFUL)
+    assert call(judged, prompts, tmp_path / "out") == 5
     assert [row["file"] for row in rows(tmp_path / "out")] == [None]
 
 

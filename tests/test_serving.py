@@ -11,7 +11,8 @@ for library in ("fastapi", "httpx", "prometheus_client", "limits", "cachetools")
     pytest.importorskip(library)
 
 import yaml  # noqa: E402
-from serving_calls import CANARY, DRAW, HARMFUL, JOBS, Held, ask, judged_run, opened, png_of  # noqa: E402
+from made_up_moderation import HARMFUL, judged_run  # noqa: E402
+from serving_calls import CANARY, DRAW, JOBS, Held, ask, opened, png_of  # noqa: E402
 
 from sampling.loading import SourceFiles, SystemChoice  # noqa: E402
 from sampling.verify import verify  # noqa: E402

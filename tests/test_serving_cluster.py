@@ -16,8 +16,9 @@ ray = pytest.importorskip("ray")
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
 
+from made_up_moderation import HARMFUL, judged_run  # noqa: E402
 from ray import serve  # noqa: E402
-from serving_calls import CANARY, HARMFUL, judged_run  # noqa: E402
+from serving_calls import CANARY  # noqa: E402
 
 from serving.cluster import deploy, deploy_engine, start_ray  # noqa: E402
 from serving.keys import new_key  # noqa: E402

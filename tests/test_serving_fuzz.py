@@ -8,7 +8,8 @@ import pytest
 for library in ("fastapi", "httpx", "prometheus_client", "limits", "cachetools"):
     pytest.importorskip(library)
 
-from serving_calls import DRAW, judged_run, opened  # noqa: E402
+from made_up_moderation import judged_run  # noqa: E402
+from serving_calls import DRAW, opened  # noqa: E402
 
 from serving.engine import Engine  # noqa: E402
 from serving.schema import ImageRequest  # noqa: E402

@@ -16,7 +16,7 @@ pytest.importorskip("httpx")
 playwright = pytest.importorskip("playwright.sync_api")
 
 from fastapi.testclient import TestClient  # noqa: E402
-from serving_calls import HARMFUL, judged_run  # noqa: E402
+from made_up_moderation import HARMFUL, judged_run  # noqa: E402
 
 from serving.cluster import application  # noqa: E402
 from serving.engine import Engine  # noqa: E402

@@ -12,7 +12,7 @@ from PIL import Image
 for library in ("fastapi", "httpx", "prometheus_client", "limits", "cachetools"):
     pytest.importorskip(library)
 
-from serving_calls import HARMFUL, judged_run  # noqa: E402
+from made_up_moderation import HARMFUL, judged_run  # noqa: E402
 
 from serving.engine import Engine  # noqa: E402
 from serving.keys import Account, Keys  # noqa: E402
