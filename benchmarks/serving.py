@@ -26,6 +26,7 @@ from sampling.limits import SHIPPED
 
 CORE_DOLLARS = 0.04  # a processor core and hour, a usual price of rented machines
 DAY = 1_000_000  # images
+MOST = 60  # requests on their way, fewer than one client may have
 ROOT = Path(__file__).parents[1]
 
 
@@ -167,7 +168,7 @@ def measure(options: argparse.Namespace) -> float:
     print("| replicas | batch | at once | images/s | p50 s | p95 s | p99 s | MB |\n|---|---|---|---|---|---|---|---|")
     for replicas in options.replicas:
         for batch in options.batch:
-            at_once = max(2, 2 * batch * max(1, replicas))
+            at_once = min(MOST, max(2, 2 * batch * max(1, replicas)))
             with Running(options.run, replicas, batch, 10_000) as service:
                 answers, seconds = asyncio.run(keep_busy(service.url, options.steps, at_once, options.seconds))
                 print(f"| {replicas or 'none, one process'} | {batch} | {at_once} | {answers.row(seconds)} | "
