@@ -13,6 +13,7 @@ from made_up_moderation import BAD, CALM, write_csv, written_text
 from benchmarks.moderation.holes import ordinary_prompts
 from benchmarks.moderation.metrics import auc, calibration_error, interval, match_lengths, recall_at
 from benchmarks.moderation.obfuscation import KINDS, obfuscate
+from files.config import from_dict
 from safety.gate import PromptGate
 from safety.keywords import BLOCK, FLAG
 from safety.policy import HEADS
@@ -368,3 +369,8 @@ def test_the_shipped_file_is_small_and_does_what_it_is_for():
     assert sum(gate.check(line).action == "block" for line in lines) <= 0.01 * len(lines)
     card = json.loads(DEFAULT.with_suffix(".json").read_text())
     assert card["sha256"].startswith(gate.artefact.hash)
+
+
+def test_run_folders_from_when_there_was_one_further_folder_are_read():
+    for before, now in (("", ()), ("more", ("more",)), (["a", "b"], ("a", "b"))):
+        assert from_dict(ModeratorStage, {"data": {"root": "x", "extra": before}}).data.extra == now

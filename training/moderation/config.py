@@ -1,5 +1,6 @@
 """The configuration of the stage that trains the classifier of prompts."""
 from dataclasses import dataclass, field
+from typing import Any
 
 from safety.policy import HEADS
 from safety.prompt import HeadConfig
@@ -13,6 +14,12 @@ class TextData:
     root: str = ""
     extra: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+
+    @staticmethod
+    def upgrade(data: dict[str, Any]) -> dict[str, Any]:
+        """``extra`` was one folder, or "" for none, in run folders of before."""
+        extra = data.get("extra")
+        return {**data, "extra": [extra] if extra else []} if isinstance(extra, str) else dict(data)
 
 
 @dataclass(frozen=True)
