@@ -14,7 +14,7 @@ from model.allocator import keep_freed_memory
 from model.device import default_device
 from training.check import check
 from training.distributed import ProcessLost, leave, process_group
-from training.experiment import STAGES, Experiment, load_experiment
+from training.experiment import ALONE, STAGES, Experiment, load_experiment
 from training.loop import Interrupted, TrainingError
 from training.run_stages import run_stages
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     with process_group() as processes, contextlib.ExitStack() as stack:
         with processes.main_first():
             run = RunFolder.create(path, to_dict(experiment), lambda data: to_dict(from_dict(Experiment, data)),
-                                   processes.main, tuple(STAGES))
+                                   processes.main, tuple(STAGES), ALONE)
             stack.enter_context(run.lock())
         run_stages(experiment, run, processes, options.changed_data)
 

@@ -41,18 +41,19 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path, config: dict[str, Any],
                complete: Callable[[dict[str, Any]], dict[str, Any]] = dict, main: bool = True,
-               order: Sequence[str] = ()) -> "RunFolder":
+               order: Sequence[str] = (), alone: Sequence[str] = ()) -> "RunFolder":
         """A new folder for ``config``, or an existing one with the same configuration; else raises ConfigError.
 
         ``order`` lists the names of all stages in the order in which they run. ``complete`` adds defaults to a
-        configuration that was read back, so that old runs remain valid when a key is added. Two differences are
+        configuration that was read back, so that old runs remain valid when a key is added. Three differences are
         accepted: the list ``stages``, which names the stages to train now (config.yaml lists all that were ever
-        trained), and the settings of a stage that the folder did not have before.
+        trained), the settings of a stage that the folder did not have before, and those of a stage in ``alone`` that
+        neither had: nothing but that stage reads them, and their defaults may have changed since.
         """
         run = cls(path, main)
         before = run.path / "config.yaml"
         if before.exists():
-            known, both = _with_stages(complete(read_yaml(before)), config, order)
+            known, both = _with_stages(complete(read_yaml(before)), config, order, alone)
             changed = differences(known, both)
             if changed:
                 raise ConfigError(f"{run.path} was begun with another configuration ({'; '.join(changed[:5])}); "
@@ -182,12 +183,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _with_stages(known: dict[str, Any], config: dict[str, Any],
-                 order: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Both configurations with the stages of both; ``known`` takes over the settings of stages that it did not have."""
+def _with_stages(known: dict[str, Any], config: dict[str, Any], order: Sequence[str],
+                 alone: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both configurations with the stages of both; ``known`` takes over the settings of stages that it did not have,
+    if the stage is new or ``alone`` in reading them."""
     ours, new = known.get("stages", ()), config.get("stages", ())
     stages = [stage for stage in order or dict.fromkeys((*ours, *new)) if stage in (*ours, *new)]
-    late = {stage: config[stage] for stage in new if stage not in ours and stage in config}
+    late = {stage: config[stage] for stage in (*new, *alone) if stage not in ours and stage in config}
     return {**known, **late, "stages": stages}, {**config, "stages": stages}
 
 

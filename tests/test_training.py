@@ -88,6 +88,16 @@ def test_another_configuration_is_refused(tiny_run, tiny_config):
     assert (tiny_run / "config.yaml").read_bytes() == before
 
 
+def test_settings_of_stages_that_a_run_lacks_do_not_matter(tiny_run, tiny_config, capsys):
+    """The defaults of such a stage may have changed since the run began; those that other stages read still count."""
+    before = (tiny_run / "config.yaml").read_bytes()
+    train.main([str(tiny_config), f"run={tiny_run}", "moderator.epochs=9", "student.train.steps=7"])
+    assert capsys.readouterr().out.count("finished before, skipped") == 3
+    assert (tiny_run / "config.yaml").read_bytes() == before
+    with pytest.raises(ConfigError, match="autoencoder.l2"):
+        train.main([str(tiny_config), f"run={tiny_run}", "stages=[denoiser]", "autoencoder.l2=3.5"])
+
+
 def test_a_run_starts_from_the_weights_of_another(tiny_run, tiny_config, tmp_path, monkeypatch, capsys):
     first: dict[str, torch.Tensor] = {}
 

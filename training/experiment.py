@@ -66,6 +66,8 @@ PLACED = ("shapes", "emoji")  # data sources that say where in their images thin
 OF_BASE = {"tokenizer": ("vocab_size", "length"), "autoencoder": ("model",),
            "denoiser": ("unet", "text_encoder", "schedule", "prediction_type", "guidance_scales")}
 USUAL = ("tokenizer", "autoencoder", "denoiser")  # what sampling needs; clip is the evaluator's own
+# stages whose settings nothing else reads: what they would be does not matter to a run without them
+ALONE = tuple(name for name in STAGES if name not in USUAL)
 
 
 @dataclass(frozen=True)
