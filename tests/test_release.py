@@ -36,6 +36,7 @@ def test_a_released_run_draws_nearly_the_same_images(tiny_run, tmp_path, capsys)
     about = manifest["released"]
     assert about["finished"] and about["denoiser_steps"] == 12
     assert about["images_seen"] == 12 * read_yaml(tiny_run / "config.yaml")["denoiser"]["train"]["batch"]
+    assert about["images_seen_before"] == 0
     assert about["files"]["denoiser.safetensors"] == sha256_of(out / "denoiser.safetensors")
     with pytest.raises(ValueError, match="exists; valid: a new folder"):
         release.main([str(tiny_run), "--out", str(out)])
@@ -55,6 +56,22 @@ def test_an_unfinished_run_gives_its_averaged_weights(tiny_run, tiny_config, tmp
     known = load_file(out / "denoiser.safetensors")
     assert all(torch.equal(average[f"unet.{key}"].to(tensor.dtype), tensor) for key, tensor in known.items())
     assert load_run(out, moderation=None).images(["a red star"], [0]).shape == (1, 3, 32, 32)
+
+
+def test_images_that_were_seen_before_are_counted_with_them(tiny_run, tiny_config, tmp_path):
+    """Over two releases that start from each other; unknown where the weights that were begun with are others now."""
+    first, run, second = tmp_path / "first", tmp_path / "run", tmp_path / "second"
+    release.release(tiny_run, first)
+    train.main([str(tiny_config), f"run={run}", f"start_from={first}", "stages=[denoiser]", "denoiser.train.steps=3"])
+    release.release(run, second)
+    batch = read_yaml(run / "config.yaml")["denoiser"]["train"]["batch"]
+    about = json.loads((second / "manifest.json").read_text())
+    assert (about["released"]["images_seen"], about["released"]["images_seen_before"]) == (3 * batch, 12 * batch)
+    start = {"start_from": {"run": str(second), "files": {"denoiser.safetensors": sha256_of(
+        second / "denoiser.safetensors")}}}
+    assert release.images_seen_before(start) == 15 * batch
+    shutil.copyfile(first / "denoiser.safetensors", second / "denoiser.safetensors")
+    assert release.images_seen_before(start) is None
 
 
 def test_what_is_missing_is_named(tiny_run, tmp_path):

@@ -90,10 +90,25 @@ def record(run: RunFolder, evaluator: RunFolder, out: Path, step: int | None) ->
     train = config[own]["train"]
     steps = train["steps"] if step is None else step
     about["released"] = {"from": run.path.name, "denoiser_steps": steps, "images_seen": steps * train["batch"],
-                         "finished": step is None,
+                         "images_seen_before": images_seen_before(about), "finished": step is None,
                          "files": {file.name: sha256_of(file) for file in sorted(out.iterdir())}}
     write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     RunFolder(out).record(**about)
+
+
+def images_seen_before(about: Mapping[str, Any]) -> int | None:
+    """How many images the released denoiser had seen that a run with the manifest ``about`` began with: 0 if it began
+    with none, None if the folder it started from is gone, changed or says nothing."""
+    start = about.get("start_from", {})
+    known = start.get("files", {}).get("denoiser.safetensors")
+    if known is None:
+        return 0
+    file = Path(start["run"]) / "denoiser.safetensors"
+    if not file.is_file() or sha256_of(file) != known:
+        return None
+    released = RunFolder.open(start["run"]).read_manifest().get("released", {})
+    seen, before = released.get("images_seen"), released.get("images_seen_before", 0)
+    return None if seen is None or before is None else seen + before
 
 
 def main(arguments: list[str]) -> None:
