@@ -62,8 +62,10 @@ def test_images_that_were_seen_before_are_counted_with_them(tiny_run, tiny_confi
     """Over two releases that start from each other; unknown where the weights that were begun with are others now."""
     first, run, second = tmp_path / "first", tmp_path / "run", tmp_path / "second"
     release.release(tiny_run, first)
-    train.main([str(tiny_config), f"run={run}", f"start_from={first}", "stages=[denoiser]", "denoiser.train.steps=3"])
+    train.main([str(tiny_config), f"run={run}", f"start_from={first}", "stages=[denoiser]", "denoiser.train.steps=3",
+                "preview_prompts=[a red star, two hats]"])
     release.release(run, second)
+    assert not (first / "prompts.txt").exists() and (second / "prompts.txt").read_text() == "a red star\ntwo hats\n"
     batch = read_yaml(run / "config.yaml")["denoiser"]["train"]["batch"]
     about = json.loads((second / "manifest.json").read_text())
     assert (about["released"]["images_seen"], about["released"]["images_seen_before"]) == (3 * batch, 12 * batch)

@@ -2,8 +2,9 @@
 
 The networks are written in bf16 where they have two axes or more, and nothing is kept that only training needs: no
 state, no cache, no samples. ``--clip`` adds the evaluator of another run folder. ``--unfinished`` takes the averaged
-weights of the newest state of a denoiser that is still being trained. The result is a run folder for sample.py and
-evaluate.py, and a new training can begin with its weights (``start_from``).
+weights of the newest state of a denoiser that is still being trained. ``prompts.txt`` has the prompts of the previews,
+one a line, for `sample.py --prompts`. The result is a run folder for sample.py and evaluate.py, and a new training can
+begin with its weights (``start_from``).
 """
 import argparse
 import shutil
@@ -71,6 +72,8 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
             temporary.chmod(0o644)  # the library writes 0600
     for name, source in copied.items():
         shutil.copyfile(source, out / name)
+    if prompts := read_yaml(run.path / "config.yaml").get("preview_prompts"):
+        write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
     record(run, evaluator, out, step)
     return {"parameters": sum(tensor.numel() for tensors in networks.values() for tensor in tensors.values()),
             "bytes": sum(file.stat().st_size for file in out.iterdir())}
