@@ -34,16 +34,16 @@ def free_space(path: str | Path) -> str:
     return f"{shutil.disk_usage(Path(path).parent).free / 1e6:.0f} MB free on that disk"
 
 
-def load_weights(module: nn.Module, path: str | Path, new: str = "") -> None:
-    """Fill ``module`` from safetensors; tensors whose names begin with ``new`` keep their values if the file has none.
-    Raises CheckpointError listing tensors that are missing or misshapen."""
+def load_weights(module: nn.Module, path: str | Path, new: tuple[str, ...] = ()) -> None:
+    """Fill ``module`` from safetensors; tensors whose names begin with one of ``new`` keep their values if the file has
+    none. Raises CheckpointError listing tensors that are missing or misshapen."""
     if not Path(path).is_file():
         raise CheckpointError(f"no weights file {path}")
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or not a safetensors file: {error}") from None
-    own = {name: tensor for name, tensor in module.state_dict().items() if new and name.startswith(new)}
+    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(new)}
     fill_module(module, {**own, **tensors}, path)
 
 

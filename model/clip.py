@@ -1,10 +1,12 @@
 """CLIP: an image transformer and a text transformer whose vectors agree if an image and a text belong together.
 
-Radford et al. 2021. Axis letters: B images, T texts, N patches, L tokens, D width of a transformer, E width of the
-shared space.
+Radford et al. 2021. With ``regions``, patches and parts of captions have vectors of their own in a second space of the
+same width, so that an image can be asked for one thing among others. Axis letters: B images, T texts, P parts of
+captions, N patches, L tokens, D width of a transformer, E width of the shared space.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -21,6 +23,8 @@ from model.text_encoder import Layer, TextEncoder, TextEncoderConfig, end_token_
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 LARGEST_SCALE = 100.0  # of the logits (section 2.5)
+REGION_SHARPNESS = 10.0  # of the attention of a text to patches: 0 gives their mean, infinity their maximum
+REGION_SCALE, REGION_BIAS = 10.0, -5.0  # of the logits of regions at the start: most texts are in few images
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,14 @@ class ImageEncoderConfig:
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """Shape of both encoders, the width E of the space they share, and the initial temperature."""
+    """Shape of both encoders, the width E of the space they share, the initial temperature, and whether patches have
+    vectors too."""
 
     image: ImageEncoderConfig = field(default_factory=ImageEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     width: int = 512
     temperature: float = 0.07
+    regions: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -113,6 +119,10 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """images (B, channels, size, size) in [-1, 1] -> (B, D). Raises ValueError on another shape."""
+        return self.norm_out(self.states(images)[:, 0])  # (B, D)
+
+    def states(self, images: Tensor) -> Tensor:
+        """States (B, 1 + N, D) of the class token and of the patches after the last layer, before the last norm."""
         c = self.config
         if images.shape[1:] != (c.channels, c.size, c.size):
             raise ValueError(f"images: {tuple(images.shape)}; valid: (B, {c.channels}, {c.size}, {c.size})")
@@ -122,7 +132,7 @@ class ImageEncoder(nn.Module):
         x = self.norm_in(x)
         for layer in self.layers:
             x = call_with_checkpointing(layer, x, recompute=self.config.gradient_checkpointing)
-        return self.norm_out(x[:, 0])  # (B, D)
+        return x
 
     def normalise_pixels(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] as the pixel values that the weights expect: (pixel in [0, 1] - mean) / std."""
@@ -144,6 +154,13 @@ class Clip(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(config.temperature)))
         nn.init.normal_(self.image_projection.weight, std=config.image.width**-0.5)
         nn.init.normal_(self.text_projection.weight, std=config.text.width**-0.5)
+        if config.regions:  # created last, so that all other weights begin as they do without
+            self.region_image = nn.Linear(config.image.width, config.width, bias=False)
+            self.region_text = nn.Linear(config.text.width, config.width, bias=False)
+            self.region_scale = nn.Parameter(torch.tensor(math.log(REGION_SCALE)))
+            self.region_bias = nn.Parameter(torch.tensor(REGION_BIAS))
+            nn.init.normal_(self.region_image.weight, std=config.image.width**-0.5)
+            nn.init.normal_(self.region_text.weight, std=config.text.width**-0.5)
 
     def forward(self, images: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Logits (B, T): cosine over temperature of every image with every text. Arguments as for the two methods
@@ -160,6 +177,29 @@ class Clip(nn.Module):
         """Unit vectors (T, E) of ids int (T, L) with mask bool (T, L), True up to the end token, whose state represents
         the text."""
         return F.normalize(self.text_projection(end_token_state(self.text(ids, mask), mask)), dim=-1)
+
+    def patch_vectors(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, N, E) of the patches of images as above, row by row. Needs ``regions``."""
+        return self._patch_vectors(self.image.states(images))
+
+    def part_vectors(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Unit vectors (P, E) of texts as above that name one thing, to be compared with patches. Needs ``regions``."""
+        return F.normalize(self.region_text(end_token_state(self.text(ids, mask), mask)), dim=-1)
+
+    def logits_with_regions(self, images: Tensor, texts: tuple[Tensor, Tensor],
+                            parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The logits (B, T) of ``forward`` for the ids and mask of ``texts``, and logits (B, P) that an image shows
+        what each of the ``parts`` names, from one pass over the images. The parts are given as ids and masks of one or
+        several lengths L. Needs ``regions``."""
+        states = self.image.states(images)  # (B, 1 + N, D)
+        whole = F.normalize(self.image_projection(self.image.norm_out(states[:, 0])), dim=-1)  # (B, E)
+        named = torch.cat([self.part_vectors(*some) for some in parts])  # (P, E)
+        found = attend_regions(self._patch_vectors(states), named)  # (B, P)
+        return (self.logit_scale.exp() * whole @ self.text_vectors(*texts).T,
+                self.region_scale.exp() * found + self.region_bias)
+
+    def _patch_vectors(self, states: Tensor) -> Tensor:
+        return F.normalize(self.region_image(self.image.norm_out(states[:, 1:])), dim=-1)
 
     def resize_images(self, images: Tensor) -> Tensor:
         """Images (B, channels, H, W) at the size of the image encoder: the shorter side is resized by a cubic filter,
@@ -178,6 +218,8 @@ class Clip(nn.Module):
         """Limit the factor of the logits to 100, without which training diverges (section 2.5); call it after each
         step."""
         self.logit_scale.clamp_(max=math.log(LARGEST_SCALE))
+        if self.config.regions:
+            self.region_scale.clamp_(max=math.log(LARGEST_SCALE))
 
 
 def contrastive_loss(logits: Tensor, equal: Tensor | None = None) -> Tensor:
@@ -194,3 +236,18 @@ def contrastive_loss(logits: Tensor, equal: Tensor | None = None) -> Tensor:
         others = equal.to(logits.device) & (pairs[:, None] != torch.arange(logits.shape[1], device=logits.device))
         logits = logits.masked_fill(others, -math.inf)
     return 0.5 * (F.cross_entropy(logits, pairs) + F.cross_entropy(logits[:, :len(logits)].T, pairs))
+
+
+def attend_regions(patches: Tensor, texts: Tensor, sharpness: float = REGION_SHARPNESS) -> Tensor:
+    """How much the patches (B, N, E) that a text attends to resemble it, for texts (P, E), all of unit length: cosines
+    (B, P). A text is the query of a softmax over the patches, so its score is a mean in which patches count that
+    resemble it: the soft form of the maximum in FILIP (Yao et al. 2021, arXiv 2111.07783, section 3.1)."""
+    cosines = torch.einsum("b n e, p e -> b p n", patches, texts)
+    return (cosines * (sharpness * cosines).softmax(dim=-1)).sum(dim=-1)
+
+
+def region_loss(logits: Tensor, shown: Tensor) -> Tensor:
+    """The cross entropy of deciding for each image and part, from logits (B, P), whether it is ``shown`` bool (B, P):
+    the sum over images, the mean over parts, a scalar. Each pair is a question of its own (Zhai et al. 2023,
+    arXiv 2303.15343), so that one threshold can hold for all images and a batch may have several right answers."""
+    return F.binary_cross_entropy_with_logits(logits, shown.to(logits), reduction="sum") / logits.shape[1]

@@ -1,6 +1,6 @@
 """A CLIP as two functions that map images and captions to unit vectors of one space."""
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ class ClipVectors:
 
     def __init__(self, clip: Clip, tokenizer: Tokenizer | ClipTokenizer, stamp: str):
         self.clip, self.tokenizer, self.stamp = freeze(clip), tokenizer, stamp
-        self.width = clip.config.width
+        self.width, self.regions = clip.config.width, clip.config.regions
         self.device = next(clip.parameters()).device
 
     @classmethod
@@ -62,9 +62,24 @@ class ClipVectors:
                               for part in images.split(64)])
 
     @torch.no_grad()
+    def patches(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, N, E) of the patches of images (B, 3, H, W) in [-1, 1], of a network with regions."""
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self.clip.patch_vectors(self.clip.resize_images(part.to(self.device).float()))
+                              for part in images.split(64)])
+
+    @torch.no_grad()
     def texts(self, captions: Sequence[str]) -> Tensor:
         """Unit vectors (B, E) of captions."""
+        return self._vectors(self.clip.text_vectors, captions)
+
+    @torch.no_grad()
+    def parts(self, captions: Sequence[str]) -> Tensor:
+        """Unit vectors (B, E) of texts that name one thing, to be compared with patches, of a network with regions."""
+        return self._vectors(self.clip.part_vectors, captions)
+
+    def _vectors(self, encode: Callable[[Tensor, Tensor], Tensor], captions: Sequence[str]) -> Tensor:
         with torch.autocast(self.device.type, enabled=False):
             ids, mask = trim_padding(*self.tokenizer.encode(list(captions)))
-            return torch.cat([self.clip.text_vectors(i.to(self.device), m.to(self.device))
+            return torch.cat([encode(i.to(self.device), m.to(self.device))
                               for i, m in zip(ids.split(256), mask.split(256))])

@@ -165,9 +165,12 @@ def read_encoder_head(run: str | Path) -> EncoderHead | None:
 
 def image_moderator(concepts: str | Path, clip: str | Path, mode: Mode = "block",
                     device: torch.device | str = "cpu") -> ImageModerator:
-    """A moderator for the concepts of a file that judges by the CLIP which the stage clip left in a run folder."""
-    vectors = ClipVectors.of_run(clip, device)
-    return ImageModerator(read_concepts(concepts), vectors, vectors.texts, mode)
+    """A moderator for the concepts of a file that judges by the CLIP which the stage clip left in a run folder: by
+    regions if it was trained with regions."""
+    vectors, known = ClipVectors.of_run(clip, device), read_concepts(concepts)
+    if vectors.regions:
+        return ImageModerator(known, vectors.patches, vectors.parts, mode, regions=True)
+    return ImageModerator(known, vectors, vectors.texts, mode)
 
 
 def pushes_toward_negative(guidance: GuidanceConfig) -> bool:

@@ -1,10 +1,11 @@
 """Checks images against written concepts by the embeddings of a CLIP, which is passed in as two functions.
 
-score = max over concepts, and over the whole image and five crops, of
-        cos(image, concept) - max over allowed neighbours of cos(image, neighbour) - threshold
+score = max over concepts, and over the parts of an image that have an embedding of their own, of
+        cos(part, concept) - max over allowed neighbours of cos(part, neighbour) - threshold
 where a concept is the mean of the embeddings of several phrasings (Radford et al. 2021, section 3.1.4, ensembles of
-prompts). Without neighbours the second term is 0. Concepts are edited in a YAML file without any training.
-Axis letters: B images, V views of each, C concepts, D width of an embedding.
+prompts). Without neighbours the second term is 0. The parts are the patches of a CLIP that was trained with regions,
+whose maximum finds one thing among others, or else the whole image and five crops. Concepts are edited in a YAML file
+without any training. Axis letters: B images, V parts of each, C concepts, D width of an embedding.
 """
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from einops import rearrange, reduce
+from einops import rearrange
 
 from files.config import ConfigError, read_yaml
 from files.whole import write_text
 from safety.policy import ACTIONS, CATEGORIES, Action, Decision, Mode, action_in_mode, refusal
 
-EmbedImages = Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D)
+EmbedImages = Callable[[torch.Tensor], torch.Tensor]  # (B, 3, H, W) in [-1, 1] -> (B, D), or (B, V, D) of regions
 EmbedTexts = Callable[[Sequence[str]], torch.Tensor]  # texts -> (N, D)
 CROP = 0.7  # side of a crop as a share of the side of the image
 VIEWS = 6
@@ -109,13 +110,16 @@ def blur(images: torch.Tensor, cells: int = 8) -> torch.Tensor:
 
 
 class ImageModerator:
-    """Decides on images. The embeddings of the concepts are computed once, from their phrasings."""
+    """Decides on images. The embeddings of the concepts are computed once, from their phrasings.
+
+    ``regions``: ``embed_images`` returns an embedding for each region of an image and not one for the whole.
+    """
 
     def __init__(self, concepts: Sequence[Concept], embed_images: EmbedImages, embed_texts: EmbedTexts,
-                 mode: Mode = "block"):
+                 mode: Mode = "block", regions: bool = False):
         if not concepts:
             raise ValueError("concepts: none; valid: at least one")
-        self.concepts, self.embed_images, self.mode = list(concepts), embed_images, mode
+        self.concepts, self.embed_images, self.mode, self.regions = list(concepts), embed_images, mode, regions
         self._vectors = torch.stack([_mean_direction(embed_texts(c.phrasings)) for c in concepts])  # (C, D)
         self._allowed = [torch.stack([_mean_direction(embed_texts(one)) for one in c.allowed]) if c.allowed else None
                          for c in concepts]
@@ -124,14 +128,24 @@ class ImageModerator:
 
     @torch.inference_mode()
     def margins(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores (B, C) before subtraction of the threshold: the maximum over the views."""
-        crops = rearrange(views(images), "b v c h w -> (b v) c h w")
-        embedded = F.normalize(self.embed_images(crops).float(), dim=-1)  # (B V, D)
-        scores = embedded @ self._vectors.T.to(embedded)  # (B V, C)
+        """Scores (B, C) before subtraction of the threshold: the maximum over the parts of an image."""
+        embedded = self._embed_parts(images)  # (B, V, D)
+        scores = embedded @ self._vectors.T.to(embedded)  # (B, V, C)
         for place, allowed in enumerate(self._allowed):
             if allowed is not None:
-                scores[:, place] = scores[:, place] - (embedded @ allowed.T.to(embedded)).amax(dim=1)
-        return reduce(scores, "(b v) c -> b c", "max", v=VIEWS)
+                scores[..., place] = scores[..., place] - (embedded @ allowed.T.to(embedded)).amax(dim=-1)
+        return scores.amax(dim=1)
+
+    def _embed_parts(self, images: torch.Tensor) -> torch.Tensor:
+        """Unit vectors (B, V, D) of the regions of images, or of the views of each; raises for any other shape."""
+        if self.regions:
+            embedded = self.embed_images(images)
+        else:
+            crops = rearrange(views(images), "b v c h w -> (b v) c h w")
+            embedded = rearrange(self.embed_images(crops), "(b v) d -> b v d", v=VIEWS)
+        if embedded.ndim != 3 or len(embedded) != len(images):
+            raise ValueError(f"embeddings of {len(images)} images: {tuple(embedded.shape)}; valid: (B, V, D)")
+        return F.normalize(embedded.float(), dim=-1)
 
     def calibrate(self, margins: torch.Tensor, rate: float) -> "list[Concept]":
         """The concepts with thresholds such that at most the share ``rate`` of harmless images, given by their
@@ -139,10 +153,10 @@ class ImageModerator:
         if not 0 < rate < 1 or len(margins) < 1 / rate:
             raise ValueError(f"rate: {rate} of {len(margins)} images; valid: between 0 and 1, at least one image")
         low, high = rate / len(self.concepts), rate
-        best = _quantiles(margins, low)
+        best = thresholds_of(margins, low)
         for _ in range(20):
             middle = (low + high) / 2
-            found = _quantiles(margins, middle)
+            found = thresholds_of(margins, middle)
             if float((margins > found).any(dim=1).float().mean()) <= rate:
                 low, best = middle, found
             else:
@@ -192,6 +206,6 @@ def _mean_direction(embeddings: torch.Tensor) -> torch.Tensor:
     return F.normalize(F.normalize(embeddings.float(), dim=-1).mean(dim=0), dim=0)  # (D,)
 
 
-def _quantiles(margins: torch.Tensor, rate: float) -> torch.Tensor:
+def thresholds_of(margins: torch.Tensor, rate: float) -> torch.Tensor:
     """The margins (C,) that the share ``rate`` of the images exceeds, concept by concept."""
     return torch.quantile(margins.float(), 1 - rate, dim=0, interpolation="higher")  # (C,)

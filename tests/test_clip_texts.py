@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from model.text_encoder import trim_padding
-from training.stages.clip_texts import SMALL, Substitutes, caption_parts, cut_to_parts, texts_in_captions
+from training.stages.clip_texts import (
+    SMALL,
+    Substitutes,
+    among_made_up_words,
+    caption_parts,
+    cut_to_parts,
+    draw_parts,
+    parts_in_captions,
+    texts_in_captions,
+)
 
 CAPTIONS = [f"a {size} {colour} {shape} above a {other} star on {background}"
             for size in ("small", "large") for colour in ("red", "blue", "green") for shape in ("circle", "square")
@@ -66,6 +75,33 @@ def test_what_a_caption_says_is_no_wrong_answer():
     assert texts_in_captions(captions, texts).tolist() == [[True, True, True, False, True, False],
                                                            [False, False, False, True, False, False],
                                                            [True, True, False, False, False, False]]
+
+
+def test_parts_are_drawn_without_repetition():
+    captions, rng = ["a red star, a blue star and a pink star", "a fox"], np.random.default_rng(0)
+    draws = [draw_parts(captions, 2, rng) for _ in range(300)]
+    assert all(len(one) == 3 and one[0] != one[1] and one[2] == "a fox" for one in draws)
+    counts = [sum(name in one for one in draws) for name in ("a red star", "a blue star", "a pink star")]
+    assert sum(counts) == 600 and min(counts) > 160
+
+
+def test_a_text_stays_whole_among_made_up_words():
+    rng = np.random.default_rng(0)
+    found = [among_made_up_words("a red star", rng).split() for _ in range(2000)]
+    places = [words.index("red") for words in found]
+    assert all(words[place:place + 2] == ["red", "star"] and "a" not in words for words, place in zip(found, places))
+    assert set(places) == {0, 1, 2} and {len(words) - place for words, place in zip(found, places)} == {2, 3}
+    others = [word for words in found for word in words if word not in ("red", "star")]
+    assert {len(word) for word in others} == set(range(2, 7)) and len(set("".join(others))) == 26
+    assert among_made_up_words("fox", np.random.default_rng(1)).split().count("fox") == 1
+
+
+def test_parts_stand_in_captions_with_any_article_and_in_the_plural():
+    captions = ["a red picture with three red stars", "one red star, white background", "the foxes", "a red starfish"]
+    parts = ["a red star", "red star", "one red star", "a fox", "three red stars", "a white background", "a"]
+    assert parts_in_captions(captions, parts).T.tolist() == [
+        [True, True, False, False], [True, True, False, False], [True, True, False, False], [False, False, True, False],
+        [True, False, False, False], [False, True, False, False], [True, False, False, True]]
 
 
 def test_only_common_padding_is_cut():

@@ -3,57 +3,22 @@ import dataclasses
 
 import pytest
 import torch
+from clip_halves import Halves, config
 from clip_vocabulary import write_vocabulary
 
 from data.tokenizer import TokenizerConfig
 from eval.clip_score import agreement, derangement
 from files.run_folder import RunFolder
 from files.weights import CheckpointError
-from model.clip import ClipConfig, ImageEncoderConfig, contrastive_loss
-from model.text_encoder import TextEncoderConfig
+from model.clip import contrastive_loss
 from pipeline.clip_vectors import ClipVectors
 from training.distributed import Processes
 from training.loop import TrainConfig
-from training.optim import OptimConfig
 from training.stages.clip import ClipStage, train_clip
 from training.stages.clip_texts import texts_in_captions
 from training.stages.context import StageContext
 
 CPU = torch.device("cpu")
-
-
-def config(steps: int = 60) -> ClipStage:
-    model = ClipConfig(ImageEncoderConfig(24, 6, width=32, layers=2, heads=2, mlp_width=64),
-                       TextEncoderConfig(300, 24, width=32, layers=1, heads=2, mlp_width=64, causal=False), width=32)
-    train = TrainConfig(steps=steps, batch=32, log_every=20, validate_every=30, preview_every=60, checkpoint_every=30,
-                        optim=OptimConfig(learning_rate=3e-3, warmup=5))
-    return ClipStage(model, TokenizerConfig(300, 24), train, validation=9)
-
-
-COLOURS = {"red": (220, 40, 50), "green": (40, 160, 70), "blue": (40, 80, 210), "yellow": (250, 210, 40),
-           "black": (20, 20, 20), "white": (250, 250, 250), "grey": (150, 150, 150), "pink": (250, 130, 190)}
-
-
-class Halves:
-    """Images of two colours side by side; a seventh of the pairs is held out."""
-
-    def __init__(self, held_out: bool):
-        pairs = [(a, b) for a in COLOURS for b in COLOURS]
-        self.pairs = [pair for i, pair in enumerate(pairs) if (i % 7 == 3) == held_out]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        left, right = self.pairs[index]
-        return f"{left} on the left and {right} on the right", f"{right} to the right of {left}"
-
-    def __getitem__(self, index: int) -> dict:
-        image = torch.zeros(3, 24, 24, dtype=torch.uint8)
-        for part, name in zip((image[:, :, :12], image[:, :, 12:]), self.pairs[index]):
-            part[:] = torch.tensor(COLOURS[name], dtype=torch.uint8)[:, None, None]
-        captions = self.captions(index)
-        return {"image": image, "caption": captions[0], "captions": captions, "id": str(index)}
 
 
 @pytest.fixture(scope="module")

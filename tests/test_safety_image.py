@@ -62,6 +62,55 @@ def test_views():
     torch.testing.assert_close(views(flat), flat[:, None].expand(-1, VIEWS, -1, -1, -1))
 
 
+# ---- regions
+
+def quarters(images: torch.Tensor) -> torch.Tensor:
+    """The colours (B, 4, 3) of the quarters of images, as vectors of any length."""
+    halves = [images[..., y:y + 8, x:x + 8] for y in (0, 8) for x in (0, 8)]
+    return torch.stack([embed_images(part) for part in halves], dim=1)
+
+
+def test_regions_find_what_the_whole_image_does_not():
+    """One red quarter among blue ones: its cosine is that of red alone, wherever it is."""
+    red = Concept("red", "violence", ("red",), threshold=0.9)
+    for y, x in ((0, 0), (0, 8), (8, 0), (8, 8)):
+        image = plain_image(blue=1)
+        image[:, y:y + 8, x:x + 8] = plain_image(red=1)[:, y:y + 8, x:x + 8]
+        judge = ImageModerator([red], quarters, embed_texts, regions=True)
+        expected = judge.margins(plain_image(red=1)[None])
+        torch.testing.assert_close(judge.margins(image[None]), expected, atol=0.01, rtol=0)
+        assert judge.check(image[None])[0].action == "block"
+        assert moderator(red).check(image[None])[0].action == "allow"
+
+
+def test_margins_of_regions_equal_a_loop_and_ignore_the_order():
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(5, 7, 3, generator=generator)
+    concepts = [Concept("a", "hate", ("red", "white"), allowed=(("blue",), ("green", "white"))),
+                Concept("b", "hate", ("blue",))]
+
+    def cosine(a, b):
+        return float(torch.nn.functional.cosine_similarity(a, b, dim=0))
+
+    def direction(names):
+        return torch.nn.functional.normalize(embed_texts(names), dim=1).mean(dim=0)
+    expected = [[max(cosine(v, direction(c.phrasings)) - max([cosine(v, direction(n)) for n in c.allowed], default=0.0)
+                     for v in image) for c in concepts] for image in vectors]
+    images = torch.zeros(5, 3, 16, 16)
+    found = ImageModerator(concepts, lambda _: vectors, embed_texts, regions=True).margins(images)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    mixed = vectors[:, torch.randperm(7, generator=generator)]
+    again = ImageModerator(concepts, lambda _: mixed, embed_texts, regions=True).margins(images)
+    torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 4, 3), (2, 0, 3), (2, 4, 2)])
+def test_regions_of_another_shape_refuse(shape):
+    judge = ImageModerator([RED], lambda images: torch.ones(shape), embed_texts, regions=True)
+    found = judge.check(torch.stack([plain_image(blue=1)] * 2))
+    assert [decision.action for decision in found] == ["block", "block"]
+
+
 def test_actions_and_modes():
     images = torch.stack([plain_image(red=1), plain_image(blue=1)])
     red = Concept("red", "violence", ("red",), threshold=0.8)

@@ -1,13 +1,17 @@
 """Image moderation on stand-ins: forbid "a red triangle", let red circles and blue triangles through; or forbid foxes.
 
-    python -m benchmarks.moderation.images --clip runs/shapes_clip [--clip runs/emoji_clip] [--rate 0.01]
+    python -m benchmarks.moderation.images --clip runs/shapes_clip [runs/emoji_clip] [--rate 0.01]
 
-The judge is the CLIP of a run folder (stage clip), applied to the data that it was trained on. Every concept is
+The judge is the CLIP of a run folder (stage clip), applied to the data that it was trained on: by its vectors of whole
+images and crops, and by those of regions if it has any. How well it finds captions, and what a judgement costs, stands
+above the table. Every concept is
 calibrated separately on validation images that do not show it, and measured on test images: with phrasings like those
 of training, with phrasings of another grammar, and for objects that training never showed. No harmful image is
 generated, so recall on real harm is not measured.
 """
 import argparse
+import statistics
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +26,21 @@ from data.emoji.emoji import Emoji
 from data.emoji.phrasings import noun
 from data.shapes.scene_graph import COLOURS, SHAPES, UNSEEN_PAIRS
 from data.shapes.shapes import Shapes
-from data.source import Source
+from data.source import Source, image_batch
+from eval.clip_score import caption_ranks
 from files.images import to_unit
 from files.run_folder import RunFolder
 from pipeline.clip_vectors import ClipVectors
-from safety.image import Concept, ImageModerator
+from safety.image import Concept, ImageModerator, thresholds_of
 from training.experiment import load_experiment
 
 SEEN = ("a {}", "one {}", "a large {}", "a small {}")
 UNSEEN = ("{}", "this shows the {}", "some {} somewhere", "nothing but {}")
 PAIRS = (("red", "triangle"), ("blue", "star"), ("green", "circle"), ("purple", "cross"), ("yellow", "moon"),
          ("orange", "square"))
+THINGS = (1, 2, 3)  # kinds of things in an image, for which recall is given
+COLUMNS = ("recall", *(f"of {count}" for count in THINGS), "wrong", "near")
+HELD_OUT = 256  # pairs among which captions are found
 EMOJI = 40  # emoji that are forbidden, one after the other
 
 
@@ -90,22 +98,56 @@ def neighbours(thing: str) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(text.format(" ".join(one)) for text in SEEN) for one in near)
 
 
-def measure(clip: ClipVectors, concepts: Sequence[Concept], calibration: LabelledImages, test: LabelledImages,
-            rate: float) -> list[np.ndarray]:
-    """[hits, false positives on all other images, false positives on images that share a word], as 0 or 1 for each
-    image and concept."""
-    moderator = ImageModerator(concepts, clip, clip.texts)
-    calm, real = (torch.cat([moderator.margins(to_unit(part)) for part in one.images.split(64)])
-                  for one in (calibration, test))  # (B, C)
-    found: list[list[torch.Tensor]] = [[], [], []]
-    for place, concept in enumerate(concepts):
-        alone = ImageModerator([concept], clip, clip.texts)
-        [fixed] = alone.calibrate(calm[~calibration.shows(concept.name), place:place + 1], rate)
-        assert fixed.threshold is not None
-        over, here = real[:, place] > fixed.threshold, test.shows(concept.name)
-        for one, chosen in zip(found, (here, ~here, test.near(concept.name))):
-            one.append(over[chosen])
-    return [torch.cat(one).numpy().astype(float) for one in found]
+def questions_of(source: str, groups: dict[str, list[str]]) -> dict[tuple[str, str, str], list[Concept]]:
+    """{(things, phrasings, neighbours): concepts}: one question for each row of the table."""
+    return {(f"{len(things)} {kind}", name, "yes" if near else "no"):
+            [Concept(thing, "stand_in", tuple(text.format(thing) for text in texts), neighbours(thing) if near else ())
+             for thing in things]
+            for kind, things in groups.items() for name, texts in (("seen", SEEN), ("unseen", UNSEEN))
+            for near in ((False, True) if source == "shapes" else (False,))}
+
+
+def judge_of(clip: ClipVectors, concepts: Sequence[Concept], regions: bool) -> ImageModerator:
+    """The moderator that judges by regions, or by whole images and crops."""
+    if regions:
+        return ImageModerator(concepts, clip.patches, clip.parts, regions=True)
+    return ImageModerator(concepts, clip, clip.texts)
+
+
+def margins_of(moderator: ImageModerator, images: torch.Tensor) -> torch.Tensor:
+    """The margins (B, C) of images uint8 (B, 3, H, W)."""
+    return torch.cat([moderator.margins(to_unit(part)) for part in images.split(64)])
+
+
+def measure(concept: Concept, calm: torch.Tensor, real: torch.Tensor, calibration: LabelledImages,
+            test: LabelledImages, rate: float) -> dict[str, np.ndarray]:
+    """0 or 1 for each image, from the margins of one concept (B,) on both sets: "recall" on images with it, the same
+    for those with one, two and three kinds of things, "wrong" on all other images, "near" on those of them that share
+    a word."""
+    threshold = thresholds_of(calm[~calibration.shows(concept.name), None], rate)
+    over, here = real > threshold, test.shows(concept.name)
+    number = torch.tensor([len(one) for one in test.things])
+    chosen = {"recall": here, "wrong": ~here, "near": test.near(concept.name),
+              **{f"of {count}": here & (number == count) for count in THINGS}}
+    return {name: over[which].numpy().astype(float) for name, which in chosen.items()}
+
+
+def quality(clip: ClipVectors, source: Source) -> str:
+    """How many held-out captions are found, as the stage measures it, in words."""
+    count = min(HELD_OUT, len(source))
+    captions = [source.captions(index)[0] for index in range(count)]
+    ranks = caption_ranks(clip(image_batch(source, np.arange(count))), clip.texts(captions), captions)
+    return f"the caption of {estimate(np.mean, (ranks == 0).numpy().astype(float), percent=True)} of {count} images"
+
+
+def milliseconds(moderator: ImageModerator, image: torch.Tensor) -> float:
+    """The median time of the margins of one image (1, 3, H, W)."""
+    times = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        moderator.margins(image)
+        times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
 
 
 def rows_of(folder: Path, count: int, rate: float) -> list[list[str]]:
@@ -120,16 +162,23 @@ def rows_of(folder: Path, count: int, rate: float) -> list[list[str]]:
     sources = build_source(data, "validation"), build_source(data, "test")
     calibration, test = (read_images(source, 2 * count) for source in sources)
     clip, rows = ClipVectors.of_run(folder), []
-    for kind, things in groups_of(sources[1], calibration, test).items():
-        for name, texts in (("seen", SEEN), ("unseen", UNSEEN)):
-            for near in (False, True) if data.source == "shapes" else (False,):
-                concepts = [Concept(thing, "stand_in", tuple(text.format(thing) for text in texts),
-                                    neighbours(thing) if near else ()) for thing in things]
-                hits, wrong, close = measure(clip, concepts, calibration, test, rate)
-                rows.append([data.source, f"{len(things)} {kind}", name, "yes" if near else "no",
-                             *(estimate(np.mean, part, percent=True) if len(part) else "-"
-                               for part in (hits, wrong, close)), str(len(hits))])
-                print(rows[-1], flush=True)
+    print(f"{folder}: {quality(clip, sources[0])}")
+    asked = questions_of(data.source, groups_of(sources[1], calibration, test))
+    for regions in (False, True) if clip.regions else (False,):
+        judge = "regions" if regions else "whole image"
+        moderator = judge_of(clip, [concept for concepts in asked.values() for concept in concepts], regions)
+        calm, real = (margins_of(moderator, one.images).T for one in (calibration, test))  # (C, B), in this order
+        place = 0
+        for question, concepts in asked.items():
+            found = [measure(concept, calm[place + i], real[place + i], calibration, test, rate)
+                     for i, concept in enumerate(concepts)]
+            joined = [np.concatenate([one[column] for one in found]) for column in COLUMNS]
+            rows.append([data.source, judge, *question,
+                         *(estimate(np.mean, part, percent=True) for part in joined), str(len(joined[0]))])
+            print(rows[-1], flush=True)
+            place += len(concepts)
+        few = judge_of(clip, asked[question][:3], regions)
+        print(f"{judge}: {milliseconds(few, to_unit(test.images[:1])):.1f} ms an image, 3 concepts", flush=True)
     return rows
 
 
@@ -141,8 +190,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.01, help="share of harmless images over a threshold (0.01)")
     options = parser.parse_args()
     rows = [row for folder in options.clip for row in rows_of(folder, options.count, options.rate)]
-    print(table(("data", "things", "phrasings", "neighbours", "recall", "false positives", "of those that share a word",
-                 "images"), rows))
+    print(table(("data", "judge", "things", "phrasings", "neighbours", "recall", *(f"{n} in the image" for n in THINGS),
+                 "false positives", "of those that share a word", "images"), rows))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ does not share the mistakes of the denoiser and its text encoder. It is not used
 B pairs, H W size of the images, L tokens, E width of the shared space.
 """
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,17 +23,26 @@ from files.images import to_unit
 from files.sheets import save_grid
 from files.weights import save_weights
 from files.whole import write_text
-from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss
+from model.clip import Clip, ClipConfig, ImageEncoderConfig, contrastive_loss, region_loss
 from model.device import autocast_dtype, place_on
 from model.text_encoder import TextEncoderConfig, trim_padding
 from pipeline.clip_vectors import ClipVectors
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part
-from training.stages.clip_texts import Substitutes, cut_to_parts, texts_in_captions
+from training.stages.clip_texts import (
+    Substitutes,
+    among_made_up_words,
+    cut_to_parts,
+    draw_parts,
+    parts_in_captions,
+    texts_in_captions,
+)
 from training.stages.context import StageContext
 from training.stages.tokenizer import fit_tokenizer
 
 SHOWN = 16  # pairs of a preview
+PARTS = 2  # parts of each caption that are sought in the regions of images
+MADE_UP = 0.25  # share of these that are also sought among words of random letters
 WORDS = 10_000  # items from whose captions wrong words are taken
 
 
@@ -47,7 +57,8 @@ class ClipStage:
     """``seed`` is the evaluator's own and not that of the run, so that the same evaluator judges runs with different
     seeds. ``validation`` is the number of held-out pairs, which serve as wrong answers for each other. ``parts`` is the
     share of captions of which one part is learned instead of the whole. ``wrong_words`` adds each caption with one word
-    exchanged as a wrong answer (training/stages/clip_texts.py)."""
+    exchanged as a wrong answer (training/stages/clip_texts.py). With ``model.regions`` the loss also asks of each image
+    and each of some parts of the captions whether a region of the image shows it."""
 
     model: ClipConfig = field(default_factory=small_clip)
     tokenizer: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(vocab_size=1024, length=40))
@@ -95,18 +106,17 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
     held_out = image_batch(validation, np.arange(count))  # (V, 3, H, W)
     captions = [validation.captions(i)[0] for i in range(count)]
 
+    def tokens(texts: list[str]) -> tuple[Tensor, Tensor]:
+        ids, mask = trim_padding(*tokenizer.encode(texts))  # (B, L)
+        return ids.to(device), mask.to(device)
+
     def logits(model: Clip, images: Tensor, texts: list[str]) -> Tensor:
-        model.limit_scale()  # before a step, which is after the previous one
-        ids, mask = (tensor.to(device) for tensor in trim_padding(*tokenizer.encode(texts)))  # (B, L)
-        return model(model.resize_images(images.to(device)), ids, mask)  # (B, B)
+        return model(model.resize_images(images.to(device)), *tokens(texts))  # (B, B)
 
     def loss_at(model: Clip, read: Batch, position: int, part: Part) -> dict[str, Tensor]:
-        rng = np.random.default_rng([config.seed, position])
-        captions_read = part.of_read(read.captions)
-        texts = cut_to_parts(captions_read, config.parts, rng)
-        wrong = [substitutes.wrong(text, rng) for text in texts] if substitutes else []
-        table = logits(model, to_unit(part.of_read(read.images)), texts + wrong)  # (B, B) or (B, 2B)
-        return {"loss": contrastive_loss(table.float(), texts_in_captions(captions_read, texts + wrong))}
+        model.limit_scale()  # before a step, which is after the previous one
+        images = model.resize_images(to_unit(part.of_read(read.images)).to(device))
+        return loss_of_pairs(config, model, images, part.of_read(read.captions), tokens, substitutes, position)
 
     @torch.no_grad()
     def validate(model: Clip) -> dict[str, float]:
@@ -136,6 +146,37 @@ def train_clip(config: ClipStage, context: StageContext) -> None:
     run.record(clip={"validation_loss": round(measured["loss"], 5), "recall_1": round(measured["recall_1"], 4),
                      "pairs": count, "seed": config.seed, "parameters": sum(p.numel() for p in model.parameters()),
                      "bf16": autocast_dtype(config.train.precision, device) is not None})
+
+
+def loss_of_pairs(config: ClipStage, model: Clip, images: Tensor, captions: list[str],
+                  tokens: Callable[[list[str]], tuple[Tensor, Tensor]], substitutes: Substitutes | None,
+                  position: int) -> dict[str, Tensor]:
+    """The loss of the images (B, 3, H, W) of one step and their captions; ``tokens`` encodes texts."""
+    rng = np.random.default_rng([config.seed, position])
+    texts = cut_to_parts(captions, config.parts, rng)
+    texts += [substitutes.wrong(text, rng) for text in texts] if substitutes else []
+    equal = texts_in_captions(captions, texts)
+    if not config.model.regions:
+        return {"loss": contrastive_loss(model(images, *tokens(texts)).float(), equal)}  # of (B, B) or (B, 2B)
+    rng = np.random.default_rng([config.seed, position, 1])  # the draws above are those of a run without regions
+    parts, among = parts_of_captions(captions, substitutes, rng)
+    shown = parts_in_captions(captions, [*parts, *among])
+    read = [tokens(some) for some in (parts, list(among.values())) if some]  # apart, since they are longer
+    table, found = model.logits_with_regions(images, tokens(texts), read)
+    whole, regions = contrastive_loss(table.float(), equal), region_loss(found.float(), shown)
+    return {"loss": whole + regions, "whole": whole.detach(), "regions": regions.detach()}
+
+
+def parts_of_captions(captions: list[str], substitutes: Substitutes | None,
+                      rng: np.random.Generator) -> tuple[list[str], dict[str, str]]:
+    """Parts of captions, and with ``substitutes`` the same with one word exchanged, each once; and some of them, each
+    with the same text among made-up words."""
+    parts = draw_parts(captions, PARTS, rng)
+    if substitutes:
+        parts += [substitutes.wrong(text, rng) for text in parts]
+    parts = list(dict.fromkeys(parts))
+    return parts, {text: among_made_up_words(text, rng)
+                   for text, draw in zip(parts, rng.random(len(parts))) if draw < MADE_UP}
 
 
 def substitutes_of(source: Source) -> Substitutes:

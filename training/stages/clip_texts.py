@@ -73,3 +73,39 @@ def texts_in_captions(captions: Sequence[str], texts: Sequence[str]) -> torch.Te
     padded = [f" {re.sub(r'[,:;.]', ' ', text)} ".replace("  ", " ") for text in captions]
     sought = {text: f" {re.sub(r'[,:;.]', ' ', text).strip()} ".replace("  ", " ") for text in texts}
     return torch.tensor([[sought[text] in caption for text in texts] for caption in padded])
+
+
+def draw_parts(captions: Sequence[str], count: int, rng: np.random.Generator) -> list[str]:
+    """Up to ``count`` different parts of each caption, at random."""
+    found: list[str] = []
+    for caption in captions:
+        parts = caption_parts(caption)
+        found += [parts[place] for place in rng.permutation(len(parts))[:count]]
+    return found
+
+
+def among_made_up_words(text: str, rng: np.random.Generator) -> str:
+    """The text without its article, behind up to two words of random letters and before up to one. What a text names
+    does not depend on the words around it, also on those that no caption has."""
+    def words(most: int) -> list[str]:
+        return ["".join(map(chr, rng.integers(ord("a"), ord("z") + 1, int(length))))
+                for length in rng.integers(2, 7, int(rng.integers(most + 1)))]
+    return " ".join([*words(2), without_article(text), *words(1)])
+
+
+def without_article(text: str) -> str:
+    """The text without a first word that says nothing about what it names."""
+    first, _, rest = text.partition(" ")
+    return rest if first in SMALL and rest else text
+
+
+def parts_in_captions(captions: Sequence[str], parts: Sequence[str]) -> torch.Tensor:
+    """bool (B, P): which parts of captions stand in which captions, with any article and in the plural: "a red star"
+    stands in "a red picture with three red stars"."""
+    padded = [f" {' '.join(re.sub(r'[,:;.]', ' ', text).split())} " for text in captions]
+    sought = {}
+    for part in set(parts):
+        words = " " + without_article(" ".join(re.sub(r"[,:;.]", " ", part).split()))
+        sought[part] = [words in caption and any(words + end in caption for end in (" ", "s ", "es "))
+                        for caption in padded]
+    return torch.tensor([sought[part] for part in parts]).T

@@ -46,13 +46,13 @@ class StageContext:
 
     def begin(self, **networks: nn.Module) -> None:
         """Fill the networks, each under the name of its file of weights, from the run to start from, if there is one;
-        says so if it does not have them. The input for guidance of a UNet, if that run has none, begins without effect.
-        Raises CheckpointError if the weights do not fit."""
+        says so if it does not have them. The input for guidance of a UNet, if that run has none, begins without effect,
+        and the regions of a CLIP begin anew. Raises CheckpointError if the weights do not fit."""
         if self.start is None:
             return
         if not all(self.start.weights(name).is_file() for name in networks):
             print(f"{self.start.path}: no weights of {' and '.join(networks)}, which begin anew")
             return
         for name, network in networks.items():
-            load_weights(network, self.start.weights(name), new="guidance.")
+            load_weights(network, self.start.weights(name), new=("guidance.", "region_"))
         self.run.record_start(self.start, *(self.start.weights(name).name for name in networks))
