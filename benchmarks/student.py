@@ -190,10 +190,10 @@ def main() -> None:
     parser.add_argument("--clip", help="run folder with a stage clip, an evaluator of emoji: captions found, "
                         "and the Frechet distance in its vectors")
     parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--work", help="where rows are kept (RUN/report/student)")
+    parser.add_argument("--work", help="where samples are kept (report/student of the student)")
     parser.add_argument("--out", default="docs/images", help="where the figures go (%(default)s)")
     options = parser.parse_args()
-    work, out = Path(options.work or Path(options.run) / "report" / "student"), Path(options.out)
+    work, out = Path(options.work or Path(options.student or options.run) / "report" / "student"), Path(options.out)
     for folder in (work, out):
         folder.mkdir(parents=True, exist_ok=True)
     experiment = load_experiment(Path(options.run) / "config.yaml")

@@ -9,6 +9,7 @@ from emoji_packages import emoji_folder
 
 import train
 from benchmarks import student
+from benchmarks.figures.samplers import rates, resamples
 from benchmarks.student_scores import EmojiJudge, judge_of, table_row
 from files.config import from_dict
 from pipeline.loading import load_run
@@ -41,7 +42,6 @@ def emoji_data(tmp_path_factory, tiny):
 
 
 def test_real_images_keep_all_promises_and_images_of_others_do_not(emoji_data):
-    from benchmarks.figures.samplers import rates, resamples
     clip = ByColours()
     judge = EmojiJudge(from_dict(Experiment, {"name": "emoji", "data": emoji_data}), 24, clip)
     real = torch.stack(judge.prompts.images)
@@ -92,8 +92,9 @@ def test_a_released_folder_teaches(runs):
 def test_the_command_scores_emoji_and_keeps_what_it_drew(runs, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(student, "CALLS", (1, 2))
-    monkeypatch.setattr(sys, "argv", ["student", str(runs / "released"), "--student", str(runs / "student"), "--prompts",
-                                      "16", "--work", str(tmp_path / "work"), "--out", str(tmp_path)])
+    named = {"student": runs / "student", "prompts": 16, "work": tmp_path / "work", "out": tmp_path}
+    monkeypatch.setattr(sys, "argv", ["student", str(runs / "released"), *(
+        text for name, value in named.items() for text in (f"--{name}", str(value)))])
     student.main()
     first = capsys.readouterr().out
     assert (tmp_path / "student_emoji.png").stat().st_size > 1000 and (tmp_path / "student_emoji_scores.png").is_file()
