@@ -125,8 +125,8 @@ def test_it_is_stepped_once_and_sampled(path, tmp_path):
     else:
         overrides += ["data.shapes.train=40", "data.shapes.validation=4", "data.shapes.test=4"]
     run = tmp_path / "run"
-    if experiment.start_from:  # the run of another config
-        teacher = ROOT / "configs" / f"{Path(experiment.start_from).name}.yaml"
+    if experiment.start_from:  # the run of another config, or what was released of it
+        teacher = ROOT / "configs" / f"{Path(experiment.start_from).name.replace('-', '_')}.yaml"
         train.main([str(teacher), f"run={tmp_path / 'teacher'}", *overrides])
         overrides.append(f"start_from={tmp_path / 'teacher'}")
     train.main([str(path), f"run={run}", *overrides])

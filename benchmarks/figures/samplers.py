@@ -168,21 +168,30 @@ def count_evaluations(*systems: TextToImage | None) -> Iterator[list[int]]:
             hook.remove()
 
 
-def draw_point(system: TextToImage, guide: TextToImage | None, point: Point, prompts: Prompts,
+def draw_timed(system: TextToImage, guide: TextToImage | None, point: Point, prompts: Prompts,
                dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.Tensor]:
-    """The stored result of a point: promises kept and made, prompt by prompt, and the first samples uint8."""
+    """Calls of the networks an image and seconds of processor time for all samples, and these, uint8 (N, 3, H, W)."""
     system.guide = guide if point.weak else None
     began = time.process_time()
     with count_evaluations(system, guide) as seen, torch.autocast(
             system.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         images = system.images_in_batches(prompts.captions, prompts.seeds, point.config, batch=BATCH)
-    row: dict[str, Any] = {"evaluations": seen[0] / len(images), "seconds": time.process_time() - began}
+    return {"evaluations": seen[0] / len(images), "seconds": time.process_time() - began}, images
+
+
+def promises_kept(images: torch.Tensor, prompts: Prompts) -> dict[str, Any]:
+    """Promises kept and made of each prompt by its sample, read back into a scene, for each measure."""
     scores = [score_scene(scene, facts) for scene, facts in zip(read_scenes(images, vocabulary()), prompts.facts)]
-    for measure in MEASURES:
-        names = ATTRIBUTES if measure == "attributes" else (measure,)
-        row[measure] = [[sum(sum(score[name]) for name in names), sum(len(score[name]) for name in names)]
-                        for score in scores]
-    return row, images[:SHOWN]
+    return {measure: [[sum(sum(score[name]) for name in names), sum(len(score[name]) for name in names)]
+                      for score in scores]
+            for measure, names in (("attributes", ATTRIBUTES), ("scene", ("scene",)))}
+
+
+def draw_point(system: TextToImage, guide: TextToImage | None, point: Point, prompts: Prompts,
+               dtype: torch.dtype | None) -> tuple[dict[str, Any], torch.Tensor]:
+    """The stored result of a point: promises kept and made, prompt by prompt, and the first samples uint8."""
+    row, images = draw_timed(system, guide, point, prompts, dtype)
+    return {**row, **promises_kept(images, prompts)}, images[:SHOWN]
 
 
 def rates(row: dict[str, Any], measure: str, draws: np.ndarray) -> np.ndarray:
