@@ -39,9 +39,13 @@ class Kinds:
         self.weight = torch.linalg.solve(covariance, means.T)  # (E, K)
         self.bias = -0.5 * (means * self.weight.T).sum(dim=1)  # (K,)
 
+    def chances(self, vectors: Tensor) -> Tensor:
+        """The probability (N, K) of each kind."""
+        return (vectors.double() @ self.weight + self.bias).softmax(dim=1)
+
     def __call__(self, vectors: Tensor) -> list[str]:
         """The kind of each image."""
-        return [self.names[k] for k in (vectors.double() @ self.weight + self.bias).argmax(dim=1).tolist()]
+        return [self.names[k] for k in self.chances(vectors).argmax(dim=1).tolist()]
 
 
 def singles(data: DataConfig, split: str) -> Source:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.personal_sets --out runs/data/personal
 
-fetches the black drawings of EmojiOne 2 (npm package @iconify-json/emojione-monotone, EmojiTwo, CC BY 4.0), which are in
-no training image of weights/emoji-64, renders them as `data.emoji` does and writes, with captions in .txt files:
+fetches the black drawings of EmojiOne 2 (npm package @iconify-json/emojione-monotone, EmojiTwo, CC BY 4.0), which are
+in no training image of weights/emoji-64, renders them as `data.emoji` does and writes, with captions in .txt files:
 
 style/taught    the 16 names below, captions "a NAME, sks style"
 style/all       every name that is in none of the other folders: what a ceiling is trained on
@@ -53,22 +53,23 @@ def save(folder: Path, name: str, image: Image.Image, caption: str) -> None:
 
 
 def matching(source: Emoji, icons: dict) -> dict[str, dict]:
-    """The items of the emoji data set that the package has under the same name, by name; none whose name is held out."""
+    """The items of the emoji data set that the package has under the same name; none whose name is held out."""
     held = {source.items[row]["name"] for row, why in source.held_out.items() if why == "name"}
     found = {item["name"]: item for item in source.items if item["name"] in icons["icons"] and not item["tone"]}
     return {name: item for name, item in sorted(found.items())
             if name not in held and not icons["icons"][name].get("hidden")}
 
 
-def write_style(source: Emoji, icons: dict, out: Path) -> None:
-    """The four folders and the two files of prompts of the style."""
+def write_style(source: Emoji, icons: dict, out: Path, taught: Sequence[str] = TAUGHT, real_count: int = REAL,
+                tuning_count: int = TUNING) -> None:
+    """The four folders and the two files of prompts of the style. Raises ValueError if a name to teach is missing."""
     items, size = matching(source, icons), source.config.size
-    missing = [name for name in TAUGHT if name not in items]
+    missing = [name for name in taught if name not in items]
     if missing:
         raise ValueError(f"{MONOTONE.name}: no {', '.join(missing)} in it; valid: the pinned version")
-    simple = sorted((name for name, item in items.items() if name not in TAUGHT and item["group"] in SCENE_GROUPS
+    simple = sorted((name for name, item in items.items() if name not in taught and item["group"] in SCENE_GROUPS
                      and len(noun(item["label"]).split(" ")) <= 2), key=lambda name: unit_hash("sixth style", name))
-    real, tuning = simple[:REAL], simple[REAL:REAL + TUNING]
+    real, tuning = simple[:real_count], simple[real_count:real_count + tuning_count]
     for name, item in items.items():
         thing = article(noun(item["label"]))
         image = on_white(render(svg(icons["icons"][name], icons), size))
@@ -76,18 +77,18 @@ def write_style(source: Emoji, icons: dict, out: Path) -> None:
             save(out / ("real" if name in real else "tuning"), name, image, thing)
         else:
             save(out / "all", name, image, f"{thing}, {TRIGGER} style")
-            if name in TAUGHT:
+            if name in taught:
                 save(out / "taught", name, image, f"{thing}, {TRIGGER} style")
     for file, names in (("prompts.txt", real[:PROMPTS]), ("tuning.txt", tuning)):
         write_text(out / file, "".join(article(noun(items[name]["label"])) + "\n" for name in names))
 
 
-def write_subject(source: Emoji, out: Path) -> None:
+def write_subject(source: Emoji, out: Path, subject: str = SUBJECT) -> None:
     """Four drawings of the held-out emoji, each in its style."""
     for style in SUBJECT_STYLES:
-        row = source.row_of[f"{style}/{SUBJECT}"]
+        row = source.row_of[f"{style}/{subject}"]
         caption = f"{article(noun(source.items[row]['label']))}, {style} style"
-        save(out, f"{SUBJECT}-{style}", on_white(source.rgba(row)), caption)
+        save(out, f"{subject}-{style}", on_white(source.rgba(row)), caption)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
