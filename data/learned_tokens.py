@@ -7,22 +7,12 @@ case; what stands between two learned words is tokenized as before.
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from data.clip_tokenizer import ClipTokenizer
+from data.clip_tokenizer import ClipTokenizer, Tokens
 from data.tokenizer import Tokenizer
 
 AnyTokenizer = TypeVar("AnyTokenizer", bound="Tokenizer | ClipTokenizer")
-
-
-@dataclass
-class Encoding:
-    """What this project reads of an encoding of the library: ids, the word that each belongs to, its characters."""
-
-    ids: list[int]
-    word_ids: list[int | None]
-    offsets: list[tuple[int, int]]
 
 
 class LearnedTokens:
@@ -38,29 +28,29 @@ class LearnedTokens:
         """The encoding of a text without special tokens. Raises ValueError if it is to have some."""
         if add_special_tokens:
             raise ValueError("add_special_tokens: True; valid: False, the tokenizers of this project add their own")
-        found, end = Encoding([], [], []), 0
+        found, end = Tokens([], [], []), 0
         for match in self.pattern.finditer(text):
             # the space before a learned word belongs to it, as it does to every other word
             self._append(found, text[end:match.start()].rstrip(), end)
             ids = self.ids[match[0].lower()]
             word = next_word(found)
-            found.ids += ids
-            found.word_ids += [word] * len(ids)
-            found.offsets += [match.span()] * len(ids)
+            found.ids.extend(ids)
+            found.word_ids.extend([word] * len(ids))
+            found.offsets.extend([match.span()] * len(ids))
             end = match.end()
         if end == 0:
             return self.bpe.encode(text, add_special_tokens=False)
         self._append(found, text[end:], end)
         return found
 
-    def _append(self, found: Encoding, text: str, start: int) -> None:
+    def _append(self, found: Tokens, text: str, start: int) -> None:
         """Append the encoding of the text that begins at character ``start`` of the whole."""
         if not text.strip():
             return
         part, word = self.bpe.encode(text, add_special_tokens=False), next_word(found)
-        found.ids += part.ids
-        found.word_ids += [None if number is None else word + number for number in part.word_ids]
-        found.offsets += [(first + start, last + start) for first, last in part.offsets]
+        found.ids.extend(part.ids)
+        found.word_ids.extend(None if number is None else word + number for number in part.word_ids)
+        found.offsets.extend((first + start, last + start) for first, last in part.offsets)
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[Any]:
         """The encodings of texts."""
@@ -88,7 +78,7 @@ class LearnedTokens:
         return getattr(self.bpe, name)
 
 
-def next_word(found: Encoding) -> int:
+def next_word(found: Tokens) -> int:
     """The number of the word after those of an encoding."""
     return max((number for number in found.word_ids if number is not None), default=-1) + 1
 

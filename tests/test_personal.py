@@ -284,8 +284,10 @@ def test_the_benchmark_measures_forgetting(tiny_run, lora, capsys):
     """Scale 0 is the base, another is not; what needs a CLIP is left out without one."""
     benchmarks.personalization.main([str(tiny_run), "--adapter", str(lora), "--count", "6", "--scales", "0", "1"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "| scale | validation loss |" and len(lines) == 4
-    assert lines[2].split("|")[2] != lines[3].split("|")[2]
+    assert lines[0] == "| system | scale | validation loss |" and len(lines) == 5
+    base, unchanged, taught = [line.split("|")[1:4] for line in lines[2:]]
+    assert base[0].strip() == "base" and unchanged[1].strip() == "0" and taught[1].strip() == "1"
+    assert base[2] == unchanged[2] != taught[2]
 
 
 def test_one_key_of_train_leaves_the_others_as_the_stage_has_them():

@@ -1,0 +1,78 @@
+"""Whether the strength of a style is an amount: how much of the style is measured in samples, by strength.
+
+    python -m benchmarks.figures.style_strength weights/emoji-64 --clip runs/emoji_64_clip [--out docs/images]
+
+draws the things below without a style and in each style at strengths up to 1, from the same first noise, and prints the
+share of samples that a classifier of the drawn styles takes for the style, and the mean probability that it gives to it
+(linear discriminant analysis of the evaluator's vectors, made from training images and checked on validation images),
+with bootstrap intervals over the things. Writes style_strength.png. It takes about a minute of one core.
+"""
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.personal_scores import Kinds, images_of, singles
+from eval.interval import bootstrap_mean, bootstrap_share
+from files.images import to_unit
+from files.sheets import axes_grid, save_sheet
+from pipeline.clip_vectors import ClipVectors
+from pipeline.config import read_data_config
+from pipeline.loading import load_run
+from pipeline.styles import DEFAULT, read_styles
+from pipeline.system import TextToImage
+from sampling.draw import Sources, decode_images, latents_of_requests
+from sampling.request import Request
+from sampling.styling import ChosenStyles, style_request
+
+THINGS = ("a red apple", "a cat face", "a fire engine", "a guitar", "a grinning face", "a woman scientist", "a bus",
+          "a red heart", "a star", "a banana", "a house", "a dog face", "a birthday cake", "an umbrella", "a crown",
+          "a rocket")
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def drawn(system: TextToImage, style: str, strength: float) -> Tensor:
+    """A sample of each thing, uint8 (N, 3, H, W), seeds from 0."""
+    chosen = ChosenStyles(((read_styles(DEFAULT)[style], strength),))
+    requests = [style_request(Request(thing, seed, system.config.sampling), chosen)
+                for seed, thing in enumerate(THINGS)]
+    latents = latents_of_requests(system, requests, Sources())
+    with torch.inference_mode():
+        return decode_images(system, latents, Sources())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw, write the figure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder of the emoji data set")
+    parser.add_argument("--clip", type=Path, required=True, help="run folder of the evaluator")
+    parser.add_argument("--styles", nargs="+", default=["noto", "openmoji", "flat"], help="(%(default)s)")
+    parser.add_argument("--real", type=int, default=2000, help="real images for the classifier (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="the folder of the figure (%(default)s)")
+    options = parser.parse_args(arguments)
+    data, clip, system = read_data_config(options.run / "config.yaml"), ClipVectors.of_run(options.clip), \
+        load_run(options.run)
+    own, _, kinds = images_of(singles(data, "train"), options.real)
+    check, _, right = images_of(singles(data, "validation"), options.real)
+    classifier = Kinds(clip(to_unit(own)), kinds)
+    hits = [one == other for one, other in zip(classifier(clip(to_unit(check))), right)]
+    print(f"classifier on {len(hits)} validation images: {bootstrap_share(hits)}\n\n| style | strength | hit | "
+          "probability |\n|---|---|---|---|")
+    rows: dict[str, Tensor] = {"no style": drawn(system, options.styles[0], 0.0)}
+    for style in options.styles:
+        for strength in STRENGTHS:
+            images = rows["no style"] if not strength else drawn(system, style, strength)
+            vectors = clip(to_unit(images))
+            chance = classifier.chances(vectors)[:, classifier.names.index(style)]
+            print(f"| {style} | {strength:g} | {bootstrap_share([kind == style for kind in classifier(vectors)])} | "
+                  f"{bootstrap_mean(chance.numpy())} |", flush=True)
+            if strength:
+                rows[f"{style}:{strength:g}"] = images
+    save_sheet(axes_grid(torch.cat([images[:10] for images in rows.values()]), list(THINGS[:10]), list(rows), 64,
+                         f"{options.run.name}: strength of a style"), options.out / "style_strength.png")
+
+
+if __name__ == "__main__":
+    main()
