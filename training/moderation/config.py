@@ -52,7 +52,7 @@ class ModeratorStage:
     kept: dict[str, float] = field(default_factory=lambda: {
         "captions": 0.4, "long_captions": 0.3, "scenes": 0.3, "nibbler": 3.0})
     ordinary: int = 2000
-    requests: int = 4000
+    requests: int = 5000
     variations: int = 1
     twins: int = 32
     margin: float = 1.5
@@ -60,7 +60,7 @@ class ModeratorStage:
     budget: dict[str, float] = field(default_factory=lambda: {
         "real_prompts": 0.006, "captions": 0.0008, "overt_benign_edge": 0.004, "subjects": 0.005,
         "long_harmless": 0.02, "copro_masked": 0.012, "ordinary": 0.005, "long_captions": 0.005, "scenes": 0.002})
-    short_budget: float = 0.003
+    short_budget: float = 0.006
     flag_budget: float = 3.0
     known_from: int = 6
     minors_budget: float = 0.01
