@@ -106,7 +106,8 @@ class PromptGate:
         read = [normalize(text, lexicon.is_word, LONGEST)]
         other = with_spaces_for_signs(text)
         if other is not None:  # the words as a tokenizer splits them
-            read += [one for one in [normalize(other, lexicon.is_word, 2 * LONGEST)] if one.plain != read[0].plain]
+            plain = normalize(other, lexicon.is_word, 2 * LONGEST, with_readings=False).plain
+            read += [normalize(other, lexicon.is_word, 2 * LONGEST)] if plain != read[0].plain else []
         minor = any(minors.matches(one) or _names_minor_age(one.plain) for one in read)
         matches = [match for one in read for match in lexicon.matches(one)]
         if minor:  # then a speculative reading is enough
