@@ -27,6 +27,7 @@ from training.moderation.rows import Row
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
 NEVER = 2.0  # a threshold that no probability reaches
+MADE = ("ordinary", "requests")  # sources that are made; what they use says nothing about the use of a term
 PLURALS = ("s", "es")
 PLAIN = "plain "  # begins the topic of plain words
 ENDINGS = ("s", "es", "z", "ed", "er", "ers", "ing", "in", "y")
@@ -261,7 +262,7 @@ def minors_limit(judge: Judge, rows: list[Row], minors: Lexicon, budget: float, 
 def assemble(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
              config: ModeratorStage) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, settings) of the file: the head, the lexicon from training text, thresholds from development text."""
-    terms = lexicon_terms(corpus, [row for row in parts["train"] if row.harmless and row.source != "ordinary"])
+    terms = lexicon_terms(corpus, [row for row in parts["train"] if row.harmless and row.source not in MADE])
     plain = {term.text for term in corpus.terms if term.topic.startswith(PLAIN)}
     severe = {term.text for term in terms if term.level >= FLAG} - plain
     known = {word for word in corpus.words | corpus.names if re.fullmatch(r"[a-z]{2,40}", word)} - severe
