@@ -14,7 +14,7 @@ from pathlib import Path
 from safety.audit import AuditError, AuditLog
 from safety.keywords import BLOCK, FLAG, Match
 from safety.normalize import LONGEST, Normalized, TextError, is_foreign, latin_words, normalize, with_spaces_for_signs
-from safety.parts import parts_of
+from safety.parts import judged_texts
 from safety.policy import CATEGORIES, HEADS, MODES, Decision, Mode, Policy, action_in_mode, most_severe, refusal
 from safety.prompt import DEFAULT, Artefact, load_artefact
 
@@ -106,7 +106,8 @@ class PromptGate:
         read = [normalize(text, lexicon.is_word, LONGEST)]
         other = with_spaces_for_signs(text)
         if other is not None:  # the words as a tokenizer splits them
-            read += [one for one in [normalize(other, lexicon.is_word, 2 * LONGEST)] if one.plain != read[0].plain]
+            plain = normalize(other, lexicon.is_word, 2 * LONGEST, with_readings=False).plain
+            read += [normalize(other, lexicon.is_word, 2 * LONGEST)] if plain != read[0].plain else []
         minor = any(minors.matches(one) or _names_minor_age(one.plain) for one in read)
         matches = [match for one in read for match in lexicon.matches(one)]
         if minor:  # then a speculative reading is enough
@@ -117,7 +118,8 @@ class PromptGate:
             judged = list(read)
             if not text.isascii():  # lookalikes may be the words of another language
                 judged.append(normalize(latin_words(text), lexicon.is_word, LONGEST, with_readings=False))
-            heads.append(_highest_scores([self.artefact.head.highest_scores(*parts_of(one)) for one in judged]))
+            texts = [text for one in judged for text in judged_texts(one, self.artefact.spelling, lexicon.is_word)]
+            heads.append(_highest_scores([self.artefact.head.highest_scores(*text) for text in texts]))
             if self.encoder is not None:
                 heads.append(_highest_scores([self._encoder_scores(one.plain) for one in read]))
         return Explanation(read[0], tuple(dict.fromkeys(matches)), minor, tuple(heads))
@@ -159,7 +161,7 @@ class PromptGate:
             hits = [category for category, action in rules if action == "block"]
             return refusal("rule", hits[0]) if hits else Decision("allow")
         sexual = any(match.category == _SEXUAL for match in read.matches)
-        decision = self._policy().decide(read.heads, rules, read.minor, sexual)
+        decision = self._policy().decide(read.heads, rules, read.minor, sexual, len(read.normalized.plain.split()))
         if decision.action == "allow" and strange:
             return Decision("flag", "", reason="most of it is not in English: not checked")
         letters = [len(word) == 1 for word in read.normalized.plain.split()]

@@ -113,7 +113,6 @@ def misspelt_forms(word: str) -> list[str]:
     return found
 
 
-@lru_cache(maxsize=2048)  # both lexicons of a gate ask for the same words
 def misspelt_codes(word: bytes) -> list[int]:
     """The CRC-32 of each of the ``misspelt_forms`` of a word, in the same order, without building them: the code of a
     text continues that of its beginning."""
@@ -207,74 +206,103 @@ class Lexicon:
     def matches(self, normalized: Normalized, bold: bool = False) -> list[Match]:
         """The listed terms in the words of the text and in its readings. Severe readings find blocking terms only, or
         all terms if ``bold``."""
-        found = {(category, level, "words", span): None for category, level, span in self._in_words(normalized.plain)}
-        owners = [reading for reading in normalized.readings if reading.whole]
-        spans = [reading.text for reading in owners]
-        once = [reading for reading in owners if reading.kind.endswith("once")]
-        spans += ["=" + reading.text for reading in once]
-        owners += once
-        for span, reading in self._stems([reading for reading in normalized.readings if not reading.whole]):
-            spans.append(span)
-            owners.append(reading)
-        for form, reading in self._misspelt(normalized.readings):
-            spans.append(form)
-            owners.append(reading)
-        for place in self._possible([zlib.crc32(span.encode("ascii", "replace")) for span in spans]):
-            hit, reading = self._hit(spans[place]), owners[place]
-            whole = reading.whole or reading.kind == MISSPELLING
-            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (whole or hit[2]):
-                found[hit[0], hit[1], reading.kind, spans[place]] = None
+        one = sought(normalized)
+        places: list[list[int]] = [[] for _ in one.ends]
+        for place in self._possible(one.codes):
+            part = bisect.bisect_right(one.ends, place)
+            places[part].append(place - (one.ends[part - 1] if part else 0))
+        joined, runs, whole, begun, misspelt = places
+        found = {(category, level, "words", span): None
+                 for category, level, span in self._in_words(one.words, joined, runs)}
+        spans = [one.spans[place] for place in whole]
+        spans += self._stems([one.stems[place] for place in begun])
+        spans += [one.misspelt_form(place) for place in misspelt]
+        for span, reading in spans:
+            hit, complete = self._hit(span), reading.whole or reading.kind == MISSPELLING
+            if hit and (bold or hit[1] >= BLOCK or not reading.severe) and (complete or hit[2]):
+                found[hit[0], hit[1], reading.kind, span] = None
         return [Match(*key) for key in found]
 
-    def _misspelt(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
-        """(form, reading) of those ``misspelt_forms`` of unknown words that the bitmap does not reject, for terms of at
-        least MISSPELT letters."""
-        chosen = [reading for reading in readings
-                  if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS]
-        codes = [misspelt_codes(reading.text.encode("ascii", "replace")) for reading in chosen]
-        ends = list(itertools.accumulate(map(len, codes)))
-        for at in self._possible(list(itertools.chain.from_iterable(codes))):
-            place = bisect.bisect_right(ends, at)
-            form = misspelt_forms(chosen[place].text)[at - ends[place]]  # counted from the end of its word
-            yield form, chosen[place]._replace(kind=MISSPELLING)
-
-    def _possible(self, codes: Sequence[int]) -> list[int]:
-        """The indices of the CRC-32 codes that are set in the bitmap."""
-        places = np.array(codes, np.int64) & self._mask
+    def _possible(self, codes: np.ndarray) -> list[int]:
+        """The indices of the CRC-32 codes (N,) that are set in the bitmap."""
+        places = codes & self._mask
         return np.flatnonzero(self.bitmap[places >> 3] >> (places & 7).astype(np.uint8) & 1).tolist()
 
-    def _in_words(self, plain: str) -> list[tuple[int, int, str]]:
-        """(category, level, span) of terms of up to WORDS words, and of two words that make a term together."""
-        words = plain.split()
-        encoded = [word.encode("ascii", "replace") for word in words]
-        spaced = [b" " + word for word in encoded]
-        code = list(map(zlib.crc32, encoded))
-        joined = list(map(zlib.crc32, encoded[1:], code))  # of two words without a space between them
+    def _in_words(self, words: Sequence[str], joined: Sequence[int], runs: Sequence[int]) -> list[tuple[int, int, str]]:
+        """(category, level, span) of terms of up to WORDS words, and of two words that make a term together, among the
+        places that the bitmap does not reject: of pairs, and of runs of one, two, three and four words."""
         found = []
-        for start in self._possible(joined):
+        for start in joined:
             span = words[start] + words[start + 1]
             hit = self._hit(span) if len(span) >= JOINED else None
             if hit and hit[1] >= BLOCK:
                 found.append((start, 0, (hit[0], hit[1], span)))
-        for size in range(1, WORDS + 1):
-            for start in self._possible(code):
-                span = " ".join(words[start:start + size])
-                hit = self._hit(span)
-                if hit:
-                    found.append((start, size, (hit[0], hit[1], span)))
-            code = list(map(zlib.crc32, spaced[size:], code))  # continues over the next word
+        for place in runs:
+            start, size = place, 1
+            while start > len(words) - size:
+                start, size = start - (len(words) - size + 1), size + 1
+            span = " ".join(words[start:start + size])
+            hit = self._hit(span)
+            if hit:
+                found.append((start, size, (hit[0], hit[1], span)))
         return [one for _, _, one in sorted(found)]
 
-    def _stems(self, readings: Sequence[Reading]) -> Iterator[tuple[str, Reading]]:
-        """Spans of readings that begin with the stem of a term that counts inside other words."""
-        begun = zlib.crc32(b"<")
-        places, codes = [], []
-        for reading in readings:
-            encoded = reading.text.encode("ascii", "replace")
-            starts = range(len(encoded) - STEM + 1)
-            places += [(reading, start) for start in starts]
-            codes += [zlib.crc32(encoded[start:start + STEM], begun) for start in starts]
-        found = (places[place] for place in self._possible(codes))
-        for reading, span in dict.fromkeys((reading, reading.text[start:start + LETTERS]) for reading, start in found):
-            for end in range(STEM, len(span) + 1):
-                yield span[:end], reading
+    def _stems(self, places: Sequence[tuple[Reading, int]]) -> list[tuple[str, Reading]]:
+        """The spans that begin at the places of readings where a term begins that counts inside other words, and that
+        the bitmap does not reject."""
+        begun = dict.fromkeys((reading, reading.text[start:start + LETTERS]) for reading, start in places)
+        found = [(span[:end], reading) for reading, span in begun for end in range(STEM, len(span) + 1)]
+        codes = np.array([zlib.crc32(span.encode("ascii", "replace")) for span, _ in found], np.int64)
+        return [found[place] for place in self._possible(codes)]
+
+
+@dataclass(frozen=True)
+class Sought:
+    """All that is looked up of a text, the same for every lexicon: ``codes`` (N,) are the CRC-32 codes of its pairs of
+    words as one word, of its runs of words, of ``spans``, of ``stems`` and of the misspelt forms of ``unknown``, which
+    end at ``ends``; ``forms`` are the ends of the forms of each unknown word."""
+
+    words: list[str]
+    spans: list[tuple[str, Reading]]
+    stems: list[tuple[Reading, int]]
+    unknown: list[Reading]
+    forms: list[int]
+    codes: np.ndarray
+    ends: list[int]
+
+    def misspelt_form(self, place: int) -> tuple[str, Reading]:
+        """The form at a place among those of all unknown words, and its reading."""
+        owner = bisect.bisect_right(self.forms, place)
+        reading = self.unknown[owner]  # the place is counted from the end of the forms of its word
+        return misspelt_forms(reading.text)[place - self.forms[owner]], reading._replace(kind=MISSPELLING)
+
+
+@lru_cache(maxsize=2)  # both lexicons of a gate ask for the same text
+def sought(read: Normalized) -> Sought:
+    """All that is looked up of a normalised text."""
+    crc, words = zlib.crc32, read.plain.split()
+    encoded = [word.encode("ascii", "replace") for word in words]
+    spaced = [b" " + word for word in encoded]
+    code = list(map(crc, encoded))
+    parts = [list(map(crc, encoded[1:], code)), list(code)]  # of two words without a space between them; of runs
+    for size in range(1, WORDS):
+        code = list(map(crc, spaced[size:], code))  # continues over the next word
+        parts[1] += code
+    owners = [reading for reading in read.readings if reading.whole]
+    spans = [(reading.text, reading) for reading in owners]
+    spans += [("=" + reading.text, reading) for reading in owners if reading.kind.endswith("once")]
+    parts.append([crc(span.encode("ascii", "replace")) for span, _ in spans])
+    begun, stems, of_stems = crc(b"<"), list[tuple[Reading, int]](), list[int]()
+    for reading in read.readings:
+        if not reading.whole:
+            letters = reading.text.encode("ascii", "replace")
+            starts = range(len(letters) - STEM + 1)
+            stems += [(reading, start) for start in starts]
+            of_stems += [crc(letters[start:start + STEM], begun) for start in starts]
+    unknown = [reading for reading in read.readings
+               if reading.kind == "embedded" and MISSPELT - 1 <= len(reading.text) <= LETTERS]
+    misspelt = [misspelt_codes(reading.text.encode("ascii", "replace")) for reading in unknown]
+    parts += [of_stems, list(itertools.chain.from_iterable(misspelt))]
+    return Sought(words, spans, stems, unknown, list(itertools.accumulate(map(len, misspelt))),
+                  np.array(list(itertools.chain.from_iterable(parts)), np.int64),
+                  list(itertools.accumulate(map(len, parts))))

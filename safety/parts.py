@@ -2,7 +2,11 @@
 
 A part is a range of words, (first, end). The highest score over all parts of a text counts.
 """
+from collections.abc import Callable
+from itertools import accumulate
+
 from safety.normalize import Normalized
+from safety.spelling import Spelling
 
 WINDOW = 120  # letters; a smaller window finds more hidden harm and blocks more harmless text
 CLAUSE = 4  # least words of a clause that is judged apart
@@ -18,6 +22,20 @@ def parts_of(read: Normalized) -> tuple[str, list[Span]]:
     if len(read.clauses) > 1 and len(cut) == len(words):
         spans += [clause for clause in read.clauses if clause[1] - clause[0] >= CLAUSE]
     return " ".join(cut), list(dict.fromkeys(spans))
+
+
+def judged_texts(read: Normalized, spelling: Spelling, is_word: Callable[[str], bool]) -> list[tuple[str, list[Span]]]:
+    """(plain text, its parts) of all that the network reads of a text: the text, and the text with its unknown words as
+    the known ones that were probably meant, if there are any."""
+    words = read.plain.split()
+    meant = spelling.respelled(words, is_word)
+    if not meant:
+        return [parts_of(read)]
+    said = [meant.get(word, (word,)) for word in words]
+    ends = [0, *accumulate(map(len, said))]
+    clauses = tuple((ends[first], ends[end]) for first, end in read.clauses)
+    other = Normalized(" ".join(word for some in said for word in some), clauses=clauses)
+    return [parts_of(read), parts_of(other)]
 
 
 def windows(words: list[str]) -> list[Span]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-VERSION = "2"
+VERSION = "3"
+SHORT = 8  # most words of a short text, which has thresholds of its own
 Action = Literal["allow", "flag", "blur", "block"]
 ACTIONS: tuple[Action, ...] = ("allow", "flag", "blur", "block")  # from mild to severe
 Mode = Literal["block", "blur", "flag", "off"]
@@ -99,16 +100,22 @@ class Policy:
     share that is expected instead. It moves scores and thresholds alike (``at_prior``): the meaning of a score changes,
     and no decision does, because thresholds are set by what harmless text they block.
 
+    ``short`` are the limits of texts of up to SHORT words, by default the same. The scores of harmless short texts are
+    far below those of long ones, which have many parts of which the highest counts: thresholds for long texts let
+    nearly every short request pass.
+
     ``naming`` (K, K + 1) turns the log odds of the K scores and a 1 into a rank of the categories: the first names the
     harm. Without it, the category that is farthest above its threshold does.
     """
 
     def __init__(self, limits: Mapping[str, Limits], minors: float, rates: Mapping[str, float] | None = None,
-                 prior: float | None = None, naming: Sequence[Sequence[float]] | None = None):
-        missing = [name for name in HEADS if name not in limits]
-        unknown = [name for name in limits if name not in HEADS]
-        if missing or unknown:
-            raise ValueError(f"limits: missing {missing}, unknown {unknown}; valid: {', '.join(HEADS)}")
+                 prior: float | None = None, naming: Sequence[Sequence[float]] | None = None,
+                 short: Mapping[str, Limits] | None = None):
+        for of_name, some in (("limits", limits), ("short", limits if short is None else short)):
+            missing = [name for name in HEADS if name not in some]
+            unknown = [name for name in some if name not in HEADS]
+            if missing or unknown:
+                raise ValueError(f"{of_name}: missing {missing}, unknown {unknown}; valid: {', '.join(HEADS)}")
         if not 0 < minors <= 1:
             raise ValueError(f"minors: {minors}; valid: above 0 and up to 1")
         if prior is not None and not 0 < prior < 1:
@@ -116,11 +123,11 @@ class Policy:
         if naming is not None and [len(row) for row in naming] != [len(HEADS) + 1] * len(HEADS):
             raise ValueError(f"naming: rows of {[len(row) for row in naming]}; valid: {len(HEADS)} of {len(HEADS) + 1}")
         self.limits, self.minors, self.rates, self.prior = dict(limits), minors, dict(rates or {}), prior
-        self.naming = naming
+        self.naming, self.short = naming, dict(limits if short is None else short)
 
     def with_prior(self, prior: float | None) -> "Policy":
         """The same policy whose scores are probabilities where the share ``prior`` of the texts is harmful."""
-        return Policy(self.limits, self.minors, self.rates, prior, self.naming)
+        return Policy(self.limits, self.minors, self.rates, prior, self.naming, self.short)
 
     def at_prior(self, probability: float, category: str) -> float:
         """A probability under ``prior`` instead of the rate of the category: the odds are multiplied by the ratio of
@@ -132,13 +139,14 @@ class Policy:
         return 1 / (1 + math.exp(-min(max(shifted, -60), 60)))
 
     def decide(self, heads: Sequence[Mapping[str, float]], rules: Sequence[tuple[str, str]] = (),
-               minor: bool = False, sexual_term: bool = False) -> Decision:
+               minor: bool = False, sexual_term: bool = False, words: int = SHORT + 1) -> Decision:
         """The decision on a text, with its scores under ``prior``.
 
         heads: the probabilities by category of each head; rules: the (category, action) of listed terms;
-        minor: the text has a term for a minor; sexual_term: it has a listed sexual term of any level.
+        minor: the text has a term for a minor; sexual_term: it has a listed sexual term of any level; words: how many
+        it has.
         """
-        found = self._decide(heads, rules, minor, sexual_term)
+        found = self._decide(heads, rules, minor, sexual_term, self.limits_for(words))
         if self.prior is None:
             return found
         decided = next((name for name, value in found.scores.items() if value == found.score), found.category)
@@ -148,7 +156,7 @@ class Policy:
                        scores={name: self.at_prior(value, name) for name, value in found.scores.items()})
 
     def _decide(self, heads: Sequence[Mapping[str, float]], rules: Sequence[tuple[str, str]], minor: bool,
-                sexual_term: bool) -> Decision:
+                sexual_term: bool, limits: Mapping[str, Limits]) -> Decision:
         """As ``decide``, with the scores as they are."""
         scores = {name: noisy_or([head[name] for head in heads if name in head]) for name in HEADS}
         if not all(math.isfinite(score) and 0 <= score <= 1 for score in scores.values()):
@@ -161,16 +169,16 @@ class Policy:
                 return Decision("block", hits[0], 1.0, 0.0, "rule", scores=scores)
             # the category that is farthest above its threshold, in log odds, names the decision: a ratio would favour
             # those with low thresholds, because no score exceeds 1
-            over = [(log_odds(score) - log_odds(self.limit(name, action)), name) for name, score in scores.items()
-                    if score >= self.limit(name, action)]
+            over = [(log_odds(score) - log_odds(getattr(limits[name], action)), name) for name, score in scores.items()
+                    if score >= getattr(limits[name], action)]
             if over:
                 name = max(over)[1]
                 return Decision(action, self.name_of(scores, name), scores[name],  # type: ignore[arg-type]
-                                self.limit(name, action), "score", scores=scores)
+                                getattr(limits[name], action), "score", scores=scores)
             if hits:
                 return Decision("flag", hits[0], 1.0, 0.0, "rule", scores=scores)
-        name = max(scores, key=lambda name: log_odds(scores[name]) - log_odds(self.limits[name].flag))
-        return Decision("allow", name, scores[name], self.limits[name].flag, "score", scores=scores)
+        name = max(scores, key=lambda name: log_odds(scores[name]) - log_odds(limits[name].flag))
+        return Decision("allow", name, scores[name], limits[name].flag, "score", scores=scores)
 
     def name_of(self, scores: Mapping[str, float], decided: str) -> str:
         """The kind of harm of a text that a category has ``decided`` on: whether there is harm and which are different
@@ -181,9 +189,9 @@ class Policy:
         ranks = [sum(weight * value for weight, value in zip(row, inputs)) for row in self.naming]
         return max(zip(ranks[:-1], HEADS))[1]  # the last one is no kind of harm
 
-    def limit(self, category: str, action: str) -> float:
-        """The least score for which ``action`` is taken in ``category``."""
-        return getattr(self.limits[category], action)
+    def limits_for(self, words: int) -> dict[str, Limits]:
+        """The limits by category of a text of so many words."""
+        return self.short if words <= SHORT else self.limits
 
 
 def action_in_mode(action: Action, mode: Mode, category: str = "") -> Action:

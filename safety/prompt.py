@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from safety.keywords import Lexicon, WordFilter
 from safety.policy import HEADS, Limits, Policy
+from safety.spelling import Spelling
 
 FORMAT = "2"
 DEFAULT = Path(__file__).with_name("moderation.safetensors")  # the shipped file; its card is moderation.json
@@ -57,13 +58,14 @@ def placed_ngrams(plain: str, bits: tuple[int, int]) -> tuple[np.ndarray, np.nda
             break
         grams = grams[:-1] * np.uint64(37) + codes[size - 1:]
         kept = before[size - 1:len(codes)] == before[1:len(codes) - size + 2]  # no space inside the n-gram
-        found.append(((grams[kept] + np.uint64(size * 0x1000003)) * _MIX) >> shift)
+        found.append(grams[kept] + np.uint64(size * 0x1000003))
         owners.append(before[1:len(codes) - size + 2][kept] - 1)
     words = np.empty(2 * len(split) - 1, np.uint64)
     words[::2] = [zlib.crc32(word.encode()) for word in split]
     words[1::2] = words[:-2:2] * np.uint64(31) + words[2::2] * np.uint64(0x85EBCA6B) + np.uint64(97)
     mixed = (words * _MIX) >> np.uint64(64 - bits[1])
-    return np.concatenate(found).astype(np.int64), np.concatenate(owners), mixed.astype(np.int64)
+    characters = (np.concatenate(found) * _MIX) >> shift
+    return characters.astype(np.int64), np.concatenate(owners), mixed.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,13 @@ def distinct_sums(table: np.ndarray, ids: np.ndarray, ranges: np.ndarray) -> tup
 
 @dataclass(frozen=True)
 class Artefact:
-    """The contents of a file of moderation. ``minors`` holds the hashes of terms for minors."""
+    """The contents of a file of moderation. ``minors`` holds the hashes of terms for minors, ``spelling`` the words
+    that the network knows; a file of before has none of these."""
 
     head: PromptHead
     lexicon: Lexicon
     minors: Lexicon
+    spelling: Spelling
     policy: Policy
     card: dict[str, Any]
     hash: str
@@ -183,12 +187,13 @@ class Artefact:
 LEXICON = ("keys", "categories", "levels", "inside", "bitmap")
 
 
-def tensors_of(head: PromptHead, lexicon: Lexicon, minors: Lexicon) -> dict[str, np.ndarray]:
+def tensors_of(head: PromptHead, lexicon: Lexicon, minors: Lexicon, spelling: Spelling) -> dict[str, np.ndarray]:
     """The tensors of a file of moderation by name; ``load_artefact`` reads them back."""
     found = {f"head.{name}": np.ascontiguousarray(value) for name, value in head.weights.items()}
     for kind, one in (("lexicon", lexicon), ("minors", minors)):
         found |= {f"{kind}.{name}": getattr(one, name) for name in LEXICON}
-    return {**found, "words.bits": lexicon.words.bits}
+    return {**found, "words.bits": lexicon.words.bits, "spelling.codes": spelling.codes,
+            "spelling.costs": spelling.costs}
 
 
 def content_hash(tensors: Mapping[str, np.ndarray], settings: str) -> str:
@@ -224,8 +229,12 @@ def load_artefact(path: str | Path = DEFAULT) -> Artefact:
                            for kind in ("lexicon", "minors"))
         head = PromptHead(HeadConfig(**settings["head"]), {name.removeprefix("head."): value for name, value in
                                                            tensors.items() if name.startswith("head.")})
-        policy = Policy({name: Limits(**value) for name, value in settings["limits"].items()}, settings["minors"],
-                        settings.get("rates"), naming=settings.get("naming"))
+        spelling = Spelling(tensors.get("spelling.codes", np.zeros(0, np.uint32)),
+                            tensors.get("spelling.costs", np.zeros(0, np.uint8)))
+        limits, short = ({name: Limits(**value) for name, value in settings[kind].items()} if kind in settings else None
+                         for kind in ("limits", "short"))
+        policy = Policy(limits or {}, settings["minors"], settings.get("rates"), naming=settings.get("naming"),
+                        short=short)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"{path} does not fit this version: {error}") from None
-    return Artefact(head, lexicon, minors, policy, settings, found[:16])
+    return Artefact(head, lexicon, minors, spelling, policy, settings, found[:16])

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 from safety.keywords import BLOCK, FLAG, SIGNAL, Lexicon, Term, WordFilter
 from safety.policy import HEADS, MINORS
 from safety.prompt import FORMAT, HeadConfig, PromptHead, content_hash, tensors_of
+from safety.spelling import Spelling
 
 CONFIG = HeadConfig(char_bits=8, word_bits=8, width=4, hidden=6)
 COLUMNS = CONFIG.width + len(HEADS)
@@ -36,7 +37,8 @@ def written(path, out_bias: float = -4.0):
     lexicon = Lexicon.build([Term("zorbic", HEADS.index("hate"), BLOCK), Term("mildo", HEADS.index("harassment"), FLAG),
                              Term("signo", HEADS.index("sexual"), SIGNAL)], words, 2**12)
     minors = Lexicon.build([Term("smallperson", MINORS, BLOCK, False)], words, 2**10)
-    tensors = tensors_of(PromptHead(CONFIG, head_weights(out_bias=out_bias)), lexicon, minors)
+    spelling = Spelling.build({"a": 9, "red": 4, "star": 4})
+    tensors = tensors_of(PromptHead(CONFIG, head_weights(out_bias=out_bias)), lexicon, minors, spelling)
     settings = json.dumps({"head": {"char_bits": 8, "word_bits": 8, "width": 4, "hidden": 6}, "minors": 0.9,
                            "limits": {name: {"flag": 0.95, "block": 0.99} for name in HEADS}})
     save_file(tensors, path, {"format": FORMAT, "settings": settings, "sha256": content_hash(tensors, settings)})

@@ -78,7 +78,7 @@ def test_by_itself_it_flags_no_more_harmless_text_than_its_budget(tiny_run, text
     rows = [row for row in read_corpus([text]).rows if row.labels]
     head = calibrate(fit(untrained_head(tiny_run), rows, CONFIG), rows, artefact, budget=0.05)
     harmless = [row for row in rows if row.harmless and row.source == "captions"]
-    limits = torch.tensor([artefact.policy.limits[name].flag for name in HEADS])
+    limits = torch.tensor([min(artefact.policy.limits[name].flag, artefact.policy.short[name].flag) for name in HEADS])
     with torch.no_grad():
         scores = torch.sigmoid(head.net(head.states(plain_texts(harmless))) * head.slope + head.shift)
     assert ((scores >= limits).float().mean(dim=0) <= 0.05).all() and (head.slope > 0).all()

@@ -51,7 +51,8 @@ def run(folder, tmp_path_factory) -> Path:
     config = tmp_path_factory.mktemp("config") / "moderation.yaml"
     config.write_text("name: tiny\nstages: [moderator]\n"
                       "moderator: {head: {char_bits: 10, word_bits: 10, width: 4, hidden: 8}, epochs: 6, batch: 64,\n"
-                      "  twins: 8, learning_rate: 0.02, budget: {captions: 0.02}, kept: {captions: 1.0}}\n")
+                      "  twins: 8, learning_rate: 0.02, budget: {captions: 0.02}, kept: {captions: 1.0},\n"
+                      "  ordinary: 0, requests: 0, short_budget: 0.02}\n")
     out = config.parent / "run"
     main([str(config), f"moderator.data.root={folder}", f"run={out}"])
     return out

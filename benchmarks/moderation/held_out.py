@@ -8,7 +8,7 @@ weights with other thresholds can be compared. Intervals are bootstrapped over g
 independent.
 """
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.moderation.metrics import auc, table
 from benchmarks.moderation.prompts import name_and_path
 from safety.gate import PromptGate
-from safety.normalize import LONGEST
+from safety.normalize import LONGEST, normalize
 from safety.policy import HEADS
 from safety.prompt import DEFAULT
 from training.moderation.artefact import BLOCKING, NEVER
@@ -35,15 +35,21 @@ class Judgements:
         found = [gate.check(row.text[:LONGEST]) for row in rows]
         self.action = np.array([decision.action for decision in found])
         self.category = np.array([decision.category for decision in found])
-        limits = {name: gate.artefact.policy.limits[name].block for name in BLOCKING}
-        kept = [name for name in BLOCKING if limits[name] < min(1.0, NEVER)]
+        policy = gate.artefact.policy
 
-        def margin(scores: dict[str, float]) -> float:
-            return max((_log_odds(scores[name]) - _log_odds(limits[name]) for name in kept), default=-RULE)
+        def margin(text: str, scores: Mapping[str, float]) -> float:
+            limits = policy.limits_for(number_of_words(text))
+            return max((_log_odds(scores[name]) - _log_odds(limits[name].block) for name in BLOCKING
+                        if limits[name].block < min(1.0, NEVER)), default=-RULE)
 
         self.margin = np.array([RULE if decision.action == "block" and decision.reason != "score"
-                                else margin(dict(decision.scores)) for decision in found])
+                                else margin(row.text, decision.scores) for row, decision in zip(rows, found)])
         self.score = np.array([[decision.scores.get(name, 1.0) for name in HEADS] for decision in found])
+
+
+def number_of_words(text: str) -> int:
+    """The number of plain words of a text, by which the gate chooses its thresholds."""
+    return len(normalize(text[:LONGEST], longest=10**6, with_readings=False).plain.split())
 
 
 def _log_odds(probability: float) -> float:

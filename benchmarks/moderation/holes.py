@@ -2,10 +2,10 @@
 
     python -m benchmarks.moderation.holes --data DIR [DIR ...] [--weights NAME=FILE ...] [--plain FILE.csv]
 
-Harmful text comes from the test split of the training folders, never from the repository. Plain requests are carriers
-that training does not use, filled with plain words of the test split, or the rows text,label,category of ``--plain``.
-The ordinary prompts of ordinary.yaml were written for this test. Rewrites are applied to those prompts of the test
-split that a gate blocks as they are.
+Harmful text comes from the test split of the training folders. Plain requests are carriers that training does not use,
+filled with plain words of the test split, the requests and harmless neighbours of plain.yaml, and the rows
+text,label,category of ``--plain``. Those of plain.yaml and the ordinary prompts of ordinary.yaml were written for this
+test. Rewrites are applied to those prompts of the test split that a gate blocks as they are.
 """
 import argparse
 import re
@@ -25,6 +25,7 @@ from training.moderation.artefact import PLAIN, PLURALS
 from training.moderation.corpus import Corpus, read_corpus
 
 ORDINARY = Path(__file__).with_name("ordinary.yaml")
+PLAIN_REQUESTS = Path(__file__).with_name("plain.yaml")
 CARRIERS = ("{}", "please draw {}", "an image of {} for my friend", "can you make {}?", "{} in high quality")
 CALM = "a quiet morning in a small village with a baker a river and old trees beside a yellow house on a green hill "
 JOYFUL = "happy lovely sunny gentle sweet pretty bright merry tiny golden".split()
@@ -81,8 +82,10 @@ def plain_requests(corpus: Corpus) -> tuple[list[tuple[str, str]], list[str]]:
 def plain_rows(gates: dict[str, PromptGate], corpus: Corpus, path: Path | None) -> list[list[str]]:
     """Plain requests by category, and their harmless neighbours: blocked, flagged, allowed, right category."""
     harmful, calm = plain_requests(corpus)
-    sets: dict[str, list[tuple[str, str]]] = {"words of the test split": harmful}
-    quiet = {"words of the test split": calm}
+    written = {category: list(texts) for category, texts in read_yaml(PLAIN_REQUESTS).items()}
+    quiet = {"words of the test split": calm, "plain": written.pop("harmless")}
+    sets = {"words of the test split": harmful,
+            "plain": [(text, category) for category, texts in written.items() for text in texts]}
     if path is not None:
         own = own_csv(path)
         sets[path.stem] = [(row.text, next(iter(row.labels))) for row in own if row.harmful]

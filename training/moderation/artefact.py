@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from safetensors.numpy import save_file
 from files.whole import whole_file, write_text
 from safety.keywords import BLOCK, FLAG, SIGNAL, WORDS, Lexicon, Term, WordFilter
 from safety.normalize import LONGEST, normalize
-from safety.parts import parts_of
-from safety.policy import HEADS, MINORS, VERSION, Limits
+from safety.parts import judged_texts
+from safety.policy import HEADS, MINORS, SHORT, VERSION, Limits
 from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
+from safety.spelling import Spelling
 from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Corpus
 from training.moderation.rows import Row
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
 NEVER = 2.0  # a threshold that no probability reaches
+MADE = ("ordinary", "requests")  # sources that are made; what they use says nothing about the use of a term
 PLURALS = ("s", "es")
 PLAIN = "plain "  # begins the topic of plain words
 ENDINGS = ("s", "es", "z", "ed", "er", "ers", "ing", "in", "y")
@@ -160,21 +162,33 @@ def limits_within(groups: dict[str, np.ndarray], budget: dict[str, float], categ
     return limits(low)
 
 
-def fit_limits(head: PromptHead, dev: list[Row], config: ModeratorStage, learned: set[str]) -> dict[str, Limits]:
-    """The limits of every category, from the budget of false positives on harmless development text; NEVER for a
-    category that is not ``learned``, whose score means nothing without examples."""
+def fit_limits(judge: "Judge", dev: list[Row], config: ModeratorStage,
+               learned: set[str]) -> tuple[dict[str, Limits], dict[str, Limits]]:
+    """The limits of every category for texts of more and of up to SHORT words, from the budget of false positives on
+    harmless development text; NEVER for a category that is not ``learned``, whose score means nothing without examples.
+    The short texts of all files share one budget, because few of each file are short."""
     harmless = [row for row in dev if row.labels and not row.harmful]  # twins known in their own category too
-    scores = scores_of(head, harmless)
-    names = {name: [i for i, row in enumerate(harmless) if row.source == name] for name in config.budget}
-    groups = {name: scores[places] for name, places in names.items() if places}
-    budget = {name: config.budget[name] for name in groups}
-    if not groups:  # only text of other files: the strictest budget applies to all of it
-        groups, budget = {"all": scores}, {"all": min(config.budget.values())}
-    block = limits_within(groups, budget, tuple(name for name in BLOCKING if name in learned))
+    scores, short = judge.scores(harmless), np.array([judge.is_short(row) for row in harmless], bool)
+    names = {name: np.array([row.source == name for row in harmless], bool) & ~short for name in config.budget}
+    long = {name: scores[places] for name, places in names.items() if places.any()}
+    if not long:  # only text of other files: the strictest budget applies to all of it
+        long = {"all": scores}
+    strictest = min(config.budget.values())
+    usual = _limits({name: (some, config.budget.get(name, strictest)) for name, some in long.items()}, config, learned)
+    if not short.any():
+        return usual, usual
+    return usual, _limits({"short": (scores[short], config.short_budget)}, config, learned)
+
+
+def _limits(groups: dict[str, tuple[np.ndarray, float]], config: ModeratorStage,
+            learned: set[str]) -> dict[str, Limits]:
+    """The limits of every category by the scores (B, K) of groups of harmless texts and the budget of each."""
+    scores, budget = ({name: pair[place] for name, pair in groups.items()} for place in (0, 1))
+    block = limits_within(scores, budget, tuple(name for name in BLOCKING if name in learned))
     wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
-    flag = limits_within(groups, wider, tuple(name for name in HEADS[:-1] if name in learned))
+    flag = limits_within(scores, wider, tuple(name for name in HEADS[:-1] if name in learned))
     # the last head has a budget of its own: its labels are noisy, and it would leave nothing to the others
-    flag[-1] = limits_within(groups, budget, tuple(name for name in HEADS[-1:] if name in learned))[-1]
+    flag[-1] = limits_within(scores, budget, tuple(name for name in HEADS[-1:] if name in learned))[-1]
     return {name: Limits(float(min(flag[i], block[i])), float(block[i])) for i, name in enumerate(HEADS)}
 
 
@@ -184,13 +198,13 @@ def harm_rates(rows: list[Row]) -> dict[str, float]:
     return {name: min(max(float(np.mean(values)), 1e-4), 0.5) for name, values in known.items() if values}
 
 
-def fit_naming(head: PromptHead, rows: list[Row]) -> list[list[float]]:
+def fit_naming(judge: "Judge", rows: list[Row]) -> list[list[float]]:
     """The matrix (K, K + 1) by which ``Policy`` names the harm of a text: a softmax regression on the log odds of all
     scores, fitted to the development texts that are harmful in one category."""
     rows = [row for row in rows if sum(row.labels.values()) == 1 and not row.labels.get(HEADS[-1])]
     matrix = torch.zeros(len(HEADS), len(HEADS) + 1, dtype=torch.float64, requires_grad=True)
     if rows:
-        scores = torch.from_numpy(scores_of(head, rows)).clamp(1e-9, 1 - 1e-9)
+        scores = torch.from_numpy(judge.scores(rows)).clamp(1e-9, 1 - 1e-9)
         inputs = torch.cat([torch.logit(scores), torch.ones(len(rows), 1)], dim=1)  # (B, K + 1)
         kinds = torch.tensor([next(HEADS.index(name) for name, value in row.labels.items() if value) for row in rows])
         optimizer = torch.optim.LBFGS([matrix], max_iter=200, line_search_fn="strong_wolfe")
@@ -205,25 +219,50 @@ def fit_naming(head: PromptHead, rows: list[Row]) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in matrix.detach().tolist()]
 
 
-def scores_of(head: PromptHead, rows: list[Row]) -> np.ndarray:
-    """Calibrated probabilities (B, K) of the texts of rows: the highest over the parts that the gate reads."""
-    read = [parts_of(normalize(row.text[:LONGEST], longest=10**6, with_readings=False)) for row in rows]
-    found = [list(head.highest_scores(*parts).values()) for parts in read]
-    return np.array(found).reshape(-1, len(HEADS))
+def known_words(rows: list[Row]) -> Counter[str]:
+    """How often the words of training texts are used."""
+    found: Counter[str] = Counter()
+    for row in rows:
+        found.update(normalize(row.text, longest=10**6, with_readings=False).plain.split())
+    return found
 
 
-def minors_limit(head: PromptHead, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:
+@dataclass(frozen=True)
+class Judge:
+    """The network with the words by which it reads a text, as in the gate."""
+
+    head: PromptHead
+    spelling: Spelling
+    words: WordFilter
+
+    def scores(self, rows: list[Row]) -> np.ndarray:
+        """Calibrated probabilities (B, K) of the texts of rows: the highest over all that the gate reads of each."""
+        found = []
+        for row in rows:
+            read = normalize(row.text[:LONGEST], longest=10**6, with_readings=False)
+            each = [list(self.head.highest_scores(*text).values())
+                    for text in judged_texts(read, self.spelling, self.words.__contains__)]
+            found.append(np.max(each, axis=0))
+        return np.array(found).reshape(-1, len(HEADS))
+
+    @staticmethod
+    def is_short(row: Row) -> bool:
+        """Whether the policy has the thresholds of short texts for a row."""
+        return len(normalize(row.text[:LONGEST], longest=10**6, with_readings=False).plain.split()) <= SHORT
+
+
+def minors_limit(judge: Judge, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:
     """The sexual score that only the share ``budget`` of harmless texts about minors reaches, at most ``most``."""
     about = [row for row in rows if row.harmless and minors.matches(normalize(row.text, minors.is_word, 10**6))]
     if not about:
         return most
-    return float(np.clip(np.quantile(scores_of(head, about)[:, HEADS.index("sexual")], 1 - budget), 1e-4, most))
+    return float(np.clip(np.quantile(judge.scores(about)[:, HEADS.index("sexual")], 1 - budget), 1e-4, most))
 
 
 def assemble(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
              config: ModeratorStage) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(tensors, settings) of the file: the head, the lexicon from training text, thresholds from development text."""
-    terms = lexicon_terms(corpus, [row for row in parts["train"] if row.harmless and row.source != "ordinary"])
+    terms = lexicon_terms(corpus, [row for row in parts["train"] if row.harmless and row.source not in MADE])
     plain = {term.text for term in corpus.terms if term.topic.startswith(PLAIN)}
     severe = {term.text for term in terms if term.level >= FLAG} - plain
     known = {word for word in corpus.words | corpus.names if re.fullmatch(r"[a-z]{2,40}", word)} - severe
@@ -231,13 +270,15 @@ def assemble(head: PromptHead, corpus: Corpus, parts: dict[str, list[Row]],
     lexicon = Lexicon.build(terms, words)
     minors = Lexicon.build([Term(term, MINORS, BLOCK, inside=False) for term in MINOR_TERMS], words, 2**14)
     learned = {name for row in parts["train"] for name, value in row.labels.items() if value}
-    limits = fit_limits(head, parts["dev"], config, learned)
+    judge = Judge(head, Spelling.build(known_words(parts["train"]), config.known_from), words)
+    limits, short = fit_limits(judge, parts["dev"], config, learned)
     settings = {"head": asdict(head.config), "limits": {name: asdict(value) for name, value in limits.items()},
-                "minors": minors_limit(head, parts["train"] + parts["dev"], minors, config.minors_budget,
-                                       min(1.0, limits["sexual"].flag)),
-                "policy": VERSION, "naming": fit_naming(head, parts["dev"]), "rates": harm_rates(parts["dev"]),
+                "short": {name: asdict(value) for name, value in short.items()},
+                "minors": minors_limit(judge, parts["train"] + parts["dev"], minors, config.minors_budget,
+                                       min(1.0, limits["sexual"].flag, short["sexual"].flag)),
+                "policy": VERSION, "naming": fit_naming(judge, parts["dev"]), "rates": harm_rates(parts["dev"]),
                 "terms": dict(Counter(("", "signal", "flag", "block")[term.level] for term in terms))}
-    return tensors_of(head, lexicon, minors), settings
+    return tensors_of(head, lexicon, minors, judge.spelling), settings
 
 
 def write_artefact(folder: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any],

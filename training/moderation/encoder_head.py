@@ -66,7 +66,8 @@ def calibrate(head: EncoderHead, rows: Sequence[Row], artefact: Artefact, budget
     slope, shift = fit_platt(logits, rows)
     with torch.no_grad():
         for k, name in enumerate(HEADS):
-            flag = min(max(artefact.policy.limits[name].flag, 1e-6), 1 - 1e-6)
+            flag = min(artefact.policy.limits[name].flag, artefact.policy.short[name].flag)
+            flag = min(max(flag, 1e-6), 1 - 1e-6)
             for source in sorted({row.source for row in rows if row.harmless}):
                 places = [i for i, row in enumerate(rows) if row.harmless and row.source == source]
                 top = torch.quantile(logits[places, k] * slope[k] + shift[k], 1 - budget, interpolation="higher")

@@ -24,6 +24,7 @@ from training.moderation.artefact import assemble, write_artefact
 from training.moderation.config import ModeratorStage
 from training.moderation.corpus import Corpus, read_corpus
 from training.moderation.ordinary import ordinary_rows
+from training.moderation.requests import request_rows
 from training.moderation.rows import Row
 from training.moderation.variations import vary
 from training.stages.context import StageContext
@@ -122,7 +123,7 @@ def train_network(rows: list[Row], config: ModeratorStage, seed: int, log: bool 
     """The network after training for ``config.epochs`` epochs on the rows and their variations."""
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
-    rows = [row for row in rows if row.labels and random.random() < config.kept.get(row.source, 1.0)]
+    rows = [row for row in rows if row.labels for _ in range(int(config.kept.get(row.source, 1.0) + random.random()))]
     styles = [row.text for row in rows if row.source == "real_prompts"]
     calm = [row.text for row in rows if row.harmless and len(row.text) < 150]
     pairs = twin_places(rows)
@@ -228,7 +229,7 @@ def write_moderator(config: ModeratorStage, out: Path, seed: int) -> dict[str, A
     began = time.perf_counter()
     corpus = read_corpus([data.root, *data.extra])
     rows = [row for row in corpus.rows if row.source not in data.left_out and row.labels]
-    rows += ordinary_rows(config.ordinary, seed)
+    rows += ordinary_rows(config.ordinary, seed) + request_rows(config.requests, seed)
     parts = {split: [row for row in rows if row.split == split] for split in ("train", "dev", "test")}
     if not parts["train"] or not parts["dev"]:
         raise ValueError(f"moderator.data.root: {len(rows)} texts; valid: enough for training and development")

@@ -92,22 +92,29 @@ def with_endings(text: str, random: np.random.Generator) -> str:
 
 
 def drowned(text: str, others: Sequence[str], random: np.random.Generator) -> str:
-    """A text before, behind or between two harmless ones."""
+    """A text before, behind or between two harmless ones, with or without signs between them."""
     first, last = (others[int(random.integers(len(others)))] for _ in range(2))
-    return (f"{first}. {text}", f"{text}, {last}", f"{first}, {text}. {last}")[random.integers(3)]
+    return (f"{first}. {text}", f"{text}, {last}", f"{first}, {text}. {last}", f"{first} {text}", f"{text} {last}",
+            f"{first} {text} {last}")[random.integers(6)]
+
+
+def interleaved(text: str, others: Sequence[str], random: np.random.Generator) -> str:
+    """A text with the words of a harmless one between its own."""
+    other = others[int(random.integers(len(others)))].split() or [""]
+    return " ".join(f"{word} {other[i % len(other)]}" for i, word in enumerate(text.split()))
 
 
 def vary(text: str, styles: Sequence[str], random: np.random.Generator, others: Sequence[str] = ()) -> str:
-    """A variation of a text: short ones in a carrier, half with a style, some diluted, drowned in one of ``others``,
-    glued or with endings, a tenth disguised, a quarter misspelt."""
+    """A variation of a text: short ones in a carrier, half with a style, some diluted, drowned in ``others`` or
+    mixed with one of them, glued or with endings, a tenth disguised, a quarter misspelt."""
     if len(text.split()) <= 4:
         text = in_carrier(text, random)
     if styles and random.random() < 0.4:
         text = with_style(text, styles[int(random.integers(len(styles)))])
     if random.random() < 0.15:
         text = diluted(text, random)
-    elif others and random.random() < 0.1:
-        text = drowned(text, others, random)
+    elif others and random.random() < 0.25:
+        text = (drowned, interleaved)[int(random.random() < 0.4)](text, others, random)
     if len(text.split()) > LONG:
         return text
     draw = random.random()
