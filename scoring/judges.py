@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from data.images.folder_files import left_out_line
 from data.source import Source, image_batch
@@ -99,8 +100,8 @@ def split_reference(source: Source, first: int, data: str) -> ReferenceImages:
 
 
 def source_batches(source: Source, first: int, last: int) -> Iterator[torch.Tensor]:
-    """The images of items ``first`` to ``last`` - 1 of a source, as batches (B, 3, H, W) in [-1, 1]."""
-    for start in range(first, last, BATCH):
+    """The images of items ``first`` to ``last`` - 1 of a source, as batches (B, 3, H, W) in [-1, 1], with a bar."""
+    for start in tqdm(range(first, last, BATCH), desc="real images", unit="batch"):
         yield image_batch(source, np.arange(start, min(start + BATCH, last)))
 
 

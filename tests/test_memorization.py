@@ -17,6 +17,18 @@ def test_the_nearest_is_that_of_the_whole_table():
     assert torch.equal(found.index, expected.indices)
 
 
+def test_nearly_equal_vectors_of_great_length_are_told_apart():
+    """Where the matrix product cannot decide among many candidates, the whole batch is compared."""
+    training = torch.randn(60, 12, generator=torch.Generator().manual_seed(0)) * 1e-3 + 300  # far from zero
+    queries = training[20:30] + 1e-5 * torch.randn(10, 12, generator=torch.Generator().manual_seed(1))
+    table = (queries.double()[:, None] - training.double()).norm(dim=2)
+    rough = queries.square().sum(1)[:, None] + training.square().sum(1) - 2 * queries @ training.T
+    assert (rough.argmin(dim=1) != table.argmin(dim=1)).any()  # the product alone is wrong
+    found = nearest(queries, training.split(17))
+    assert torch.equal(found.index, table.argmin(dim=1))
+    torch.testing.assert_close(found.distance, table.min(dim=1).values, rtol=1e-5, atol=1e-9)
+
+
 def test_a_copy_has_no_distance():
     training = 100 + draw(50, 1)
     found = nearest(training[[7, 3]], [training])
