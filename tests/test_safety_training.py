@@ -355,7 +355,8 @@ def test_repeating_what_is_harmless_changes_nothing(between):
     for text in REPEATED:
         found = [gate.check(between.join([text] * times)) for times in (2, 12, 50)]
         assert [one.action for one in found] == ["allow"] * 3, text
-        assert len({one.category for one in found}) == 1, text
+        for name in HEADS:  # the nearest category depends on the length, because thresholds do
+            assert [one.scores[name] for one in found] == pytest.approx([found[0].scores[name]] * 3, abs=0.02), text
     assert gate.check("(a star:1.2) (" + "a moon, " * 12 + ")").action == "allow"
 
 
