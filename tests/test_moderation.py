@@ -15,7 +15,7 @@ import sample
 import train
 from moderate import main as safety
 from pipeline.loading import load_run
-from pipeline.moderation import Moderation, Refused, conditioned_texts, mentions
+from pipeline.moderation import Moderation, Refused, conditioned_texts, image_moderator, mentions
 from pipeline.prompts import parse_prompt
 from safety.audit import AuditLog
 from safety.gate import PromptGate
@@ -29,17 +29,22 @@ from sampling.request import Request, cross, interpolate, parse_axis
 BAD, MILD = "a zorbic star", "a mildo star"
 
 
+def train_evaluator(config: Path, folder: Path, *more: str, regions: str = "false") -> None:
+    """Two steps of a CLIP in a run folder."""
+    width = "width: 16, layers: 1, heads: 2, mlp_width: 32"
+    train.main([str(config), f"run={folder}", "stages=[clip]", "clip.train.steps=2", "clip.train.batch=4",
+                "clip.validation=4", "clip.tokenizer={vocab_size: 300, length: 40}",
+                f"clip.model={{image: {{size: 16, patch: 8, {width}}}, text: {{vocab_size: 300, length: 40, {width}, "
+                f"causal: false}}, width: 16, regions: {regions}}}", *more])
+
+
 @pytest.fixture(scope="module")
 def run(tiny_run, tiny_config, tmp_path_factory) -> Path:
     """A run with the made-up lexicon and a CLIP of two steps."""
     folder = tmp_path_factory.mktemp("runs") / "moderated"
     shutil.copytree(tiny_run, folder)
     written(folder / "moderation.safetensors")
-    width = "width: 16, layers: 1, heads: 2, mlp_width: 32"
-    train.main([str(tiny_config), f"run={folder}", "stages=[clip]", "clip.train.steps=2", "clip.train.batch=4",
-                "clip.validation=4", "clip.tokenizer={vocab_size: 300, length: 40}",
-                f"clip.model={{image: {{size: 16, patch: 8, {width}}}, "
-                f"text: {{vocab_size: 300, length: 40, {width}, causal: false}}, width: 16}}"])
+    train_evaluator(tiny_config, folder)
     return folder
 
 
@@ -196,6 +201,23 @@ def test_an_image_that_is_given_is_checked_too(run, tmp_path):
     file = concepts(tmp_path)
     code, files, rows = call(run, tmp_path / "out", "a moon", "--init", given["INIT"], "--concepts", file)
     assert code == 5 and files == [] and rows[0]["stage"] == "image given"
+
+
+def test_a_finished_evaluator_gets_regions_and_judges_by_them(run, tiny_config, tmp_path):
+    """From training on the weights of whole images to thresholds and decisions; another space, other thresholds."""
+    regions, out = tmp_path / "regions", tmp_path / "concepts_of_regions.yaml"
+    train_evaluator(tiny_config, regions, f"start_from={run}", regions="true")
+    assert (regions / "clip_tokenizer.json").read_bytes() == (run / "clip_tokenizer.json").read_bytes()
+    file = concepts(tmp_path, threshold=None)
+    found = {}
+    for clip in (run, regions):
+        assert safety(["calibrate", "--run", str(run), "--clip", str(clip), "--concepts", file, "--rate", "0.2",
+                       "--out", str(out)]) == 0
+        found[clip] = read_concepts(out)[0].threshold
+    assert found[run] != found[regions]
+    assert image_moderator(out, regions).regions and not image_moderator(out, run).regions
+    code, _, rows = call(run, tmp_path / "out", "a moon", "--clip", str(regions), "--concepts", str(out))
+    assert code in (0, 5) and "failed" not in rows[0]["message"] and "not calibrated" not in rows[0]["message"]
 
 
 def test_concepts_in_the_run_folder_are_used_and_need_thresholds(run, tmp_path):
