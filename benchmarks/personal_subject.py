@@ -70,6 +70,7 @@ class Renderings:
 
     def __init__(self, source: Emoji):
         self.source = source
+        self.known: dict[tuple[Promise, str, bool], Tensor] = {}
 
     def __call__(self, promise: Promise, names: Sequence[str], grown: float = 1.0) -> Tensor:
         """uint8 (3, S, S); ``grown`` is a factor of the size of the things."""
@@ -88,16 +89,24 @@ class Renderings:
                         if item["style"] == style and item["group"] in SCENE_GROUPS} - set(without))
         return [names[k] for k in np.random.default_rng(7).permutation(len(names))[:count]]
 
+    def vectors(self, clip: ClipVectors, promise: Promise, subject: str, of_partner: bool) -> Tensor:
+        """The vectors (NAMES, E) of the promised rendering and of those with other names in the place of the subject,
+        or of its partner; computed once."""
+        key = (promise, subject, of_partner)
+        if key not in self.known:
+            pair = [subject, promise.partner] if promise.partner else [subject]
+            others = self.others(promise.style, pair, NAMES - 1)
+            answers = [pair, *([[subject, other] if of_partner else [other, *pair[1:]] for other in others])]
+            self.known[key] = clip(to_unit(torch.stack([self(promise, names) for names in answers])))
+        return self.known[key]
+
 
 def ranks(clip: ClipVectors, render: Renderings, found: Sequence[Promise], images: Tensor, subject: str,
           of_partner: bool) -> list[int]:
     """How many of the other names' renderings are at least as near to each image as the promised one."""
     result, vectors = [], clip(to_unit(images))
     for promise, vector in zip(found, vectors, strict=True):
-        pair = [subject, promise.partner] if promise.partner else [subject]
-        others = render.others(promise.style, pair, NAMES - 1)
-        answers = [pair, *([[subject, other] if of_partner else [other, *pair[1:]] for other in others])]
-        near = clip(to_unit(torch.stack([render(promise, names) for names in answers]))) @ vector
+        near = render.vectors(clip, promise, subject, of_partner) @ vector
         result.append(int((near[1:] >= near[0]).sum()))
     return result
 
