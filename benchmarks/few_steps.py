@@ -1,6 +1,6 @@
 """Ways to make a few calls out of many, on data in the plane whose network and whose paths are known.
 
-    python -m benchmarks.few_steps [--evaluations 2000] [--seeds 3]
+    python -m benchmarks.few_steps [--evaluations 800] [--seeds 3]
 
 The data are a mixture of Gaussians, x_t = (1 - t) x_0 + t eps and a velocity v = eps - x_0, so that E[v | x_t], the
 teacher, is known in closed form, and the end of every path up to the error of a Runge-Kutta method. A perceptron
@@ -17,7 +17,7 @@ loss alone:
 
 The first three follow either the teacher's velocity or that of the pair (x_0, eps), whose mean the teacher's is.
 Scores: the sliced Wasserstein distance of samples to fresh data, and the root mean square distance of one call to
-the true end of its path. Prints a table; about 4 minutes of one core.
+the true end of its path. Prints a table; about 3 minutes of one core.
 """
 
 import argparse
@@ -327,7 +327,7 @@ def table(rounds: list[dict[str, list[float]]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--evaluations", type=int, default=2000, help="gradient evaluations of a method (%(default)s)")
+    parser.add_argument("--evaluations", type=int, default=800, help="gradient evaluations of a method (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     rounds = [round_of(five(), seed, options.evaluations) for seed in range(options.seeds)]

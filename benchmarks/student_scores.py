@@ -67,10 +67,10 @@ class EmojiJudge:
         self.features: Extractor = clip or Features(torch.device("cpu"))
         self.reference = features_of(split_reference(source, count, "").batches(), self.features)
         self.distance = f"Frechet distance{' x 1000' if clip else ''} ({self.features.stamp.split()[0]})"
-        self.measures = {"attributes": "attributes", "object": "objects", "style": "styles"}
-        if clip:
-            number = len(set(self.prompts.captions))
-            self.measures |= {"found": f"caption found among {number}", "found_5": "caption among the first 5"}
+        kept = {"attributes": "attributes", "object": "objects", "style": "styles"}
+        number = len(set(self.prompts.captions))
+        found = {"found": f"caption found among {number}", "found_5": "caption among the first 5"} if clip else {}
+        self.measures = found | kept
 
     def rows(self, sets: Sequence[torch.Tensor]) -> list[Row]:
         """Scores of each set, uint8 (N, 3, H, W)."""
