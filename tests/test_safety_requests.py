@@ -50,11 +50,11 @@ class Scored:
 def test_limits_of_short_and_of_long_texts_keep_their_own_budgets():
     draw = np.random.default_rng(0)
     rows = [Row(f"{score:.6f} star", CALM, ("captions", "other")[i % 2], i)
-            for i, score in enumerate(draw.uniform(0, 0.2, 1000))]
+            for i, score in enumerate(draw.uniform(0.6, 0.7, 1000))]
     rows += [Row(f"{score:.6f}" + " star" * SHORT, CALM, "captions", 2000 + i)
              for i, score in enumerate(draw.uniform(0, 0.8, 1000))]
     rows += [Row("0.999 star", CALM | {"hate": 1.0}, "captions", 5000)]  # harmful text decides nothing
-    config = ModeratorStage(budget={"captions": 0.02}, short_budget=0.05, flag_budget=3.0)
+    config = ModeratorStage(budget={"captions": 0.02}, short_budget=0.05, short_flag_budget=0.15, flag_budget=3.0)
     long, short = fit_limits(Scored(), rows, config, {"hate"})
     for limits, places, budget in ((short, slice(0, 1000), 0.05), (long, slice(1000, 2000), 0.02)):
         scores = Scored().scores(rows[places])[:, HEADS.index("hate")]

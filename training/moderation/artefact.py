@@ -26,6 +26,7 @@ from training.moderation.corpus import Corpus
 from training.moderation.rows import Row
 
 BLOCKING = ("sexual", "violence", "hate", "self_harm", "illegal")  # scores of the other categories only flag
+LEAST = 0.5  # of a short text, no score below it is a reason, however few harmless texts reach it
 NEVER = 2.0  # a threshold that no probability reaches
 MADE = ("ordinary", "requests")  # sources that are made; what they use says nothing about the use of a term
 PLURALS = ("s", "es")
@@ -174,18 +175,19 @@ def fit_limits(judge: "Judge", dev: list[Row], config: ModeratorStage,
     if not long:  # only text of other files: the strictest budget applies to all of it
         long = {"all": scores}
     strictest = min(config.budget.values())
-    usual = _limits({name: (some, config.budget.get(name, strictest)) for name, some in long.items()}, config, learned)
+    budget = {name: config.budget.get(name, strictest) for name in long}
+    usual = _limits(long, budget, {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}, learned)
     if not short.any():
         return usual, usual
-    return usual, _limits({"short": (scores[short], config.short_budget)}, config, learned)
+    found = _limits({"short": scores[short]}, {"short": config.short_budget}, {"short": config.short_flag_budget}, learned)
+    return usual, {name: Limits(max(LEAST, one.flag), max(LEAST, one.block)) for name, one in found.items()}
 
 
-def _limits(groups: dict[str, tuple[np.ndarray, float]], config: ModeratorStage,
+def _limits(scores: dict[str, np.ndarray], budget: dict[str, float], wider: dict[str, float],
             learned: set[str]) -> dict[str, Limits]:
-    """The limits of every category by the scores (B, K) of groups of harmless texts and the budget of each."""
-    scores, budget = ({name: pair[place] for name, pair in groups.items()} for place in (0, 1))
+    """The limits of every category by the scores (B, K) of groups of harmless texts, and the shares of each group that
+    may be blocked and that may be flagged."""
     block = limits_within(scores, budget, tuple(name for name in BLOCKING if name in learned))
-    wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
     flag = limits_within(scores, wider, tuple(name for name in HEADS[:-1] if name in learned))
     # the last head has a budget of its own: its labels are noisy, and it would leave nothing to the others
     flag[-1] = limits_within(scores, budget, tuple(name for name in HEADS[-1:] if name in learned))[-1]
