@@ -11,6 +11,7 @@ import train
 from files.config import ConfigError, read_yaml
 from files.weights import CheckpointError
 from files.whole import sha256_of
+from pipeline.clip_vectors import ClipVectors
 from pipeline.loading import load_run
 from training import release
 from training.loop import Interrupted
@@ -74,6 +75,21 @@ def test_images_that_were_seen_before_are_counted_with_them(tiny_run, tiny_confi
     assert release.images_seen_before(start) == 15 * batch
     shutil.copyfile(first / "denoiser.safetensors", second / "denoiser.safetensors")
     assert release.images_seen_before(start) is None
+
+
+def test_an_evaluator_is_released_as_it_judges(tiny_run, tiny_config, tmp_path):
+    run, out = tmp_path / "clip", tmp_path / "out"
+    width = "width: 16, layers: 1, heads: 2, mlp_width: 32"
+    train.main([str(tiny_config), f"run={run}", "stages=[clip]", "clip.train.steps=2", "clip.train.batch=4",
+                "clip.validation=4", "clip.tokenizer={vocab_size: 300, length: 40}",
+                f"clip.model={{image: {{size: 16, patch: 8, {width}}}, "
+                f"text: {{vocab_size: 300, length: 40, {width}, causal: false}}, width: 16}}"])
+    release.release(tiny_run, out, clip=run)
+    assert "clip" in read_yaml(out / "config.yaml")["stages"]
+    ours, theirs = ClipVectors.of_run(out), ClipVectors.of_run(run)
+    images, texts = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, ["a red star"]
+    for released, trained in ((ours(images), theirs(images)), (ours.texts(texts), theirs.texts(texts))):
+        torch.testing.assert_close(released, trained, rtol=0, atol=0.02)  # the weights are rounded to bf16
 
 
 def test_what_is_missing_is_named(tiny_run, tmp_path):

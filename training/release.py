@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from files.config import read_yaml
@@ -34,6 +35,12 @@ def in_bf16(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     fp32: they are few, and a rounding of theirs acts on whole channels."""
     return {name: tensor.to(torch.bfloat16) if tensor.ndim > 1 and tensor.is_floating_point() else tensor
             for name, tensor in tensors.items()}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The metadata of a file of weights."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def denoiser_weights(run: RunFolder, unfinished: bool) -> tuple[dict[str, dict[str, torch.Tensor]], int | None]:
@@ -57,18 +64,19 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
     run = RunFolder.open(path)
     run.require(*STAGES["tokenizer"].leaves, *STAGES["autoencoder"].leaves)
     networks, step = denoiser_weights(run, unfinished)
+    said: dict[str, dict[str, str]] = {}  # the metadata of files that have any: the shape of an evaluator
     for name in ("autoencoder", *(["tiny_decoder"] if run.has(*STAGES["tiny_decoder"].leaves) else [])):
         networks[name] = load_file(run.weights(name))
     copied = {name: run.path / name for name in COPIED if run.has(name)}
     evaluator = RunFolder.open(clip) if clip else run
     if clip or run.has(*STAGES["clip"].leaves):
         evaluator.require(*STAGES["clip"].leaves)
-        networks["clip"] = load_file(evaluator.weights("clip"))
+        networks["clip"], said["clip"] = load_file(evaluator.weights("clip")), metadata_of(evaluator.weights("clip"))
         copied["clip_tokenizer.json"] = evaluator.path / "clip_tokenizer.json"
     out.mkdir(parents=True)
     for name, tensors in networks.items():
         with whole_file(out / f"{name}.safetensors") as temporary:
-            save_file(in_bf16(tensors), temporary)
+            save_file(in_bf16(tensors), temporary, metadata=said.get(name))
             temporary.chmod(0o644)  # the library writes 0600
     for name, source in copied.items():
         shutil.copyfile(source, out / name)
