@@ -141,10 +141,11 @@ class Spelling:
         places.append(both % width)
         kinds.append(np.full(len(both), len(forms)))
         costs.append(one[at_one] + two[at_two])
-        row, cost, kind, place = map(np.concatenate, (rows, costs, kinds, places))
-        order = np.lexsort((cost, row))  # stable, so that of equal costs the first kind is taken
-        best = order[np.flatnonzero(np.diff(row[order], prepend=-1))]
-        return {words[row[at]]: changed(words[row[at]], int(kind[at]), int(place[at]), width) for at in best.tolist()}
+        owners, cost, of_kind, at = map(np.concatenate, (rows, costs, kinds, places))
+        order = np.lexsort((cost, owners))  # stable, so that of equal costs the first kind is taken
+        best = order[np.flatnonzero(np.diff(owners[order], prepend=-1))]
+        chosen = zip(owners[best].tolist(), of_kind[best].tolist(), at[best].tolist())
+        return {words[owner]: changed(words[owner], form, where, width) for owner, form, where in chosen}
 
 
 def aligned(words: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -176,10 +176,12 @@ def fit_limits(judge: "Judge", dev: list[Row], config: ModeratorStage,
         long = {"all": scores}
     strictest = min(config.budget.values())
     budget = {name: config.budget.get(name, strictest) for name in long}
-    usual = _limits(long, budget, {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}, learned)
+    wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
+    usual = _limits(long, budget, wider, learned)
     if not short.any():
         return usual, usual
-    found = _limits({"short": scores[short]}, {"short": config.short_budget}, {"short": config.short_flag_budget}, learned)
+    some = {"short": scores[short]}
+    found = _limits(some, {"short": config.short_budget}, {"short": config.short_flag_budget}, learned)
     return usual, {name: Limits(max(LEAST, one.flag), max(LEAST, one.block)) for name, one in found.items()}
 
 

@@ -35,9 +35,10 @@ class ModeratorStage:
     harmless twin (training/moderation/requests.py).
 
     ``budget`` is the share of harmless development text of each kind that may be blocked, and ``flag_budget`` times as
-    much may be flagged; ``short_budget`` and ``short_flag_budget`` are the shares of texts of a few words. ``minors_budget`` is the share
-    of harmless text about minors that the rule on minors may refuse. Words that training text has at least
-    ``known_from`` times are known: unknown ones are also read as the known ones that were probably meant.
+    much may be flagged; ``short_budget`` and ``short_flag_budget`` are the shares of texts of a few words of all kinds.
+    ``minors_budget`` is the share of harmless text about minors that the rule on minors may refuse. Words that training
+    text has at least ``known_from`` times are known: unknown ones are also read as the known ones that were probably
+    meant.
     """
 
     data: TextData = field(default_factory=TextData)
@@ -84,5 +85,5 @@ class ModeratorStage:
             raise ValueError(f"flag_budget {self.flag_budget}, minors_budget {self.minors_budget}; valid: from 1 up, "
                              "between 0 and 1")
         if not 0 < self.short_budget <= self.short_flag_budget < 1:
-            raise ValueError(f"short_budget {self.short_budget}, short_flag_budget {self.short_flag_budget}; valid: the "
-                             "first above 0 and up to the second, which is below 1")
+            raise ValueError(f"short_budget {self.short_budget}, short_flag_budget {self.short_flag_budget}; valid: "
+                             "the first above 0 and up to the second, which is below 1")
