@@ -18,7 +18,7 @@ def test_they_are_small_and_what_their_manifest_says():
     assert {f"{name}.safetensors" for name in ("denoiser", "text_encoder", "autoencoder")} <= set(files)
     for name, digest in files.items():
         assert hashlib.sha256((SHIPPED / name).read_bytes()).hexdigest() == digest, name
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 40e6
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) <= 40 * 2**20  # 40 MiB
     parameters = 0
     for path in SHIPPED.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
