@@ -30,6 +30,7 @@ from scoring.tradeoff import tradeoff_sections
 
 SCORE_SPLITS = 10  # parts of the Inception score
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # of the KID as papers report it
+STYLE_IMAGES = 10_000  # training images that teach the styles to the classifier of a CLIP's vectors
 NUM_PAIRS = 8  # samples that the page shows above their nearest training images
 
 
@@ -65,7 +66,7 @@ def distance_part(samples: Samples, reconstructed: Sequence[Tensor], comparison:
     scores = None
     if judges.clip is not None:
         agreement, scores = clip_figures(images, samples.prompts, judges.clip, comparison, folder / "cache")
-        figures |= agreement
+        figures |= agreement | style_figures_of_clip(images, samples.prompts, judges.clip, comparison, folder / "cache")
     figures |= style_figures(sets, comparison, samples.prompts)
     copies, memory = copies_section(samples, sets, comparison, folder)
     figures |= memory
@@ -130,13 +131,32 @@ def style_figures(sets: FeatureSets, comparison: Comparison, prompts: Prompts) -
 
     Empty where captions name fewer than two styles.
     """
+    return styles_by("", [found.vectors for found in sets.columns], sets.training.vectors, comparison, prompts)
+
+
+def style_figures_of_clip(images: tuple[Tensor, Tensor, Tensor], prompts: Prompts, clip: ClipVectors,
+                          comparison: Comparison, cache: Path) -> Figures:
+    """The same by the vectors of the CLIP, of samples, real images and reconstructions, uint8 (N, 3, H, W) each. It has
+    read the names of styles in its training, so that it knows them better than features of photographs do."""
     if len(set(prompts.styles)) < 2:
         return {}
-    training = sets.training.vectors
+    count = min(comparison.num_training, STYLE_IMAGES)
+    training = cached_features(cache, f"{comparison.reference.data} train {count} for styles",
+                               lambda: source_batches(comparison.training, 0, count), clip, kept=count)
+    vectors = [features_of(unit_batches(x), clip).vectors for x in images]
+    return styles_by(", by the CLIP", vectors, training.vectors, comparison, prompts)
+
+
+def styles_by(judge: str, columns: Sequence[Tensor], training: Tensor, comparison: Comparison,
+              prompts: Prompts) -> Figures:
+    """The share of images in the style of their prompt, for ``columns`` of vectors (N, D), of which the samples are the
+    first, and for samples of other prompts, by a linear classifier of vectors (M, D) of the first training images."""
+    if len(set(prompts.styles)) < 2:
+        return {}
     probe = fit_probe(training, [comparison.training[index]["style"] for index in range(len(training))])
-    chance = sets.samples.vectors[derangement(len(prompts))]
-    return {f"style that the prompt names, of {len(probe.classes)}": Figure(*(
-        probe.accuracy(vectors, prompts.styles) for vectors in (*(found.vectors for found in sets.columns), chance)))}
+    chance = columns[0][derangement(len(prompts))]
+    return {f"style that the prompt names, of {len(probe.classes)}{judge}": Figure(*(
+        probe.accuracy(vectors, prompts.styles) for vectors in (*columns, chance)))}
 
 
 def copies_section(samples: Samples, sets: FeatureSets, comparison: Comparison,

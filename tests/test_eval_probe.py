@@ -1,9 +1,13 @@
 """The linear classifier: at the optimum of its loss, right where classes are apart, honest where they are not."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from eval.features.probe import fit_probe
+from scoring.distances import styles_by
+from scoring.held_out import Prompts
 
 
 def classes(count: int, apart: float, seed: int = 0) -> tuple[torch.Tensor, list[str]]:
@@ -47,3 +51,18 @@ def test_what_cannot_be_fitted_is_refused():
         fit_probe(x, names[:4])
     with pytest.raises(ValueError, match="a finite vector a label"):
         fit_probe(x / 0, names)
+
+
+def test_the_style_of_samples_is_a_share_beside_those_of_real_images_and_of_chance():
+    """Samples of which a third have another style than their prompt names; real images all have their own."""
+    training, names = classes(300, 9.0)
+    real, asked = classes(150, 9.0, seed=1)
+    samples = real.clone()
+    samples[:50] = real.roll(1, dims=0)[:50]  # the style before it
+    comparison = SimpleNamespace(training=[{"style": name} for name in names])
+    found = styles_by(", by X", [samples, real, real], training, comparison, Prompts(captions=asked, styles=asked))
+    [(name, figure)] = found.items()
+    assert name == "style that the prompt names, of 3, by X"
+    assert figure.value.value == pytest.approx(100 / 150, abs=0.02) and figure.real.value > 0.98
+    assert figure.chance.value < 0.6  # under the prompts of others
+    assert styles_by("", [samples], training, comparison, Prompts(captions=asked[:1], styles=asked[:1])) == {}
