@@ -256,8 +256,8 @@ def test_the_system_of_a_run_is_that_of_its_experiment(tiny_config, tmp_path, ov
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_defaults_are_the_same_for_training_and_for_sampling(path):
-    """A shipped file leaves most keys out; both readers fill them in alike. One that teaches has the system of its base,
-    which sampling reads there."""
+    """A shipped file leaves most keys out; both readers fill them in alike. One that teaches has the system of its
+    base, which sampling reads there."""
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "name" in data and load_experiment(path).teaches:
         assert load_experiment(path).system == read_system_config(ROOT / data["start_from"] / "config.yaml")

@@ -15,7 +15,7 @@ import sample
 import train
 from moderate import main as safety
 from pipeline.loading import load_run
-from pipeline.moderation import Moderation, Refused, conditioned_texts, image_moderator, mentions
+from pipeline.moderation import Moderation, Refused, conditioned_texts, image_moderator
 from pipeline.prompts import parse_prompt
 from safety.audit import AuditLog
 from safety.gate import PromptGate
@@ -395,17 +395,3 @@ def test_learned_tokens_are_read_as_what_they_were_learned_from(run):
     moderation = Moderation(PromptGate.load(run / "moderation.safetensors"), learned={"*1": "zorbic"})
     assert moderation.check_prompt(["a star by *1"]).action == "block"
     assert moderation.check_prompt(["a star by *2"]).action == "allow"
-
-
-def test_what_is_asked_wrongly_is_said():
-    for arguments in ({"mode": "maybe"}, {"mode": "block"}):
-        with pytest.raises(ValueError, match="moderation: "):
-            Moderation(None, **arguments)
-    with pytest.raises(ValueError, match="no CLIP to judge by"):
-        Moderation.load(concepts="x.yaml")
-    assert Moderation(None, mode="off").check_prompt(["anything"]) == Decision("allow", reason="off")
-
-
-def test_harmless_images_are_those_whose_captions_do_not_name_it():
-    assert mentions(["two red stars"], "red star") and mentions(["A Red Star."], "red star")
-    assert not mentions(["a red circle above a blue star", "restart"], "red star")

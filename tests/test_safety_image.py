@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from data.shapes.scene_graph import COLOURS, SHAPES
+from pipeline.moderation import Moderation, mentions
 from safety.image import VIEWS, Concept, ImageModerator, blur, read_concepts, views, write_concepts
+from safety.policy import Decision
 
 ROOT = Path(__file__).parents[1]
 AXES = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "white": (1.0, 1.0, 1.0)}
@@ -214,3 +216,17 @@ def test_bad_concepts_are_refused_by_name(tmp_path, text):
         read_concepts(tmp_path / "c.yaml")
     with pytest.raises(ValueError, match="none.yaml"):
         read_concepts(tmp_path / "none.yaml")
+
+
+def test_what_is_asked_wrongly_is_said():
+    for arguments in ({"mode": "maybe"}, {"mode": "block"}):
+        with pytest.raises(ValueError, match="moderation: "):
+            Moderation(None, **arguments)
+    with pytest.raises(ValueError, match="no CLIP to judge by"):
+        Moderation.load(concepts="x.yaml")
+    assert Moderation(None, mode="off").check_prompt(["anything"]) == Decision("allow", reason="off")
+
+
+def test_harmless_images_are_those_whose_captions_do_not_name_it():
+    assert mentions(["two red stars"], "red star") and mentions(["A Red Star."], "red star")
+    assert not mentions(["a red circle above a blue star", "restart"], "red star")
