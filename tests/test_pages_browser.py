@@ -56,4 +56,4 @@ def test_a_broken_page_is_seen(tmp_path):
 
 
 def test_there_are_pages_of_both_models():
-    assert [page.parent.name for page in PAGES] == ["emoji", "shapes"]
+    assert [page.parent.name for page in PAGES] == ["emoji-64", "shapes"]
