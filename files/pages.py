@@ -20,6 +20,7 @@ h1{font-size:1.6em}h2{font-size:1.15em;margin-top:2em;border-bottom:1px solid #d
 .quiet,figcaption{color:#6e6e76}li{margin:.1rem 0}
 table{border-collapse:collapse;font-size:.86em;margin:.7em 0}td,th{padding:.25em .6em;border-bottom:1px solid #e4e4ea}
 th{text-align:left;font-weight:600}td+td,th+th{text-align:right}td.interval{white-space:nowrap}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}
 table.wide{font-size:.74em}table.wide td,table.wide th{padding:.3em .35em}
 figure{display:inline-block;margin:.4rem 1rem .4rem 0;vertical-align:top}img{max-width:100%}
 .images{display:grid;grid-template-columns:repeat(auto-fill,minmax(118px,1fr));gap:.9em}
