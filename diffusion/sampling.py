@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion.editing import InpaintingDenoiser, image_to_image_start, remaining_times
 from diffusion.guidance import Denoise, GuidanceConfig, autoguidance, classifier_free_guidance
+from diffusion.mixing import mixed, mixed_pair
 from diffusion.noise import PerImageNoise
 from diffusion.pretrained_grid import GridSchedule, PretrainedGrid, has_grid
 from diffusion.samplers import Value, get_sampler
@@ -102,6 +103,7 @@ class RunSettings:
     progress: wraps the list of times, for a progress bar. edit: the image to start from, None for noise alone. trace: a
     list that receives the predicted x_0 of every step. weak: a weaker network, pushed away from in place of the
     unconditional predictions, as in `autoguidance`. steer: moves every predicted x_0, see `diffusion/steering.py`.
+    mix: weights (K, B) of further prompts that the denoisers are bound to as well, see `diffusion/mixing.py`.
     """
 
     progress: Callable[[list], Iterable] = iter
@@ -109,6 +111,11 @@ class RunSettings:
     trace: list | None = None
     weak: Denoise | None = None
     steer: Steer | None = None
+    mix: Tensor | None = None
+
+    def rows(self, count: int) -> int:
+        """How many conditions ``count`` images have."""
+        return count if self.mix is None else count * (len(self.mix) + 1)
 
 
 def schedule_of_run(schedule: Schedule, config: SamplingConfig) -> Schedule:
@@ -140,9 +147,11 @@ def sample_latents(denoisers: tuple[Denoise, Denoise], noise: Callable[[], Tenso
     """
     schedule = schedule_of_run(schedule, config)
     conditional, doubled = (asked_in_time(denoise, schedule) for denoise in denoisers)
-    edit = run.edit
-    if run.weak is not None:
-        weak = asked_in_time(run.weak, schedule)
+    edit, weak = run.edit, run.weak and asked_in_time(run.weak, schedule)
+    if run.mix is not None:
+        conditional, doubled = mixed(conditional, run.mix), mixed_pair(doubled, run.mix)
+        weak = weak and mixed(weak, run.mix)
+    if weak is not None:
         denoise = autoguidance(conditional, weak, config.guidance, schedule, prediction_type)
     else:
         denoise = classifier_free_guidance(conditional, doubled, config.guidance, schedule, prediction_type)

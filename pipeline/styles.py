@@ -14,6 +14,7 @@ from typing import Any
 from files.config import from_dict, read_yaml
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "styles.yaml"  # those of the repository
+STRONGEST = 2.0  # strength of a style
 PLACE = "{prompt}"  # where a style puts the prompt; without it the style stands behind the prompt
 COLUMNS = {"name", "prompt", "negative_prompt"}
 
@@ -43,12 +44,12 @@ class StyleFile:
 
 @dataclass(frozen=True)
 class Styled:
-    """A prompt and a negative prompt in styles of strength 1, and the prompt in one further style, at ``strength``."""
+    """A prompt and a negative prompt in styles of strength 1, and for each style of another strength the prompt in that
+    style, too, with its strength."""
 
     prompt: str
     negative: str
-    further: str | None = None
-    strength: float = 1.0
+    further: tuple[tuple[str, float], ...] = ()
 
 
 def joined(text: str, part: str) -> str:
@@ -117,8 +118,8 @@ def parse_style(text: str, styles: dict[str, Style]) -> tuple[Style, float]:
             strength = float(number)
         except ValueError:
             strength = -1.0
-        if not 0 <= strength <= 1:
-            raise ValueError(f"--style {text}; valid: NAME:STRENGTH with a strength from 0 to 1")
+        if not 0 <= strength <= STRONGEST:
+            raise ValueError(f"--style {text}; valid: NAME:STRENGTH with a strength from 0 to {STRONGEST:g}")
     if name not in styles:
         near = difflib.get_close_matches(name, styles, n=3, cutoff=0.4) or list(styles)
         raise ValueError(f"--style {name}; valid: {', '.join(near)} (all of them: --styles)")
@@ -126,22 +127,20 @@ def parse_style(text: str, styles: dict[str, Style]) -> tuple[Style, float]:
 
 
 def apply_styles(prompt: str, negative: str, chosen: Sequence[tuple[Style, float]]) -> Styled:
-    """A prompt in the chosen styles, one after the other. One of them may have a strength below 1: its share of the way
-    from the prompt in the other styles to the prompt in all of them. Raises ValueError for two of these."""
-    partial = [pair for pair in chosen if 0 < pair[1] < 1]
-    if len(partial) > 1:
-        raise ValueError(f"--style {' '.join(f'{style.name}:{strength:g}' for style, strength in partial)}; valid: one "
-                         "style with a strength between 0 and 1")
-    further = None
+    """A prompt in the chosen styles, one after the other; a style of strength 0 is left out."""
+    def prompt_in(own: int | None = None) -> str:
+        """The prompt in the styles of strength 1, and in the one at a place."""
+        text = prompt
+        for place, (style, strength) in enumerate(chosen):
+            if strength == 1 or place == own:
+                text = style.of_prompt(text)
+        return text
+
     for style, strength in chosen:
-        if strength == 0:
-            continue
-        if further is not None or strength < 1:
-            further = style.of_prompt(prompt if further is None else further)
         if strength == 1:
-            prompt = style.of_prompt(prompt)
             negative = joined(negative, style.negative)
-    return Styled(prompt, negative, further, partial[0][1] if partial else 1.0)
+    further = [(prompt_in(place), strength) for place, (_, strength) in enumerate(chosen) if strength not in (0, 1)]
+    return Styled(prompt_in(), negative, tuple(further))
 
 
 def only_one(values: Sequence[Any], what: str) -> Any:

@@ -136,25 +136,29 @@ class TextToImage:
     @torch.inference_mode()
     def latents(self, prompts: Sequence[AnyPrompt], seeds: Sequence[int], config: SamplingConfig | None = None,
                 negative: AnyPrompt = "", progress: Progress = iter, edit: Edit | None = None,
-                trace: list | None = None, steer: Steer | None = None) -> torch.Tensor:
+                trace: list | None = None, steer: Steer | None = None,
+                mix: Sequence[tuple[Sequence[AnyPrompt], Sequence[float]]] = ()) -> torch.Tensor:
         """Unit-scale latents (B, C, H, W), one for each prompt and its seed.
 
         A plain string is read literally and cut at the end of the context; weights and chunks need a ``Prompt``, and
         what changes on the way a ``PromptSchedule``, made for the steps of ``config``.
-        ``negative`` replaces the empty prompt in guidance; ``steer`` moves every predicted x_0. Raises ValueError if
-        the numbers of prompts and seeds differ.
+        ``negative`` replaces the empty prompt in guidance; ``steer`` moves every predicted x_0; ``mix`` holds further
+        prompts and their weights, one of each for every image, whose predictions are mixed in (diffusion/mixing.py).
+        Raises ValueError if the numbers of prompts and seeds differ.
         """
-        if not prompts or len(prompts) != len(seeds):
+        if not prompts or any(len(texts) != len(prompts) for texts in (seeds, *(one for pair in mix for one in pair))):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds; valid: as many of each, at least one")
         config = config or self.config.sampling
         guided = self.has_pair(config, negative)
         opposite = [negative] * len(prompts) if guided and self.guide is None else []
-        contexts = StepContexts.of([*opposite, *prompts], self.encode)  # (2B, L, D) or (B, L, D) each
+        asked = [*(prompt for texts, _ in mix for prompt in texts), *prompts]  # (K + 1) B
+        contexts = StepContexts.of([*opposite, *asked], self.encode)  # (2B, L, D) or (B, L, D) each, without a mixture
         noise = PerImageNoise(seeds, self.latent_shape, self.device)
-        run = RunSettings(progress, edit, trace, steer=steer)
+        weights = torch.tensor([list(weights) for _, weights in mix], device=self.device) if mix else None  # (K, B)
+        run = RunSettings(progress, edit, trace, steer=steer, mix=weights)
         if guided and self.guide is not None:
             times = times_of_run(self.schedule, config, run)
-            weak, _ = self.guide.denoisers_of_steps(StepContexts.of(prompts, self.guide.encode), len(prompts), times)
+            weak, _ = self.guide.denoisers_of_steps(StepContexts.of(asked, self.guide.encode), len(asked), times)
             run = replace(run, weak=weak)
         return self.latents_from_contexts(contexts, len(prompts), noise, config, run)
 
@@ -164,7 +168,7 @@ class TextToImage:
         if len(contexts.contexts) == 1:
             return self.latents_from_context(*contexts.contexts[0], count, noise, config, run)
         times = times_of_run(self.schedule, config, run)
-        denoisers = self.denoisers_of_steps(contexts, count, times, times, config)
+        denoisers = self.denoisers_of_steps(contexts, run.rows(count), times, times, config)
         return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
                               self.solver_config(config), run)
 
@@ -173,15 +177,16 @@ class TextToImage:
                              run: RunSettings = RunSettings()) -> torch.Tensor:
         """As ``latents``, but from a context and any source of noise (B, C, H, W), where B is ``count``. The context is
         (2B, L, D) of B negative prompts and B prompts, or (B, L, D) without guidance or if a weaker network takes the
-        place of the negative prompts."""
+        place of the negative prompts; the B prompts have the further ones of a mixture before them."""
         times = times_of_run(self.schedule, config, run)
         watched = any(layer.watch is not None for layer in self.unet.cross_attentions())
-        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak or run.steer):
+        if self.runs is not None and not (watched or run.edit or run.trace is not None or run.weak or run.steer
+                                          or run.mix is not None):
             latents = self.replay(context, mask, count, noise, config, times)
             for _ in run.progress(times):
                 pass
             return latents
-        denoisers = self.denoisers(context, mask, count, network_times(self.schedule, config, times), config)
+        denoisers = self.denoisers(context, mask, run.rows(count), network_times(self.schedule, config, times), config)
         return sample_latents(denoisers, noise, times, self.schedule, self.config.prediction_type,
                               self.solver_config(config), run)
 

@@ -82,7 +82,13 @@ def latents_of_requests(system: TextToImage, requests: Sequence[Request], source
         return system.latents([request.read(request.prompt) for request in requests],
                               [request.seed for request in requests], first.config, first.read(first.negative),
                               progress, edit_of(system, first.strength, sources, len(requests)), trace,
-                              steer_of(system, first))
+                              steer_of(system, first), mix_of(requests))
+
+
+def mix_of(requests: Sequence[Request]) -> list[tuple[list, list[float]]]:
+    """The prompts that requests of one kind mix in: for each place those of all requests, and their weights."""
+    return [([request.read(request.mixed[k].prompt) for request in requests],
+             [request.mixed[k].weight for request in requests]) for k in range(len(requests[0].mixed))]
 
 
 def steer_of(system: TextToImage, request: Request) -> PaletteSteer | None:

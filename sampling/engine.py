@@ -195,7 +195,7 @@ def batches_of(job: Job, gate: Gate, settings: DrawSettings) -> list[list[int]]:
 
 def length_of(system: TextToImage, request: Request) -> tuple:
     """How many contexts the prompts of a request fill, and for those that change on the way, at which steps."""
-    read = [request.read(text) for text in (request.prompt, *([request.toward.prompt] if request.toward else []))]
+    read = [request.read(text) for text in request.conditions]
     filled = max(len(chunks_of(prompt, system.tokenizer).ids) for one in read for prompt in prompts_of(one))
     return filled, *(one.of_step for one in read if isinstance(one, PromptSchedule))
 

@@ -111,8 +111,8 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 def add_colours(parser: argparse.ArgumentParser) -> None:
     """The flags of styles and palettes."""
     add = parser.add_argument_group("styles and colours").add_argument
-    add("--style", nargs="+", default=[], metavar="NAME[:STRENGTH]", help="draw in these styles, one after the other; "
-        "one of them may have a strength between 0 and 1")
+    add("--style", nargs="+", default=[], metavar="NAME[:STRENGTH]", help="draw in these styles, one after the other, "
+        "each with a strength from 0 to 2")
     add("--style-file", metavar="FILE", help="styles as YAML, as a web interface's styles.csv, or as Fooocus' JSON "
         "(configs/styles.yaml)")
     add("--styles", action="store_true", help="list the styles; with prompts, draw each without a style and in "

@@ -54,14 +54,13 @@ class Gate:
 
 def decision_on_prompts(moderation: Moderation, request: Request, system: TextToImage,
                         silent: bool = False) -> Decision:
-    """The decision on everything that a request conditions on: its prompt, the one it goes towards, and the negative
-    prompt, which is pushed away from or, below a guidance of 1, toward; each with all that it changes to on the way.
-    ``silent``: there may be no prompt."""
-    prompts = [request.prompt, *([request.toward.prompt] if request.toward else [])]
+    """The decision on everything that a request conditions on: its prompt, those it goes towards or mixes in, and the
+    negative prompt, which is pushed away from or, below a guidance of 1, toward; each with all that it changes to on
+    the way. ``silent``: there may be no prompt."""
     negatives = [request.read(request.negative)] if request.negative else []
     if silent and not request.prompt and not negatives:
         return Decision("allow", reason="no prompt")
-    parts = [request.read(text) for text in dict.fromkeys(prompts)]
+    parts = [request.read(text) for text in dict.fromkeys(request.conditions)]
     return decision_on_request(moderation, system, parts, negatives, request.config.guidance)
 
 

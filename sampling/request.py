@@ -12,8 +12,9 @@ from files.config import ConfigError, from_dict, to_dict
 from pipeline.palette import parse_palette
 from pipeline.prompt_schedule import NOTATION, WEIGHTS_ONLY, PromptSchedule, has_later_signs, read_prompt
 from pipeline.prompts import Prompt, split_options
+from pipeline.styles import STRONGEST
 from pipeline.system import with_options
-from sampling.limits import CHUNKS, HEAVIEST_PALETTE, MOST_CHUNKS, PALETTE_WEIGHT
+from sampling.limits import CHUNKS, HEAVIEST_PALETTE, MOST_CHUNKS, MOST_MIXED, PALETTE_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,21 @@ class Toward:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """A further prompt, and how much its prediction counts: 0 nothing, 1 in place of that of the prompt."""
+
+    prompt: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight <= STRONGEST:
+            raise ValueError(f"weight: value {self.weight}; valid: 0 to {STRONGEST:g}")
+
+
+@dataclass(frozen=True)
 class Request:
     """One image. ``strength`` is None for one that starts from noise; prompts are as they were written, in a version of
-    the ``notation``."""
+    the ``notation``; ``mixed`` are further ones whose predictions are mixed in."""
 
     prompt: str
     seed: int
@@ -47,6 +60,7 @@ class Request:
     palette: str = ""  # colours with their shares, see `pipeline/palette.py`
     palette_weight: float = PALETTE_WEIGHT
     palette_only: bool = False
+    mixed: tuple[Mixed, ...] = ()
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -54,6 +68,8 @@ class Request:
             parse_palette(self.palette)
         if not 0 <= self.palette_weight <= HEAVIEST_PALETTE:
             raise ValueError(f"palette_weight: value {self.palette_weight}; valid: 0 to {HEAVIEST_PALETTE:g}")
+        if len(self.mixed) > MOST_MIXED or (self.mixed and self.toward is not None):
+            raise ValueError(f"mixed: {len(self.mixed)} prompts; valid: up to {MOST_MIXED}, none in an interpolation")
         if self.notation not in (WEIGHTS_ONLY, NOTATION):
             raise ValueError(f"notation: value {self.notation}; valid: {WEIGHTS_ONLY} or {NOTATION}")
         if not 1 <= self.chunks <= MOST_CHUNKS:
@@ -63,12 +79,17 @@ class Request:
     def kind(self) -> tuple:
         """What images must share to be drawn in one batch."""
         return (self.config, self.negative, self.strength, self.toward is None, self.palette, self.palette_weight,
-                self.palette_only)
+                self.palette_only, len(self.mixed))
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The prompts that the image is to follow, as they were written."""
+        return self.prompt, *([self.toward.prompt] if self.toward else []), *(one.prompt for one in self.mixed)
 
     @property
     def texts(self) -> tuple[str, ...]:
         """Every prompt of the request, as it was written."""
-        return self.prompt, self.negative, *([self.toward.prompt] if self.toward else [])
+        return *self.conditions, self.negative
 
     def read(self, text: str) -> Prompt | PromptSchedule:
         """A prompt of this request with its signs understood; raises ValueError for signs that do not fit."""
@@ -93,6 +114,8 @@ def settings_of(request: Request) -> dict[str, Any]:
         settings["strength"] = request.strength
     if request.toward is not None:
         settings["toward"] = to_dict(request.toward)
+    if request.mixed:
+        settings["mixed"] = [to_dict(further) for further in request.mixed]
     if request.literal:
         settings["literal"] = True
     if request.chunks != CHUNKS:

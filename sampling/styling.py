@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from pipeline.styles import DEFAULT, Style, Styled, apply_styles, only_one, parse_style, read_styles
 from sampling.plan import Plan
-from sampling.request import Request, Toward
+from sampling.request import Mixed, Request
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class ChosenStyles:
 
     @property
     def partial(self) -> bool:
-        """Whether one of them has a strength between 0 and 1."""
-        return any(0 < strength < 1 for _, strength in self.chosen)
+        """Whether one of them has a strength that takes a further prompt: neither 0 nor 1."""
+        return any(strength not in (0, 1) for _, strength in self.chosen)
 
     def of(self, prompt: str, negative: str) -> Styled:
         """A prompt and a negative prompt in these styles."""
@@ -33,14 +33,13 @@ def choose_styles(names: Sequence[str], file: str | None) -> ChosenStyles:
 
 def styled_plan(plan: Plan, styles: ChosenStyles) -> Plan:
     """The plan with the guidance and the palette of its styles where it names none. Raises ValueError for styles of
-    different ones, and for a strength between 0 and 1 with what has its own use of two prompts."""
+    different ones, and for a strength that takes a further prompt with what has a use of its own for two of them."""
     if not styles.chosen:
         return plan
     if styles.partial:
-        for name in ("starts", "inverted", "weak", "interpolate"):
+        for name, flag in (("inverted", "--invert"), ("interpolate", "--interpolate")):
             if getattr(plan, name):
-                flag = {"starts": "--init", "inverted": "--invert", "weak": "--weak"}.get(name, "--interpolate")
-                raise ValueError(f"--style with a strength between 0 and 1 and {flag}; valid: strength 1")
+                raise ValueError(f"--style with a strength that is not 1 and {flag}; valid: strength 1")
     if any(axis.startswith(("prompt=", "negative=")) for axis in plan.axes):
         raise ValueError("--style with --xy prompt or negative; valid: one of them")
     full = [style for style, strength in styles.chosen if strength == 1]
@@ -55,11 +54,10 @@ def style_request(request: Request, styles: ChosenStyles) -> Request:
         return request
     styled = styles.of(request.prompt, request.negative)
     toward = request.toward
-    if styled.further is not None:
-        toward = Toward(styled.further, request.seed, styled.strength)
-    elif toward is not None:
+    if toward is not None:
         toward = replace(toward, prompt=styles.of(toward.prompt, "").prompt)
-    return replace(request, prompt=styled.prompt, negative=styled.negative, toward=toward)
+    mixed = tuple(Mixed(prompt, strength) for prompt, strength in styled.further)
+    return replace(request, prompt=styled.prompt, negative=styled.negative, toward=toward, mixed=mixed)
 
 
 def every_style(file: str | None) -> dict[str, ChosenStyles]:

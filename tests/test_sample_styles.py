@@ -12,9 +12,11 @@ from sample_calls import PROMPT, draw, parameters, pixels
 
 import sample
 from eval.colour import palette_error
+from pipeline.loading import load_run
 from pipeline.palette import THEMES, parse_palette
 from pipeline.styles import DEFAULT, read_styles
 from sampling import flags
+from sampling.request import Request, Toward, request_of, settings_of
 from sampling.styling import list_of_styles
 
 FILE = f"00000_{PROMPT.replace(' ', '-')}_seed0.png"
@@ -63,7 +65,7 @@ def test_an_image_is_verified_with_its_palette_whose_image_is_not_needed_again(t
     assert "equal" in capsys.readouterr().out
 
 
-def test_a_style_is_its_words_and_its_strength_a_way_between_prompts(vivid_run, tmp_path):
+def test_a_style_is_its_words_and_its_strength_an_amount_of_it(vivid_run, tmp_path):
     full = draw(vivid_run, tmp_path / "full", PROMPT, "--style", "noto")
     assert [parameters(path)["prompt"] for name, path in full.items() if name != "grid.png"] == [
         f"{PROMPT}, noto style"]
@@ -72,14 +74,37 @@ def test_a_style_is_its_words_and_its_strength_a_way_between_prompts(vivid_run, 
     [first], [second] = ([pixels(path) for name, path in made.items() if name != "grid.png"] for made in (full, words))
     assert np.array_equal(first, second)
     away = []
-    for strength in ("0", "0.25", "0.75", "1"):
+    for strength in ("0", "0.25", "0.75", "1", "1.75"):
         made = draw(vivid_run, tmp_path / strength, PROMPT, "--style", f"noto:{strength}")
         [path] = [path for name, path in made.items() if name.startswith("00000")]
         away.append(np.abs(pixels(path) - pixels(plain)).mean())
-        if 0 < float(strength) < 1:
-            assert parameters(path)["toward"] == {"prompt": f"{PROMPT}, noto style", "seed": 0,
-                                                  "weight": float(strength)}
-    assert away[0] == 0 and away == sorted(away) and away[3] > away[1]
+        if strength in ("0", "1"):
+            assert "mixed" not in parameters(path)
+        else:
+            assert parameters(path)["mixed"] == [{"prompt": f"{PROMPT}, noto style", "weight": float(strength)}]
+    assert away[0] == 0 and away == sorted(away) and away[4] > away[3] > away[1]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--style", "noto:0.5", "flat:1.5"], ["--style", "noto:0.5", "--bulk", "--files"]])
+def test_an_image_with_strengths_is_verified(tiny_run, tmp_path, arguments, capsys):
+    if "--bulk" in arguments:
+        (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n")
+        arguments = [*arguments, "--prompts", str(tmp_path / "prompts.txt")]
+    else:
+        arguments = [PROMPT, *arguments]
+    assert sample.main([*arguments, "--run", str(tiny_run), "--out", str(tmp_path / "out"), "--exact"]) == 0
+    [path] = [path for path in (tmp_path / "out").rglob("*.png") if path.name != "grid.png"]
+    assert len(parameters(path)["mixed"]) == arguments.count("flat:1.5") + 1
+    assert sample.main(["--verify", str(path), "--run", str(tiny_run)]) == 0
+    assert "equal" in capsys.readouterr().out
+
+
+def test_metadata_whose_strength_was_a_way_between_contexts_means_what_it_meant(vivid_run):
+    """Older versions wrote a strength as half an interpolation from the same seed, and that is how it is read."""
+    config = load_run(vivid_run, moderation=None).config.sampling
+    older = Request(PROMPT, 0, config, toward=Toward(f"{PROMPT}, noto style", 0, 0.5))
+    assert request_of(settings_of(older)) == older
 
 
 def test_styles_of_a_file_bring_negative_prompt_guidance_and_palette(tiny_run, tmp_path):
@@ -111,10 +136,12 @@ def test_what_is_judged_is_what_is_drawn(tiny_run, monkeypatch):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--style", "notto"], "--style notto; valid: noto"),
-    (["--style", "noto:0.5", "flat:0.5"], "valid: one style with a strength between 0 and 1"),
+    (["--style", "noto:2.5"], "--style noto:2.5; valid: NAME:STRENGTH with a strength from 0 to 2"),
+    (["--style", *(f"{name}:0.5" for name in ("noto", "flat", "fluent", "twemoji", "openmoji"))],
+     "mixed: 5 prompts; valid: up to 4"),
     (["--style", "line-art", "neon"], "styles with palette monochrome and neon; valid"),
     (["--style", "noto", "--style-file", "nowhere.yaml"], "nowhere.yaml"),
-    (["--style", "noto:0.5", "--interpolate", "3"], "--style with a strength between 0 and 1 and --interpolate"),
+    (["--style", "noto:0.5", "--interpolate", "3"], "--style with a strength that is not 1 and --interpolate"),
     (["--palette", "greenish"], "palette: 'greenish'; valid: colours such as"),
     (["--palette-weight", "1"], "--palette-weight without --palette; valid: both"),
     (["--palette", "ocean", "--palette-weight", "11"], "--palette-weight 11.0; valid: 0 to 10"),

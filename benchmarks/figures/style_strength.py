@@ -2,10 +2,11 @@
 
     python -m benchmarks.figures.style_strength weights/emoji-64 --clip runs/emoji_64_clip [--out docs/images]
 
-draws the things below without a style and in each style at strengths up to 1, from the same first noise, and prints the
-share of samples that a classifier of the drawn styles takes for the style, and the mean probability that it gives to it
+draws the things below without a style and in each style at strengths up to 2, from the same first noise, and prints the
+share of samples that a classifier of the drawn styles takes for the style, the mean probability that it gives to it
 (linear discriminant analysis of the evaluator's vectors, made from training images and checked on validation images),
-with bootstrap intervals over the things. Writes style_strength.png. It takes about a minute of one core.
+and what becomes of the thing: the cosine with the prompt without the style, and how often that is the nearest of all of
+them. Bootstrap intervals over the samples. Writes style_strength.png. It takes about ten minutes of one core.
 """
 import argparse
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.personal_scores import Kinds, images_of, singles
+from eval.clip_score import agreement
 from eval.interval import bootstrap_mean, bootstrap_share
 from files.images import to_unit
 from files.sheets import axes_grid, save_sheet
@@ -30,17 +32,21 @@ from sampling.styling import ChosenStyles, style_request
 THINGS = ("a red apple", "a cat face", "a fire engine", "a guitar", "a grinning face", "a woman scientist", "a bus",
           "a red heart", "a star", "a banana", "a house", "a dog face", "a birthday cake", "an umbrella", "a crown",
           "a rocket")
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+SHOWN = 10  # columns of the sheet
 
 
-def drawn(system: TextToImage, style: str, strength: float) -> Tensor:
-    """A sample of each thing, uint8 (N, 3, H, W), seeds from 0."""
+def drawn(system: TextToImage, style: str, strength: float, rounds: int) -> Tensor:
+    """A sample of each thing, seeds from 0, and so often again with the next seeds: uint8 (N, 3, H, W)."""
     chosen = ChosenStyles(((read_styles(DEFAULT)[style], strength),))
-    requests = [style_request(Request(thing, seed, system.config.sampling), chosen)
-                for seed, thing in enumerate(THINGS)]
-    latents = latents_of_requests(system, requests, Sources())
-    with torch.inference_mode():
-        return decode_images(system, latents, Sources())
+    found = []
+    for first in range(0, rounds * len(THINGS), len(THINGS)):
+        requests = [style_request(Request(thing, first + place, system.config.sampling), chosen)
+                    for place, thing in enumerate(THINGS)]
+        latents = latents_of_requests(system, requests, Sources())
+        with torch.inference_mode():
+            found.append(decode_images(system, latents, Sources()))
+    return torch.cat(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip", type=Path, required=True, help="run folder of the evaluator")
     parser.add_argument("--styles", nargs="+", default=["noto", "openmoji", "flat"], help="(%(default)s)")
     parser.add_argument("--real", type=int, default=2000, help="real images for the classifier (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="samples of each thing (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="the folder of the figure (%(default)s)")
     options = parser.parse_args(arguments)
     data, clip, system = read_data_config(options.run / "config.yaml"), ClipVectors.of_run(options.clip), \
@@ -59,18 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classifier = Kinds(clip(to_unit(own)), kinds)
     hits = [one == other for one, other in zip(classifier(clip(to_unit(check))), right)]
     print(f"classifier on {len(hits)} validation images: {bootstrap_share(hits)}\n\n| style | strength | hit | "
-          "probability |\n|---|---|---|---|")
-    rows: dict[str, Tensor] = {"no style": drawn(system, options.styles[0], 0.0)}
+          "probability | cosine with the thing | nearest thing |\n|---|---|---|---|---|---|")
+    rows: dict[str, Tensor] = {"no style": drawn(system, options.styles[0], 0.0, options.rounds)}
+    asked = list(THINGS) * options.rounds
     for style in options.styles:
         for strength in STRENGTHS:
-            images = rows["no style"] if not strength else drawn(system, style, strength)
+            images = drawn(system, style, strength, options.rounds) if strength else rows["no style"]
             vectors = clip(to_unit(images))
             chance = classifier.chances(vectors)[:, classifier.names.index(style)]
+            found = agreement(vectors, clip.texts(asked), asked)
             print(f"| {style} | {strength:g} | {bootstrap_share([kind == style for kind in classifier(vectors)])} | "
-                  f"{bootstrap_mean(chance.numpy())} |", flush=True)
+                  f"{bootstrap_mean(chance.numpy())} | {found.score.scaled(0.01)} | {found.recall_1} |", flush=True)
             if strength:
                 rows[f"{style}:{strength:g}"] = images
-    save_sheet(axes_grid(torch.cat([images[:10] for images in rows.values()]), list(THINGS[:10]), list(rows), 64,
+    save_sheet(axes_grid(torch.cat([images[:SHOWN] for images in rows.values()]), list(THINGS[:SHOWN]), list(rows), 64,
                          f"{options.run.name}: strength of a style"), options.out / "style_strength.png")
 
 
