@@ -18,6 +18,8 @@ What it costs, from the base's own held-out captions, which do not ask for it:
 validation loss: of the base's own held-out images, with fixed noise: a rise is forgetting
 drift:           1 - cosine of an own prompt's image with that of the base, same seed
 own fidelity, own recall 1: as above
+promises, whole: of an emoji base, the promises of its own captions that are kept, and the captions all of whose are
+                 (things, style, count, relation, background, mood; scoring/emoji.py)
 Frechet:         distance of these images to held-out real images; compare equal numbers only
 
 All cosines are those of the evaluator that the stage clip left in a run folder; without --clip there is the loss alone.
@@ -34,10 +36,13 @@ from torch import Tensor
 
 from benchmarks.personal_scores import BATCH, Reference, distance_to, images_of, reference
 from data.catalog import DataConfig, build_source
+from data.emoji.emoji import Emoji
 from data.images.folder import FolderConfig
 from data.source import Source, image_batch
 from eval.clip_score import agreement
 from eval.frechet import Moments
+from eval.scenes.candidates import count_nearer_answers
+from eval.scenes.score import percent, score_table
 from files.config import from_dict, read_yaml
 from files.images import to_unit
 from files.sheets import axes_grid, save_sheet
@@ -49,6 +54,8 @@ from pipeline.loading import load_run
 from pipeline.personal import Personal
 from pipeline.system import Networks, TextToImage
 from sampling.personal import EMBEDDING, in_folder, parse_adapter
+from scoring.emoji import ATTRIBUTES, score_of_answers
+from scoring.emoji_questions import Promises
 from training.stages.denoiser import DenoiserStage, Denoising
 from training.stages.pairs import PairBatch, latent_encoder
 from training.stages.personal import few_images
@@ -91,6 +98,8 @@ class Cost:
         self.denoising = Denoising(stage, base.tokenizer, 0, base.device)
         self.pairs, self.clip = held_out(base, own, options.losses), clip
         self.captions = [own.captions(i)[0] for i in range(min(options.count, len(own)))]
+        promises = Promises(own) if isinstance(own, Emoji) else None
+        self.questions = [promises.questions(i) for i in range(len(self.captions))] if promises else []
         self.before: Tensor | None = None
         if clip is not None:
             self.real = Moments(clip.width).update(clip(to_unit(images_of(own, 1024)[0])))
@@ -100,13 +109,23 @@ class Cost:
         loss = self.denoising.validate(Networks(system.unet, system.text_encoder), self.pairs)["loss"]
         row = {"validation loss": f"{loss:.4f}"}
         if self.clip is not None:
-            vectors = self.clip(to_unit(samples(system, self.captions)))
+            images = samples(system, self.captions)
+            vectors = self.clip(to_unit(images))
             self.before = vectors if self.before is None else self.before
             found = agreement(vectors, self.clip.texts(self.captions), self.captions)
             row |= {"drift": f"{1 - float((vectors * self.before).sum(dim=1).mean()):.3f}",
                     "own fidelity": str(found.score.scaled(0.01)), "own recall 1": str(found.recall_1),
-                    "Frechet": f"{distance_to(self.real, vectors):.3f}"}
+                    "Frechet": f"{distance_to(self.real, vectors):.3f}", **self.kept(images)}
         return row
+
+    def kept(self, images: Tensor) -> dict[str, str]:
+        """The promises that images uint8 (N, 3, H, W) of the captions keep; nothing for a base of other data."""
+        if not self.questions:
+            return {}
+        answers = [count_nearer_answers(asked, [image.numpy()])[0] for asked, image in zip(self.questions, images)]
+        rates = score_table([({"tags": ()}, score_of_answers(asked, found))
+                             for asked, found in zip(self.questions, answers)], measures=ATTRIBUTES)["all"]
+        return {"promises": percent(rates["attributes"]), "whole": percent(rates["scene"])}
 
 
 def samples(system: TextToImage, prompts: Sequence[str]) -> Tensor:
