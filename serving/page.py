@@ -14,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from pipeline.palette import THEMES
-from pipeline.styles import DEFAULT, read_styles
+from pipeline.styles import DEFAULT, STRONGEST, read_styles
 from sampling.flags import AXES, SAMPLERS
 from serving.keys import Account, Keys
 from serving.orders import Model
@@ -98,6 +98,7 @@ def form_fields() -> dict[str, Any]:
     found["negative"] = gr.Textbox(label="Not", placeholder="what guidance pushes away from", elem_id="negative")
     with gr.Row():
         found["style"] = gr.Dropdown(list(read_styles(DEFAULT)), label="Styles", multiselect=True, elem_id="style")
+        found["style_strength"] = gr.Slider(0, STRONGEST, 1, step=0.05, label="Strength of the styles")
         found["palette"] = gr.Dropdown([NONE, *THEMES], value=NONE, label="Palette", allow_custom_value=True,
                                        elem_id="palette", info="a theme, or colours such as #1b3a4b,#f2c14e:0.5")
     with gr.Row():

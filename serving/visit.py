@@ -37,6 +37,7 @@ class Form:
     prompt: str
     negative: str
     style: list[str]
+    style_strength: float
     palette: str
     count: int
     seed: int
@@ -68,7 +69,8 @@ class Form:
         try:
             order = ImageRequest(
                 prompt=self.prompt.strip() or "-" * of_axis, negative_prompt=self.negative.strip(),
-                style=list(self.style or []), palette="" if self.palette in (None, "none") else self.palette,
+                style=[name if self.style_strength == 1 else f"{name}:{self.style_strength:g}"
+                       for name in self.style or []], palette="" if self.palette in (None, "none") else self.palette,
                 n=1 if axes else int(self.count or 0),
                 seed=None if self.seed is None or self.seed < 0 else int(self.seed),
                 num_inference_steps=int(self.steps or 0), guidance_scale=float(self.guidance or 0),

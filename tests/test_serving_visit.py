@@ -20,8 +20,8 @@ from serving.service import Service  # noqa: E402
 from serving.settings import EngineSettings, ServiceSettings  # noqa: E402
 from serving.visit import STARTS, Form, Visit  # noqa: E402
 
-FORM = Form(prompt="a red star", negative="", style=[], palette="none", count=2, seed=3, steps=3, guidance=3.0,
-            sampler="default", width=32, height=32, palette_only=False, exact=False, metadata=True, start=STARTS[0],
+FORM = Form(prompt="a red star", negative="", style=[], style_strength=1.0, palette="none", count=2, seed=3, steps=3,
+            guidance=3.0, sampler="default", width=32, height=32, palette_only=False, exact=False, metadata=True, start=STARTS[0],
             image=None, strength=0.6, painted=None, across_name="steps", across_values="1,2", down_name="none",
             down_values="")
 
@@ -59,6 +59,14 @@ def test_a_visit_draws_and_keeps_what_it_has_seen(engine, tmp_path):
     assert [text for _, text, _ in second[-1].seen] == ["seed 3", "seed 4", "seed 9"]
     with Image.open(second[-1].images[0][0]) as image:
         assert "parameters" in image.text and image.size == (32, 32)
+
+
+def test_styles_have_the_strength_of_the_form(engine, tmp_path):
+    styled = replace(FORM, style=["noto", "flat"], count=1)
+    full, half = drawn(engine, tmp_path, styled, replace(styled, style_strength=0.5))
+    assert full[-1].settings["prompt"] == "a red star, noto style, flat style" and "mixed" not in full[-1].settings
+    assert half[-1].settings["prompt"] == "a red star" and half[-1].settings["mixed"] == [
+        {"prompt": f"a red star, {name} style", "weight": 0.5} for name in ("noto", "flat")]
 
 
 def test_files_for_the_browser_go_when_they_are_old(engine, tmp_path):
