@@ -20,6 +20,7 @@ from training.moderation.stage import train_moderator
 from training.stages.autoencoder import AutoencoderStage, train_autoencoder
 from training.stages.clip import ClipStage, train_clip
 from training.stages.context import StageContext
+from training.stages.decoder import DecoderStage, train_decoder
 from training.stages.denoiser import DenoiserStage, train_denoiser
 from training.stages.dreambooth import DreamboothStage, train_dreambooth
 from training.stages.lora import LoraStage, train_lora
@@ -35,7 +36,7 @@ class Stage:
     files of the stage itself; when all of them exist, the stage is finished. ``train`` receives the part of the
     experiment that has the name of the stage. ``inherits`` are files that a run which starts from another one copies,
     so that the numbers of tokens keep their meaning. A stage that ``teaches`` changes or extends a trained system, its
-    base, with a few images, none of which is held out."""
+    base, with a few images, none of which is held out. One that ``tunes`` changes a part of its base, on any data."""
 
     name: str
     needs: tuple[str, ...]
@@ -44,12 +45,16 @@ class Stage:
     reads_images: bool = True
     inherits: tuple[str, ...] = ()
     teaches: bool = False
+    tunes: bool = False
 
 
 # in the order in which they run; adding a stage is a row here, its part of Experiment below, and a file of its own
 STAGES = {stage.name: stage for stage in (
     Stage("tokenizer", (), ("tokenizer.json",), train_tokenizer, inherits=("tokenizer.json",)),
     Stage("autoencoder", (), ("autoencoder.safetensors",), train_autoencoder),
+    Stage("decoder", (), ("autoencoder.safetensors",), train_decoder, tunes=True,
+          inherits=("tokenizer.json", "text_encoder.safetensors", "denoiser.safetensors", "clip_tokenizer.json",
+                    "clip.safetensors", "concepts.yaml")),
     Stage("clip", (), ("clip_tokenizer.json", "clip.safetensors"), train_clip, inherits=("clip_tokenizer.json",)),
     Stage("denoiser", ("tokenizer", "autoencoder"), ("text_encoder.safetensors", "denoiser.safetensors"),
           train_denoiser),
@@ -84,6 +89,7 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     autoencoder: AutoencoderStage = field(default_factory=AutoencoderStage)
+    decoder: DecoderStage = field(default_factory=DecoderStage)
     clip: ClipStage = field(default_factory=ClipStage)
     denoiser: DenoiserStage = field(default_factory=DenoiserStage)
     student: StudentStage = field(default_factory=StudentStage)
@@ -103,10 +109,10 @@ class Experiment:
         self._check_teaching()
         factor = self.autoencoder.model.factor
         self._check_sizes(factor, "the autoencoder's factor")
-        adversarial = self.autoencoder.adversarial
-        if adversarial.weight and self.data.size < adversarial.model.smallest:
-            raise ValueError(f"autoencoder.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
-                             f"images of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
+        for name, adversarial in (("autoencoder", self.autoencoder.adversarial), ("decoder", self.decoder.adversarial)):
+            if adversarial.weight and self.data.size < adversarial.model.smallest:
+                raise ValueError(f"{name}.adversarial.model.layers: {adversarial.model.layers}; valid: fewer, the "
+                                 f"images of {self.data.size} pixels are smaller than {adversarial.model.smallest}")
         if "denoiser" in self.stages and "student" in self.stages:
             raise ValueError(f"stages: {list(self.stages)}; valid: denoiser or student, both leave a denoiser; a "
                              "student has a run of its own, with start_from=TEACHER")
@@ -116,7 +122,10 @@ class Experiment:
             self._check_process()
 
     def _check_teaching(self) -> None:
-        """Raise ValueError if stages that teach have no base, two of them, or others beside them."""
+        """Raise ValueError if stages that teach or tune have no base, two of them, or others beside them."""
+        if "decoder" in self.stages and (len(self.stages) > 1 or not self.start_from):
+            raise ValueError(f"stages: {list(self.stages)}, start_from: {self.start_from or 'none'}; valid with "
+                             "decoder: in a run of its own, with start_from: the run whose decoder is tuned")
         teaching = [name for name in self.stages if STAGES[name].teaches]
         if teaching and len(teaching) < len(self.stages):
             raise ValueError(f"stages: {list(self.stages)}; valid with {teaching[0]}: in a run of its own, with "
@@ -219,11 +228,12 @@ def load_experiment(path: str | Path, overrides: list[str] = ()) -> Experiment: 
 
 
 def with_base(data: dict[str, Any]) -> dict[str, Any]:
-    """The content of a configuration; if it teaches the run of ``start_from``, with the networks, the process and the
-    sampling of that run, where it exists. Raises ConfigError for a setting of them that the run does not have."""
+    """The content of a configuration; if it teaches or tunes the run of ``start_from``, with the networks, the process
+    and the sampling of that run, where it exists. Raises ConfigError for a setting of them that it does not have."""
     stages, start = data.get("stages"), data.get("start_from")
     named = [name for name in stages if isinstance(name, str)] if isinstance(stages, list) else []
-    if not isinstance(start, str) or not start or not any(name in STAGES and STAGES[name].teaches for name in named):
+    bound = any(name in STAGES and (STAGES[name].teaches or STAGES[name].tunes) for name in named)
+    if not isinstance(start, str) or not start or not bound:
         return data
     if not (path := RunFolder(start).path / "config.yaml").is_file():
         return data  # training says that there is no such run
@@ -231,7 +241,7 @@ def with_base(data: dict[str, Any]) -> dict[str, Any]:
     for name, parts in OF_BASE.items():
         given = {part: data[name].get(part) for part in parts} if isinstance(data.get(name), dict) else None
         if wrong := _conflict(given, base.get(name), name):
-            raise ConfigError(f"{wrong}; valid: that of {start}, which is taught, or nothing")
+            raise ConfigError(f"{wrong}; valid: that of {start}, which is the base, or nothing")
     return {"sampling": base.get("sampling", {}), **data, **{name: base[name] for name in OF_BASE if name in base}}
 
 

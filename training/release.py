@@ -97,7 +97,7 @@ def record(run: RunFolder, evaluator: RunFolder, out: Path, step: int | None) ->
         about["clip"] = evaluator.read_manifest().get("clip")
     own, other = (STUDENT, "denoiser") if STUDENT in config["stages"] else ("denoiser", STUDENT)  # they leave the same
     config["stages"] = [name for name, stage in STAGES.items()
-                        if name != other and all((out / file).exists() for file in stage.leaves)]
+                        if name != other and not stage.tunes and all((out / file).exists() for file in stage.leaves)]
     train = config[own]["train"]
     steps = train["steps"] if step is None else step
     about["released"] = {"from": run.path.name, "denoiser_steps": steps, "images_seen": steps * train["batch"],

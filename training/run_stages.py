@@ -38,7 +38,7 @@ def run_stages(experiment: Experiment, run: RunFolder, processes: Processes, cha
             print(f"{stage.name}: done in {time.perf_counter() - began:.0f} s")
     if processes.main:
         how = f"; sample with: python sample.py --run {run.path} \"a prompt\""
-        print(f"trained: {run.path}{how if {'denoiser', 'student'} & {*experiment.stages} else ''}")
+        print(f"trained: {run.path}{how if {'denoiser', 'student', 'decoder'} & {*experiment.stages} else ''}")
 
 
 def context_of(stage: Stage, experiment: Experiment, run: RunFolder, processes: Processes) -> StageContext:

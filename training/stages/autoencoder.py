@@ -22,6 +22,7 @@ from files.sheets import save_grid
 from files.weights import save_weights
 from model.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from model.device import autocast_dtype, place_on
+from training.distributed import Processes
 from training.loop import Task, TrainConfig, fit
 from training.seed import Part, generator, whole_batch
 from training.stages.adversarial_loss import AdversarialConfig, Adversary
@@ -33,33 +34,45 @@ COLUMNS = 8  # images in a row of a comparison
 
 
 @dataclass(frozen=True)
-class AutoencoderStage:
-    """``l1``, ``l2``, ``edge`` and ``kl`` are the weights of terms of the loss; ``edge`` compares finite differences of
-    the images, which keeps outlines sharp that L2 alone blurs. ``perceptual`` and ``adversarial`` have weights of their
-    own. ``validation`` is the number of held-out images; ``features`` are those of the reconstruction distance."""
+class ReconstructionConfig:
+    """How decoded images are compared with their originals. ``l1``, ``l2`` and ``edge`` are the weights of terms of the
+    loss; ``edge`` compares finite differences of the images, which keeps outlines sharp that L2 alone blurs.
+    ``perceptual`` and ``adversarial`` have weights of their own."""
 
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
     l1: float = 1.0
     l2: float = 1.0
     edge: float = 0.0
-    kl: float = 1e-6
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    validation: int = 256
-    features: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
 
     def __post_init__(self):
-        for name in ("l1", "l2", "edge", "kl"):
+        for name in ("l1", "l2", "edge"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)}; valid: from 0 up")
         if self.l1 + self.l2 == 0:
             raise ValueError("l1: 0.0 together with l2: 0.0; valid: at least one above 0")
+
+
+@dataclass(frozen=True)
+class AutoencoderStage(ReconstructionConfig):
+    """``kl`` is the weight of that term. ``validation`` is the number of held-out images; ``features`` are those of the
+    reconstruction distance."""
+
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    kl: float = 1e-6
+    validation: int = 256
+    features: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl < 0:
+            raise ValueError(f"kl: {self.kl}; valid: from 0 up")
         if self.validation < 1:
             raise ValueError(f"validation: {self.validation}; valid: from 1 image up")
 
 
-def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: AutoencoderStage) -> torch.Tensor:
+def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: ReconstructionConfig) -> torch.Tensor:
     """Weighted L1, L2 and edge terms of images (B, 3, H, W) in [-1, 1], each a mean over values; a scalar."""
     difference = decoded.float() - images
     loss = config.l1 * difference.abs().mean() + config.l2 * difference.square().mean()
@@ -67,6 +80,29 @@ def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, config: Aut
         # the derivative of a difference is the difference of the derivatives
         loss = loss + config.edge * (difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean())
     return loss
+
+
+@dataclass(frozen=True)
+class DecodedLoss:
+    """What decoded images are judged by. If there is an adversary, a call also takes a training step of it."""
+
+    config: ReconstructionConfig
+    perceptual: Distance | None = None
+    adversary: Adversary | None = None
+
+    def __call__(self, decoded: torch.Tensor, images: torch.Tensor, last: torch.Tensor,
+                 step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor | None]:
+        """(the terms without their weights, the weighted sum of those that compare, the weighted adversarial term or
+        None), scalars, for images (B, 3, H, W) in [-1, 1]. ``last`` holds the last filters of the decoder."""
+        reconstruction = reconstruction_loss(decoded, images, self.config)
+        terms = {"reconstruction": reconstruction}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(decoded, images).mean()
+            reconstruction = reconstruction + self.config.perceptual.weight * terms["perceptual"]
+        if self.adversary is None:
+            return terms, reconstruction, None
+        terms |= self.adversary.terms(images, decoded, reconstruction, last, step)
+        return terms, reconstruction, terms["adversarial"]
 
 
 @dataclass(frozen=True)
@@ -89,17 +125,21 @@ class AutoencoderLoss:
         posterior = Posterior(raw.mean.float(), raw.logvar.float())  # bf16 would round the KL term away
         noise = (part or whole_batch(len(images))).randn(posterior.mean.shape, random).to(images.device)
         decoded = model.decode_raw(posterior.sample(noise)).float()  # (B, 3, H, W)
-        reconstruction = reconstruction_loss(decoded, images, self.config)
+        judged = DecodedLoss(self.config, self.perceptual, self.adversary)
+        terms, reconstruction, adversarial = judged(decoded, images, model.decoder.conv_out.weight, step)
         kl = posterior.kl().mean()
-        terms = {"reconstruction": reconstruction, "kl": kl}
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(decoded, images).mean()
-            reconstruction = reconstruction + self.config.perceptual.weight * terms["perceptual"]
         loss = reconstruction + self.config.kl * kl
-        if self.adversary is not None:
-            terms |= self.adversary.terms(images, decoded, reconstruction, model.decoder.conv_out.weight, step)
-            loss = loss + terms["adversarial"]
-        return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        if adversarial is not None:
+            loss = loss + adversarial
+        return {"loss": loss, **{name: term.detach() for name, term in {**terms, "kl": kl}.items()}}
+
+
+def check_adversary(config: AdversarialConfig, train: TrainConfig, processes: Processes) -> None:
+    """Raise ValueError for an adversary that would not see the whole batch."""
+    if config.weight and (processes.world > 1 or train.accumulate > 1):
+        raise ValueError(f"adversarial.weight: {config.weight} with {processes.world} processes and accumulate: "
+                         f"{train.accumulate}; valid: one process and accumulate: 1, the discriminator learns from the "
+                         "whole batch at once")
 
 
 @torch.no_grad()
@@ -151,10 +191,7 @@ def train_autoencoder(config: AutoencoderStage, context: StageContext) -> None:
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
     objective = AutoencoderLoss(config, perceptual, adversary)
     features = Features(device) if config.features == "efficientnet_lite0" else None
-    if adversary and (processes.world > 1 or config.train.accumulate > 1):
-        raise ValueError(f"adversarial.weight: {config.adversarial.weight} with {processes.world} processes and "
-                         f"accumulate: {config.train.accumulate}; valid: one process and accumulate: 1, the "
-                         "discriminator learns from the whole batch at once")
+    check_adversary(config.adversarial, config.train, processes)
     order, batch = Order(len(source), seed, getattr(source, "buckets", None)), config.train.batch
     held_out = image_batch(validation, np.arange(min(config.validation, len(validation))))
     if features and len(held_out) < 2:
