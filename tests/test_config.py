@@ -9,7 +9,7 @@ import yaml
 
 from files.config import ConfigError, apply_overrides, from_dict, read_yaml, to_dict
 from pipeline.config import read_data_config, read_system_config
-from training.experiment import Experiment, load_experiment
+from training.experiment import STAGES, Experiment, load_experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -256,10 +256,10 @@ def test_the_system_of_a_run_is_that_of_its_experiment(tiny_config, tmp_path, ov
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_defaults_are_the_same_for_training_and_for_sampling(path):
-    """A shipped file leaves most keys out; both readers fill them in alike. One that teaches has the system of its
-    base, which sampling reads there."""
+    """A shipped file leaves most keys out; both readers fill them in alike. One that teaches or tunes has the system of
+    its base, which sampling reads there."""
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if "name" in data and load_experiment(path).teaches:
+    if "name" in data and any(STAGES[name].teaches or STAGES[name].tunes for name in load_experiment(path).stages):
         assert load_experiment(path).system == read_system_config(ROOT / data["start_from"] / "config.yaml")
     elif "name" in data:
         assert read_system_config(path) == load_experiment(path).system

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sample_calls import PROMPT, draw, pixels
 from small_runs import metrics
 
@@ -14,6 +14,7 @@ import train
 from data.source import stack_images
 from files.images import to_unit
 from pipeline.loading import load_run
+from training import release
 from training.experiment import load_experiment
 from training.seed import generator, whole_batch
 from training.stages.autoencoder import DecodedLoss
@@ -90,6 +91,29 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(tiny, tiny_run, tuned, tmp_pa
     train.main([str(config), f"run={tmp_path / 'run'}"])
     assert (tmp_path / "run" / "autoencoder.safetensors").read_bytes() == (
         tuned / "autoencoder.safetensors").read_bytes()
+
+
+def test_a_release_takes_the_tuned_decoder(tuned, tiny_run, tmp_path):
+    """Also of a folder that was released before; its training and what it has seen stay as they were said."""
+    release.release(tiny_run, tmp_path / "first")
+    release.release(tmp_path / "first", tmp_path / "second", decoder=tuned)
+    first, second = (load_file(tmp_path / name / "autoencoder.safetensors") for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first if not name.startswith("decoder."))
+    assert not torch.equal(first["decoder.conv_out.weight"], second["decoder.conv_out.weight"])
+    before, after = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("first", "second"))
+    changed = {name for name in before["released"]["files"]
+               if before["released"]["files"][name] != after["released"]["files"][name]}
+    assert changed == {"autoencoder.safetensors"} and after["decoder"]["noise"] == 1.0
+    assert {**before["released"], "files": 0} == {**after["released"], "files": 0}
+    config = yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())
+    assert config["stages"] == ["tokenizer", "autoencoder", "denoiser"] and config["decoder"]["noise"] == 1.0
+    load_experiment(tmp_path / "second" / "config.yaml")
+    other = tmp_path / "other"
+    shutil.copytree(tuned, other)
+    tensors = load_file(other / "autoencoder.safetensors")
+    save_file({**tensors, "latent_mean": tensors["latent_mean"] + 1}, other / "autoencoder.safetensors")
+    with pytest.raises(ValueError, match="latent_mean is not that of .*; valid: a run of the stage decoder"):
+        release.release(tiny_run, tmp_path / "third", decoder=other)
 
 
 @pytest.mark.parametrize("change, message", [

@@ -1,7 +1,8 @@
 """A run folder to share, from one to train in: python -m training.release RUN --out weights/NAME [--clip RUN]
 
 The networks are written in bf16 where they have two axes or more, and nothing is kept that only training needs: no
-state, no cache, no samples. ``--clip`` adds the evaluator of another run folder. ``--unfinished`` takes the averaged
+state, no cache, no samples. ``--clip`` adds the evaluator of another run folder, ``--decoder`` takes the autoencoder of
+a run whose stage decoder tuned that of RUN, which may be a released folder itself. ``--unfinished`` takes the averaged
 weights of the newest state of a denoiser that is still being trained. ``prompts.txt`` has the prompts of the previews,
 one a line, for `sample.py --prompts`. The result is a run folder for sample.py and evaluate.py, and a new training can
 begin with its weights (``start_from``).
@@ -56,7 +57,20 @@ def denoiser_weights(run: RunFolder, unfinished: bool) -> tuple[dict[str, dict[s
                    if key.startswith(prefix)} for name, prefix in DENOISER.items()}, state["step"]
 
 
-def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = False) -> dict[str, Any]:
+def tuned_autoencoder(run: RunFolder, decoder: RunFolder) -> dict[str, torch.Tensor]:
+    """The tensors of the autoencoder of ``decoder``. Raises ValueError unless they are those of ``run``, as they are
+    released, but for the weights of the decoder: the denoiser would not fit other latents."""
+    own, tuned = (in_bf16(load_file(folder.weights("autoencoder"))) for folder in (run, decoder))
+    for name in sorted({*own, *tuned}):
+        if not name.startswith("decoder.") and not (
+                name in own and name in tuned and torch.equal(own[name], tuned[name])):
+            raise ValueError(f"--decoder {decoder.path}: {name} is not that of {run.path}; valid: a run of the stage "
+                             "decoder that started from it")
+    return tuned
+
+
+def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = False,
+            decoder: Path | None = None) -> dict[str, Any]:
     """Write the folder ``out``; the number of parameters and of bytes. Raises ValueError if ``out`` exists, ConfigError
     or CheckpointError if something is missing or damaged."""
     if out.exists():
@@ -67,6 +81,8 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
     said: dict[str, dict[str, str]] = {}  # the metadata of files that have any: the shape of an evaluator
     for name in ("autoencoder", *(["tiny_decoder"] if run.has(*STAGES["tiny_decoder"].leaves) else [])):
         networks[name] = load_file(run.weights(name))
+    if decoder:
+        networks["autoencoder"] = tuned_autoencoder(run, RunFolder.open(decoder))
     copied = {name: run.path / name for name in COPIED if run.has(name)}
     evaluator = RunFolder.open(clip) if clip else run
     if clip or run.has(*STAGES["clip"].leaves):
@@ -82,12 +98,12 @@ def release(path: Path, out: Path, clip: Path | None = None, unfinished: bool = 
         shutil.copyfile(source, out / name)
     if prompts := read_yaml(run.path / "config.yaml").get("preview_prompts"):
         write_text(out / "prompts.txt", "\n".join(prompts) + "\n")
-    record(run, evaluator, out, step)
+    record(run, evaluator, RunFolder.open(decoder) if decoder else None, out, step)
     return {"parameters": sum(tensor.numel() for tensors in networks.values() for tensor in tensors.values()),
             "bytes": sum(file.stat().st_size for file in out.iterdir())}
 
 
-def record(run: RunFolder, evaluator: RunFolder, out: Path, step: int | None) -> None:
+def record(run: RunFolder, evaluator: RunFolder, decoder: RunFolder | None, out: Path, step: int | None) -> None:
     """Write config.yaml and manifest.json of the released folder. The configuration is that of the run without the
     folder it started from, which is recorded in the manifest; command, versions and time are those of the training."""
     config, about = read_yaml(run.path / "config.yaml"), run.read_manifest()
@@ -95,13 +111,17 @@ def record(run: RunFolder, evaluator: RunFolder, out: Path, step: int | None) ->
     if evaluator is not run:
         config["clip"] = read_yaml(evaluator.path / "config.yaml")["clip"]
         about["clip"] = evaluator.read_manifest().get("clip")
+    if decoder:
+        config["decoder"] = read_yaml(decoder.path / "config.yaml")["decoder"]
+        about["decoder"] = decoder.read_manifest().get("decoder")
     own, other = (STUDENT, "denoiser") if STUDENT in config["stages"] else ("denoiser", STUDENT)  # they leave the same
     config["stages"] = [name for name, stage in STAGES.items()
                         if name != other and not stage.tunes and all((out / file).exists() for file in stage.leaves)]
     train = config[own]["train"]
     steps = train["steps"] if step is None else step
-    about["released"] = {"from": run.path.name, "denoiser_steps": steps, "images_seen": steps * train["batch"],
-                         "images_seen_before": images_seen_before(about), "finished": step is None,
+    training = {"from": run.path.name, "denoiser_steps": steps, "images_seen": steps * train["batch"],
+                "images_seen_before": images_seen_before(about), "finished": step is None}
+    about["released"] = {**about.get("released", training),  # of a folder that was released before, what is known
                          "files": {file.name: sha256_of(file) for file in sorted(out.iterdir())}}
     write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     RunFolder(out).record(**about)
@@ -128,9 +148,10 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("run", type=Path, help="the run folder of a trained denoiser")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
     parser.add_argument("--clip", type=Path, metavar="RUN", help="a run folder with a stage clip, the evaluator")
+    parser.add_argument("--decoder", type=Path, metavar="RUN", help="a run whose stage decoder tuned that of RUN")
     parser.add_argument("--unfinished", action="store_true", help="the newest state of a denoiser still in training")
     options = parser.parse_args(arguments)
-    found = release(options.run, options.out, options.clip, options.unfinished)
+    found = release(options.run, options.out, options.clip, options.unfinished, options.decoder)
     print(f"wrote {options.out}: {found['parameters']:,} parameters, {found['bytes'] / 1e6:.1f} MB")
 
 
