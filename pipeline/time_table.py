@@ -15,9 +15,10 @@ class TimeTable:
     """
 
     def __init__(self, unet: UNet, schedule: Schedule, times: Sequence[float] = (),
-                 beta: Callable[[float], float] | None = None):
-        """``beta`` is one over the guidance scale at a time, for a UNet with guidance folded in."""
-        self.unet, self.schedule, self.beta = unet, schedule, beta
+                 beta: Callable[[float], float] | None = None, jump: Callable[[float], float] | None = None):
+        """``beta`` is one over the guidance scale at a time, for a UNet with guidance folded in, and ``jump`` the
+        length of the step from a time, for one that reads it."""
+        self.unet, self.schedule, self.beta, self.jump = unet, schedule, beta, jump
         self.biases: dict[float, list[torch.Tensor]] = {}  # of a time: (1, c_out) for each block
         if times and unet.pool is None:
             self.add(times)
@@ -33,9 +34,7 @@ class TimeTable:
         """Compute the biases of these times."""
         device = next(self.unet.parameters()).device
         # filled on the device: a copy from the host cannot be recorded in a CUDA graph
-        t = torch.cat([torch.full((1,), float(time), device=device) for time in times])  # (S,)
-        beta = None
-        if self.beta is not None:
-            beta = torch.cat([torch.full((1,), self.beta(time), device=device) for time in times])  # (S,)
-        columns = self.unet.time_biases(self.schedule.network_time(t), beta)  # (S, c_out) for each block
+        t, beta, jump = (read and torch.cat([torch.full((1,), float(read(time)), device=device) for time in times])
+                         for read in (float, self.beta, self.jump))  # (S,) each
+        columns = self.unet.time_biases(self.schedule.network_time(t), beta, jump)  # (S, c_out) for each block
         self.biases.update((time, [column[k:k + 1] for column in columns]) for k, time in enumerate(times))

@@ -159,6 +159,11 @@ class Experiment:
 
     def _check_student(self) -> None:
         """Raise ValueError if the stage student lacks a teacher, or the UNet the input that its guidance needs."""
+        jumps = "student" in self.stages and self.student.method == "shortcut"
+        if self.denoiser.unet.jump_input != jumps:
+            raise ValueError(f"denoiser.unet.jump_input: {str(not jumps).lower()}; valid: "
+                             + ("true with student.method: shortcut" if jumps else
+                                "false but for the stage student with the method shortcut"))
         if "student" not in self.stages:
             return
         low, high = self.student.guidance_scales
