@@ -33,8 +33,12 @@ class TimeTable:
     def add(self, times: Sequence[float]) -> None:
         """Compute the biases of these times."""
         device = next(self.unet.parameters()).device
-        # filled on the device: a copy from the host cannot be recorded in a CUDA graph
-        t, beta, jump = (read and torch.cat([torch.full((1,), float(read(time)), device=device) for time in times])
-                         for read in (float, self.beta, self.jump))  # (S,) each
-        columns = self.unet.time_biases(self.schedule.network_time(t), beta, jump)  # (S, c_out) for each block
+
+        def at_times(read: Callable[[float], float]) -> torch.Tensor:
+            # filled on the device: a copy from the host cannot be recorded in a CUDA graph
+            return torch.cat([torch.full((1,), float(read(time)), device=device) for time in times])  # (S,)
+
+        beta, jump = (read and at_times(read) for read in (self.beta, self.jump))
+        t = self.schedule.network_time(at_times(float))
+        columns = self.unet.time_biases(t, beta, jump)  # (S, c_out) for each block
         self.biases.update((time, [column[k:k + 1] for column in columns]) for k, time in enumerate(times))

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from data.tokenizer import Tokenizer
-from diffusion.distillation import Levels, consistency_loss, earlier_times, levels, next_point
+from diffusion.distillation import consistency_loss, earlier_times, levels, next_point
 from diffusion.guidance_free import Scales, beta_of_uniform, check_scales
 from diffusion.loss import TimestepSampling, sample_timesteps
 from diffusion.prediction import target
@@ -145,13 +145,13 @@ def check_same(teacher: SystemConfig, student: SystemConfig, run: RunFolder) -> 
 
 @dataclass(frozen=True)
 class Noised:
-    """Latents x_0 and noise eps (B, C, H, W) mixed at times t (B,) and their levels (B, 1, 1, 1); context (2B, L, D) and
-    mask (2B, L) of B empty captions and of the captions; one over the guidance scale, beta (B,)."""
+    """Latents x_0 and noise eps (B, C, H, W) mixed at times t (B,) and their levels (B, 1, 1, 1); context (2B, L, D)
+    and mask (2B, L) of B empty captions and of the captions; one over the guidance scale, beta (B,)."""
 
     x_0: torch.Tensor
     eps: torch.Tensor
     t: torch.Tensor
-    levels: Levels
+    levels: tuple[torch.Tensor, torch.Tensor]
     context: torch.Tensor
     mask: torch.Tensor
     beta: torch.Tensor
