@@ -186,7 +186,7 @@ class Distilling:
         return (self.by_shortcut(student, images, jumps) if self.config.method == "shortcut" else
                 self.by_consistency(student, images, gap))
 
-    def by_consistency(self, student: UNet, images: "Noised", gap: float) -> torch.Tensor:
+    def by_consistency(self, student: UNet, images: Noised, gap: float) -> torch.Tensor:
         """The loss of each image, (B,): two points of a path have the same end."""
         r = earlier_times(self.schedule, images.t, gap)
         x_r = next_point(self.direction(images), images.x_t, images.levels, levels(self.schedule, r),
@@ -194,27 +194,28 @@ class Distilling:
         return consistency_loss(lambda x, t: self.called(student, images, x, t), images.x_t, images.t, x_r, r,
                                 self.schedule, self.prediction_type, self.config.offset)
 
-    def by_shortcut(self, student: UNet, images: "Noised", jumps: Jumps) -> torch.Tensor:
+    def by_shortcut(self, student: UNet, images: Noised, jumps: Jumps) -> torch.Tensor:
         """The loss of each image, (B,): a short jump follows the teacher, a long one is two of half its length."""
-        wanted = torch.empty_like(images.x_t)
-        for rows, doubled in ((jumps.doubled, True), (~jumps.doubled, False)):
-            if rows.any():
-                some = images.only(rows)
-                wanted[rows] = two_jumps(
-                    lambda x, t, jump: self.called(student, some, x, t, jump), some.x_t, jumps.each(itemgetter(rows)),
-                    self.schedule, self.prediction_type) if doubled else self.direction(some)
+        wanted, long = torch.empty_like(images.x_t), jumps.doubled
+        if not long.all():
+            wanted[~long] = self.direction(images.only(~long))
+        # without a long jump another one is made and left unused: all processes have to call a sharded network alike
+        rows = long if long.any() else torch.arange(len(long), device=long.device) == 0
+        some = images.only(rows)
+        wanted[long] = two_jumps(lambda x, t, jump: self.called(student, some, x, t, jump), some.x_t,
+                                 jumps.each(itemgetter(rows)), self.schedule, self.prediction_type)[:int(long.sum())]
         found = self.called(student, images, images.x_t, images.t, length(images.t, jumps.end, self.schedule))
         return jump_distance(found.to(wanted.dtype), wanted, images.x_t, images.levels, self.prediction_type,
                              self.config.offset)
 
-    def called(self, student: UNet, images: "Noised", x: torch.Tensor, t: torch.Tensor,
+    def called(self, student: UNet, images: Noised, x: torch.Tensor, t: torch.Tensor,
                jump: torch.Tensor | None = None) -> torch.Tensor:
         """The student's prediction (B, C, H, W) at points x at times t (B,), with the captions and the guidance of the
         images."""
         return student(x, self.schedule.network_time(t), images.context[len(x):], images.mask[len(x):], jump=jump,
                        beta=images.beta if student.guidance is not None else None)
 
-    def direction(self, images: "Noised") -> torch.Tensor:
+    def direction(self, images: Noised) -> torch.Tensor:
         """The prediction (B, C, H, W) that leads along the paths through x_t."""
         guided, cond = self.teacher.predictions(images.x_t, images.t, images.context, images.mask, images.beta)
         if self.config.direction == "teacher":
