@@ -331,7 +331,7 @@ def few_images(folder, count: int = 3) -> dict:
 
 
 def test_an_adapter_learns_at_all_scales_of_a_guidance_free_run_and_not_from_a_student(
-        guidance_free_run, student, tiny, tmp_path, monkeypatch):
+        guidance_free_run, student, shortcut_run, tiny, tmp_path, monkeypatch):
     seen = []
     losses_of = Denoising.losses
 
@@ -347,9 +347,10 @@ def test_an_adapter_learns_at_all_scales_of_a_guidance_free_run_and_not_from_a_s
     assert len([beta for beta in seen if beta is not None and len(beta) == 2 and (beta < 1).all()]) == 2
     adapter = tmp_path / "run" / "adapter.safetensors"
     draw(guidance_free_run, tmp_path / "out", PROMPT, "--guidance", "2", "--adapter", f"{adapter}:1")
-    write(tmp_path / "other.yaml", {**config, "start_from": str(student)})
-    with pytest.raises(ValueError, match="is a student of few steps.*valid: its teacher"):
-        train.main([str(tmp_path / "other.yaml"), f"run={tmp_path / 'other'}"])
+    for other in (student, shortcut_run):
+        write(tmp_path / "other.yaml", {**config, "start_from": str(other)})
+        with pytest.raises(ValueError, match="is a student of few steps.*valid: its teacher"):
+            train.main([str(tmp_path / "other.yaml"), f"run={tmp_path / other.parent.name}"])
     draw(student, tmp_path / "student", PROMPT, "--adapter", f"{adapter}:1", "--any-base")
 
 
