@@ -8,9 +8,10 @@ imitates the teacher. Every method starts from its weights, has the same network
 gradient evaluations, one of which is a forward and backward pass of a batch through one network, and differs in its
 loss alone:
 
-    consistency    f(x_t, t) = f(x_r, r) along paths (`diffusion/distillation.py`; arXiv 2406.14548): ours
+    consistency    f(x_t, t) = f(x_r, r) along paths (`diffusion/distillation.py`; arXiv 2406.14548)
     MeanFlow       the mean velocity u(x_t, r, t) from its identity u = v - (t - r) du/dt (arXiv 2505.13447)
-    shortcut       one step of length 2 d equals two of length d (arXiv 2410.12557)
+    shortcut       one step of length 2 d equals two of length d (arXiv 2410.12557; as in the paper, with the square of
+                   the error and steps from 1/64 up, which differs from `diffusion/shortcut.py`)
     DMD2           samples noised again have the score of noised data; a second network learns the score of the samples
                    (arXiv 2405.14867), without and with an adversary on that network's features
     whole paths    regression on the ends of the teacher's paths from points all along them (arXiv 2101.02388)

@@ -38,6 +38,7 @@ from training.experiment import load_experiment
 
 CALLS = (1, 2, 4, 8)
 SCALES = (1.5, 2.0, 3.0, 5.0)
+STUDENTS = ("student", "rival")
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,14 @@ def settings_of(systems: dict[str, TextToImage], lossy: bool) -> list[Setting]:
     else:
         found += [Setting("teacher, half the steps", "teacher", with_options(base, steps=base.steps // 2, scale=scale))
                   for scale in SCALES[1:] if scale != base.guidance.scale]
-    if "student" in systems:
-        own = systems["student"].config.sampling
-        found += [Setting("student", "student", with_options(own, steps=n), True) for n in CALLS]
-        low, high = systems["student"].config.scales or (1.0, 1.0)
-        found += [Setting("student", "student", with_options(own, steps=4, scale=scale))
+    for name in [name for name in STUDENTS if name in systems]:
+        own = systems[name].config.sampling
+        found += [Setting(name, name, with_options(own, steps=n), True) for n in CALLS]
+        low, high = systems[name].config.scales or (1.0, 1.0)
+        found += [Setting(name, name, with_options(own, steps=4, scale=scale))
                   for scale in sorted({low, 2.0, high}) if low <= scale <= high and low < high]
-        found += [Setting("student by ddim", "student", with_options(own, "ddim", n)) for n in CALLS[1:]]
+        other = "ddim" if own.sampler == "consistency" else "consistency"
+        found += [Setting(f"{name} by {other}", name, with_options(own, other, n)) for n in CALLS[1:]]
     if "folded" in systems:
         found += [Setting("guidance-free", "folded", with_options(systems["folded"].config.sampling, steps=10,
                                                                   scale=scale), scale == base.guidance.scale)
@@ -140,13 +142,14 @@ def draw_scores(found: dict[Setting, Drawn], rows: list[Row], judge: Judge, draw
     first, title = next(iter(judge.measures.items()))
     figure, axis = plt.subplots(figsize=(7, 4))
     scale = next(iter(found)).config.guidance.scale
-    for number, group in enumerate(("teacher", "student", "student by ddim", "guidance-free")):
+    for number, group in enumerate(("teacher", "student", "student by ddim", "guidance-free", "rival",
+                                    "student by consistency")):
         points = sorted((made.calls, *rates(row, first, draws)[:1], setting.config.guidance.scale)
                         for (setting, made), row in zip(found.items(), rows) if setting.group == group)
-        if group == "student":
+        if group in STUDENTS:
             points = [point for point in points if point[2] == scale]
         if points:
-            axis.plot(*zip(*[point[:2] for point in points]), marker="osD^"[number], markersize=5, label=group,
+            axis.plot(*zip(*[point[:2] for point in points]), marker="osD^vx"[number], markersize=5, label=group,
                       linestyle="" if group == "guidance-free" else "-")
     axis.set(xscale="log", xlabel="calls of the network an image", ylabel=f"{title}, %")
     ticks = [1, 2, 4, 8, 12, 20, 40][:6 if max(made.calls for made in found.values()) <= 20 else 7]
@@ -171,7 +174,7 @@ def draw_images(shown: dict[str, torch.Tensor], judge: Judge, path: Path) -> Non
 
 def load_systems(options: argparse.Namespace) -> dict[str, TextToImage]:
     """The systems that the rows name."""
-    named = {"teacher": options.run, "student": options.student, "folded": options.folded}
+    named = {"teacher": options.run, "student": options.student, "rival": options.rival, "folded": options.folded}
     systems = {name: load_run(path, moderation=None) for name, path in named.items() if path}
     for name in ("teacher", "student") if options.tiny else ():
         if name in systems:
@@ -185,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", help="the teacher, a run folder")
     parser.add_argument("--student", help="run folder of its student")
+    parser.add_argument("--rival", help="run folder of another student, of which the same rows are printed")
     parser.add_argument("--folded", help="run folder of a guidance-free fine-tune of the teacher")
     parser.add_argument("--tiny", help="run folder with a tiny decoder of the same latents")
     parser.add_argument("--clip", help="run folder with a stage clip, an evaluator of emoji: captions found, "

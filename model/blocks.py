@@ -71,12 +71,13 @@ class TimeMLP(nn.Module):
         return F.silu(x)
 
 
-class GuidanceMLP(nn.Module):
-    """Maps beta, one over the guidance scale, to a vector that is added to the time embedding.
+class ScalarMLP(nn.Module):
+    """Maps a number beside the time to a vector that is added to the time embedding.
 
-    For networks into which guidance is folded (`diffusion/guidance_free.py`). The last layer starts at zero, so that a
-    network which was trained without this input begins with the same predictions. beta lies in (0, 1]; it is stretched
-    to the range that the sinusoids are made for.
+    It is beta, one over the guidance scale, where guidance is folded in (`diffusion/guidance_free.py`), or the length
+    of a jump (`diffusion/shortcut.py`). The last layer starts at zero, so that a network which was trained without
+    this input begins with the same predictions. The number lies in [0, 1]; it is stretched to the range that the
+    sinusoids are made for.
     """
 
     def __init__(self, channels: int, width: int, stretch: float = 1000.0):
@@ -85,9 +86,9 @@ class GuidanceMLP(nn.Module):
         self.linear1 = nn.Linear(channels, width)
         self.linear2 = zero_init(nn.Linear(width, width))
 
-    def forward(self, beta: Tensor, dtype: torch.dtype) -> Tensor:
-        """beta (B,) -> (B, width) in `dtype`."""
-        return self.linear2(F.silu(self.linear1(timestep_embedding(self.stretch * beta, self.channels).to(dtype))))
+    def forward(self, number: Tensor, dtype: torch.dtype) -> Tensor:
+        """number (B,) -> (B, width) in `dtype`."""
+        return self.linear2(F.silu(self.linear1(timestep_embedding(self.stretch * number, self.channels).to(dtype))))
 
 
 class Positions(nn.Module):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from model.attention import ContextCache, ContextPool, CrossAttention, key_mask
 from model.blocks import (
     Downsample,
-    GuidanceMLP,
     Positions,
     ResBlock,
+    ScalarMLP,
     SpatialTransformer,
     TimeMLP,
     TransformerConfig,
@@ -52,6 +52,7 @@ class UNetConfig:
     positions: int = 0  # learned positions after conv_in, for latents of this side only; 0: none, any size
     pooled_context: bool = False  # the mean of the context is added to the time embedding, as in SDXL
     guidance_input: bool = False  # the time embedding also reads beta = 1 / guidance scale, for guidance folded in
+    jump_input: bool = False  # the time embedding also reads how far the step goes, for a shortcut model
     dropout: float = 0.0
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
@@ -197,7 +198,8 @@ class UNet(nn.Module):
 
         self.time = TimeMLP(channels[0], 4 * channels[0])
         self.pool = ContextPool(config.context_width, 4 * channels[0]) if config.pooled_context else None
-        self.guidance = GuidanceMLP(channels[0], 4 * channels[0]) if config.guidance_input else None
+        self.guidance = ScalarMLP(channels[0], 4 * channels[0]) if config.guidance_input else None
+        self.jump = ScalarMLP(channels[0], 4 * channels[0]) if config.jump_input else None
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.positions = Positions(config.positions, channels[0]) if config.positions else None
         self.down = nn.ModuleList()
@@ -244,9 +246,9 @@ class UNet(nn.Module):
         self.check_context(context)
         return ContextCache.of(self.cross_attentions(), context, mask, self.trainings, self.pool)
 
-    def time_biases(self, t: Tensor, beta: Tensor | None = None) -> list[Tensor]:
+    def time_biases(self, t: Tensor, beta: Tensor | None = None, jump: Tensor | None = None) -> list[Tensor]:
         """The vectors that each time t (S,) adds in the residual blocks, (S, c_out) for each block; `forward` takes one
-        row of each. beta (S,) as in `forward`.
+        row of each. beta and jump (S,) as in `forward`.
 
         They depend on nothing else, so a sampler computes those of all its steps at once. Raises ValueError for a
         network whose time embedding also reads the prompt.
@@ -255,19 +257,21 @@ class UNet(nn.Module):
             raise ValueError("time_biases: the time embedding of this network reads the prompt; valid: a UNet with "
                              "pooled_context: false")
         dtype = self.conv_in.weight.dtype
-        time = self.time(t, dtype, self.guidance_vector(beta, t, dtype))  # (S, 4 channels[0])
+        time = self.time(t, dtype, *self.vectors_beside(t, beta, jump, dtype))  # (S, 4 channels[0])
         return [block.time(time) for level in (*self.down, self.mid, *self.up) for block in level.resblocks
                 if block.time is not None]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None, mask: Tensor | None = None,
                 cache: ContextCache | None = None, time_biases: Sequence[Tensor] | None = None,
-                beta: Tensor | None = None, deep: DeepFeatures | None = None) -> Tensor:
+                beta: Tensor | None = None, deep: DeepFeatures | None = None, jump: Tensor | None = None) -> Tensor:
         """x (B, in_channels, H, W), t (B,) int or float, and either the prompt or its cache.
 
         context (B, L, context_width) with mask bool (B, L), True = real token, None = all real; or cache, from
         `context_cache`. Both give the same bits. time_biases: one row of what the method of that name returns,
-        (B or 1, c_out) each, used in place of t and beta. beta (B,): one over the guidance scale, for a network with
-        `guidance_input`, which takes 1 if there is none. deep: features to reuse; empty ones are computed and kept.
+        (B or 1, c_out) each, used in place of t, beta and jump. beta (B,): one over the guidance scale, for a network
+        with `guidance_input`, which takes 1 if there is none. jump (B,): the length of the step as a share of all
+        times, for a network with `jump_input`, which takes 0 if there is none. deep: features to reuse; empty ones are
+        computed and kept.
         Returns (B, out_channels, H, W). Raises ValueError for other shapes, for a cache together with a context or in
         training mode, and for a cache that is older than the weights may be.
         """
@@ -277,7 +281,7 @@ class UNet(nn.Module):
         if time_biases is not None and self.pool is not None:
             raise ValueError("time_biases: given to a network whose time embedding reads the prompt; valid: None")
         time: Time = iter(time_biases) if time_biases is not None else self.time(
-            t, x.dtype, pooled, self.guidance_vector(beta, t, x.dtype))
+            t, x.dtype, pooled, *self.vectors_beside(t, beta, jump, x.dtype))
         x = self.conv_in(x)  # (B, channels[0], H, W)
         if self.positions is not None:
             x = self.positions(x)
@@ -305,14 +309,17 @@ class UNet(nn.Module):
         biases = time if isinstance(time, Tensor) else iter(list(time)[-1:])
         return up.joined(len(up.resblocks) - 1, features, [x], biases, of_block, mask)
 
-    def guidance_vector(self, beta: Tensor | None, t: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What beta (B,) adds to the time embedding, (B, 4 channels[0]), 1 if it is None; None for a network without
-        this input. Raises ValueError for a beta that the network does not read."""
-        if self.guidance is None:
-            if beta is not None:
-                raise ValueError("beta: given to a network without guidance_input; valid: None")
-            return None
-        return self.guidance(torch.ones_like(t, dtype=torch.float32) if beta is None else beta, dtype)
+    def vectors_beside(self, t: Tensor, beta: Tensor | None, jump: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+        """What beta (B,), 1 if it is None, and jump (B,), 0 if it is None, add to the time embedding, (B, 4
+        channels[0]) each; none for a network without these inputs. Raises ValueError for one that it does not read."""
+        found = []
+        for name, given, read, default in (("beta", beta, self.guidance, 1.0), ("jump", jump, self.jump, 0.0)):
+            if read is not None:
+                found.append(read(torch.full_like(t, default, dtype=torch.float32) if given is None else given, dtype))
+            elif given is not None:
+                wanted = "guidance_input" if name == "beta" else "jump_input"
+                raise ValueError(f"{name}: given to a network without {wanted}; valid: None")
+        return found
 
     def check_input(self, x: Tensor, t: Tensor) -> None:
         """Raises ValueError unless x is (B, in_channels, H, W) with sizes that halve at every level, and t is (B,)."""

@@ -31,6 +31,7 @@ from diffusion.sampling import (
     with_sampler,
 )
 from diffusion.schedule import Schedule
+from diffusion.shortcut import jump_lengths
 from diffusion.steering import Steer
 from files.images import to_uint8, to_unit
 from model.attention import ContextCache
@@ -225,8 +226,9 @@ class TextToImage:
     def denoisers(self, context: torch.Tensor, mask: torch.Tensor | None, count: int, times: Sequence[float] = (),
                   config: SamplingConfig | None = None) -> tuple[Denoise, Denoise]:
         """The network bound to the prompts alone, and to the whole context, whose keys and values are computed here.
-        A network with folded guidance is bound to the guidance of ``config``, and to none without it; ``config.reuse``
-        counts the calls of each of the two. With "fast", whatever depends only on the time is computed once, too: for
+        A network with folded guidance is bound to the guidance of ``config``, and to none without it, and one that
+        reads how far a step goes to the steps of its sampler between ``times``; ``config.reuse`` counts the calls of
+        each of the two. With "fast", whatever depends only on the time is computed once, too: for
         all ``times`` together, or when a time is first used. That product has fewer rows, and so other last bits."""
         dtype = next(self.unet.parameters()).dtype
         doubled_cache = self.unet.context_cache(context.to(dtype), mask)
@@ -237,7 +239,13 @@ class TextToImage:
             return 1.0 / guidance.scale_at(*self.schedule.alpha_sigma(t))
 
         folded = beta_at if self.unet.guidance is not None else None
-        table = TimeTable(self.unet, self.schedule, times, folded) if self.speed == "fast" else None
+        jumps = jump_lengths(self.schedule, config.sampler, times) if config else {}
+
+        def length_at(t: float) -> float:
+            return jumps.get(t, 0.0)
+
+        jump_at = length_at if self.unet.jump is not None else None
+        table = TimeTable(self.unet, self.schedule, times, folded, jump_at) if self.speed == "fast" else None
 
         reuse = config.reuse if config else 1
 
@@ -248,10 +256,11 @@ class TextToImage:
             def denoise(x_t: torch.Tensor, t: float) -> torch.Tensor:
                 network_time = self.schedule.network_time(time_tensor(t, x_t))  # (B,), or (2B,) when guided
                 beta = time_tensor(folded(t), x_t) if folded else None
+                jump = time_tensor(jump_at(t), x_t) if jump_at else None
                 if next(calls) % reuse == 0:
                     deep.features = None
                 return self.unet(x_t.to(dtype), network_time, cache=cache, time_biases=table and table[t], beta=beta,
-                                 deep=deep if reuse > 1 else None)
+                                 deep=deep if reuse > 1 else None, jump=jump)
             return denoise
 
         return bind(cond_cache), bind(doubled_cache)

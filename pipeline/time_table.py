@@ -15,9 +15,10 @@ class TimeTable:
     """
 
     def __init__(self, unet: UNet, schedule: Schedule, times: Sequence[float] = (),
-                 beta: Callable[[float], float] | None = None):
-        """``beta`` is one over the guidance scale at a time, for a UNet with guidance folded in."""
-        self.unet, self.schedule, self.beta = unet, schedule, beta
+                 beta: Callable[[float], float] | None = None, jump: Callable[[float], float] | None = None):
+        """``beta`` is one over the guidance scale at a time, for a UNet with guidance folded in, and ``jump`` the
+        length of the step from a time, for one that reads it."""
+        self.unet, self.schedule, self.beta, self.jump = unet, schedule, beta, jump
         self.biases: dict[float, list[torch.Tensor]] = {}  # of a time: (1, c_out) for each block
         if times and unet.pool is None:
             self.add(times)
@@ -32,10 +33,12 @@ class TimeTable:
     def add(self, times: Sequence[float]) -> None:
         """Compute the biases of these times."""
         device = next(self.unet.parameters()).device
-        # filled on the device: a copy from the host cannot be recorded in a CUDA graph
-        t = torch.cat([torch.full((1,), float(time), device=device) for time in times])  # (S,)
-        beta = None
-        if self.beta is not None:
-            beta = torch.cat([torch.full((1,), self.beta(time), device=device) for time in times])  # (S,)
-        columns = self.unet.time_biases(self.schedule.network_time(t), beta)  # (S, c_out) for each block
+
+        def at_times(read: Callable[[float], float]) -> torch.Tensor:
+            # filled on the device: a copy from the host cannot be recorded in a CUDA graph
+            return torch.cat([torch.full((1,), float(read(time)), device=device) for time in times])  # (S,)
+
+        beta, jump = (read and at_times(read) for read in (self.beta, self.jump))
+        t = self.schedule.network_time(at_times(float))
+        columns = self.unet.time_biases(t, beta, jump)  # (S, c_out) for each block
         self.biases.update((time, [column[k:k + 1] for column in columns]) for k, time in enumerate(times))

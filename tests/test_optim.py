@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.blocks import ScalarMLP
 from training.muon import orthogonalize
 from training.optim import OptimConfig, build_optimizer, learning_rate
 
@@ -61,6 +62,26 @@ def test_matrices_of_a_child_learn_at_their_share_of_the_rate(optimizer):
         build_optimizer(model, OptimConfig(slow=("txt",)))
     with pytest.raises(ValueError, match="slow_share: 0.0; valid"):
         OptimConfig(slow_share=0.0)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_embeddings_of_a_child_learn_faster(optimizer):
+    """One step from zero moves all of an input of a network by that factor of what biases elsewhere move."""
+    model = nn.ModuleDict({"jump": ScalarMLP(6, 6), "rest": nn.Linear(6, 6)})
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+        parameter.grad = torch.ones_like(parameter)
+    stepped = build_optimizer(model, OptimConfig(optimizer=optimizer, fast=("jump",), fast_share=4.0, weight_decay=0.0))
+    for group in stepped.param_groups:
+        group["lr"] = 0.1 * group["share"]
+    stepped.step()
+    for moved in model["jump"].parameters():  # matrices of such an input, too
+        torch.testing.assert_close(moved, 4 * model["rest"].bias.expand_as(moved))
+    assert sorted(len(group["params"]) for group in stepped.param_groups) == [1, 1, 4]
+    with pytest.raises(ValueError, match="optim.fast: leap; valid: jump, rest"):
+        build_optimizer(model, OptimConfig(fast=("leap",)))
+    with pytest.raises(ValueError, match="fast_share: 0.5; valid: from 1 up"):
+        OptimConfig(fast_share=0.5)
 
 
 @pytest.mark.parametrize("rows, columns, smallest, tolerance", [

@@ -1,4 +1,5 @@
-"""Students and guidance-free runs by the real commands: trained, sampled, evaluated; what does not fit is refused."""
+"""Students of both methods and guidance-free runs by the real commands: trained, sampled, evaluated; what does not fit
+is refused."""
 import json
 import re
 from dataclasses import replace
@@ -8,24 +9,29 @@ import torch
 import yaml
 from PIL import Image
 from sample_calls import PROMPT, draw, parameters, pixels
-from small_runs import losses
+from small_runs import at_step, losses, terminate
 
 import evaluate
 import sample
 import train
 from data.shapes.shapes import Shapes, ShapesConfig
 from files.config import ConfigError, read_yaml
+from files.run_folder import RunFolder
 from files.weights import load_weights
 from files.whole import sha256_of
+from model.device import freeze
 from model.unet import UNet
+from pipeline.config import read_system_config
 from pipeline.loading import load_run, load_weaker
 from pipeline.prompt_schedule import read_prompt
 from pipeline.system import with_options
 from training.experiment import load_experiment
+from training.loop import Interrupted
 from training.release import release
 from training.seed import whole_batch
 from training.stages.denoiser import Denoising, new_networks
 from training.stages.pairs import PairBatch
+from training.stages.student import Teacher, new_student
 
 NAME = "00000_a-small-red-star_seed0.png"
 
@@ -39,6 +45,14 @@ def student_config(tiny: dict, teacher, **changes) -> dict:
             "sampling": {"sampler": "consistency", "steps": 2, "guidance": {"scale": 3.0}}, **changes}
 
 
+def shortcut_config(tiny: dict, teacher) -> dict:
+    """The same by the method shortcut, with jumps of up to an eighth that follow the teacher."""
+    config = student_config(tiny, teacher)
+    config["denoiser"]["unet"] = {**config["denoiser"]["unet"], "jump_input": True}
+    config["student"] |= {"method": "shortcut", "gap": [0.125, 0.125]}
+    return {**config, "sampling": {**config["sampling"], "sampler": "ddim"}}
+
+
 def write(path, config: dict) -> str:
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     return str(path)
@@ -48,6 +62,13 @@ def write(path, config: dict) -> str:
 def student(tmp_path_factory, tiny, tiny_run):
     folder = tmp_path_factory.mktemp("student")
     train.main([write(folder / "student.yaml", student_config(tiny, tiny_run)), f"run={folder / 'run'}"])
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def shortcut_run(tmp_path_factory, tiny, tiny_run):
+    folder = tmp_path_factory.mktemp("shortcut")
+    train.main([write(folder / "student.yaml", shortcut_config(tiny, tiny_run)), f"run={folder / 'run'}"])
     return folder / "run"
 
 
@@ -90,6 +111,58 @@ def test_it_is_sampled_as_its_config_says(student, tmp_path):
     stored = parameters(tmp_path / NAME)
     assert (stored["sampler"], stored["steps"], stored["guidance"]["scale"]) == ("consistency", 2, 3.0)
     assert sample.main(["--run", str(student), "--verify", str(tmp_path / NAME)]) == 0
+
+
+@pytest.mark.parametrize("sampler, lengths", [
+    ("ddim", {n: [1 / n] * n for n in (1, 2, 4, 8)}), ("consistency", {1: [1], 2: [1, 0.5], 4: [1, 0.75, 0.5, 0.25]}),
+    ("euler_ancestral", {4: [0.0] * 4})])
+def test_a_shortcut_model_is_told_how_far_each_step_goes(shortcut_run, sampler, lengths):
+    """By the samplers that jump, and another length gives another image; one call a step."""
+    system, seen = load_run(shortcut_run, moderation=None), []
+    with torch.no_grad():  # twelve steps are too few for the new input to be seen
+        torch.nn.init.normal_(system.unet.jump.linear2.weight, std=0.5)
+    handle = system.unet.register_forward_pre_hook(
+        lambda module, inputs, named: seen.append(named["jump"][0].item()), with_kwargs=True)
+    for steps, wanted in lengths.items():
+        config = with_options(system.config.sampling, sampler, steps)
+        latents = system.latents([PROMPT, PROMPT], [0, 1], config)
+        assert seen == pytest.approx(wanted, abs=1e-3) and latents.isfinite().all()
+        seen.clear()
+        fast = system.at_speed("fast").latents([PROMPT, PROMPT], [0, 1], config)
+        assert (fast - latents).abs().mean() < 0.1 * latents.std()
+        seen.clear()
+    handle.remove()
+    x, t = torch.zeros(1, *system.latent_shape), torch.tensor([500])
+    context, mask = system.encode([PROMPT])
+    short, long = (system.unet(x, t, context, mask, jump=torch.tensor([jump])) for jump in (0.0, 1.0))
+    assert torch.equal(short, system.unet(x, t, context, mask)) and not torch.equal(short, long)
+
+
+def test_a_student_begins_as_its_teacher_to_the_bit(tiny, tiny_run, shortcut_run):
+    """Whatever its two inputs say; after training it is another network."""
+    system = read_system_config(shortcut_run / "config.yaml")
+    teacher = Teacher(RunFolder(tiny_run), system, torch.device("cpu"))
+    student = freeze(new_student(teacher, system, 0, torch.device("cpu")))
+    random = torch.Generator().manual_seed(0)
+    x, t, jump, beta = (torch.rand(3, *shape, generator=random) for shape in ((4, 8, 8), (), (), ()))
+    t, context = (999 * t).long(), torch.randn(3, 5, system.unet.context_width, generator=random)
+    assert torch.equal(teacher.unet(x, t, context), student(x, t, context, jump=jump, beta=beta))
+    trained = load_run(shortcut_run, moderation=None).unet
+    assert not torch.equal(teacher.unet(x, t, context), trained(x, t, context))
+    assert trained.jump.linear2.weight.abs().max() > 0 and trained.guidance.linear2.weight.abs().max() > 0
+    with pytest.raises(ValueError, match="jump: given to a network without jump_input; valid: None"):
+        teacher.unet(x, t, context, jump=jump)
+
+
+def test_a_shortcut_model_that_was_interrupted_is_the_same(tiny, tiny_run, shortcut_run, tmp_path, monkeypatch):
+    arguments = [write(tmp_path / "student.yaml", shortcut_config(tiny, tiny_run)), f"run={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        at_step(patch, 7, terminate)
+        train.main(arguments)
+    train.main(arguments)
+    went_on, whole = (run / "denoiser.safetensors" for run in (tmp_path / "run", shortcut_run))
+    assert went_on.read_bytes() == whole.read_bytes()
+    assert losses(tmp_path / "run") == losses(shortcut_run)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -153,17 +226,18 @@ def test_the_loss_of_guidance_free_training_is_the_usual_one_at_one(guidance_fre
 
 
 @pytest.mark.parametrize("kind, schedule", [("epsilon", {"kind": "scaled_linear"}), ("sample", {"kind": "cosine"}),
-                                            ("flow", {"kind": "flow"})])
-def test_a_student_of_every_prediction_type(tiny, tiny_run, tmp_path, kind, schedule):
-    """Teachers of the other kinds, trained for two steps, and their students."""
+                                            ("flow", {"kind": "flow", "shift": 2.0})])
+def test_students_of_every_prediction_type(tiny, tiny_run, tmp_path, kind, schedule):
+    """Teachers of the other kinds, trained for two steps, and their students of both methods."""
     teacher = {**tiny, "denoiser": {**tiny["denoiser"], "prediction_type": kind, "schedule": schedule,
                                     "train": {**tiny["denoiser"]["train"], "steps": 2}},
                "stages": ["denoiser"], "start_from": str(tiny_run)}
     train.main([write(tmp_path / "teacher.yaml", teacher), f"run={tmp_path / 'teacher'}"])
-    config = student_config(teacher, tmp_path / "teacher")
-    config["student"] = {**config["student"], "direction": "data" if kind == "flow" else "teacher"}
-    train.main([write(tmp_path / "student.yaml", config), f"run={tmp_path / 'run'}"])
-    assert load_run(tmp_path / "run", moderation=None).latents([PROMPT], [0]).isfinite().all()
+    for name, config_of in (("student", student_config), ("shortcut", shortcut_config)):
+        config = config_of(teacher, tmp_path / "teacher")
+        config["student"] = {**config["student"], "direction": "data" if kind == "flow" else "teacher"}
+        train.main([write(tmp_path / f"{name}.yaml", config), f"run={tmp_path / name}"])
+        assert load_run(tmp_path / name, moderation=None).latents([PROMPT], [0]).isfinite().all()
 
 
 def test_a_student_of_a_guidance_free_teacher_calls_it_once_with_beta(tiny, guidance_free_run, tmp_path):
@@ -178,6 +252,11 @@ def test_a_student_of_a_guidance_free_teacher_calls_it_once_with_beta(tiny, guid
     ({"start_from": ""}, "start_from: none; valid for the stage student: the run folder of its teacher"),
     ({"stages": ["denoiser", "student"]}, "stages: .*valid: denoiser or student"),
     ({"student": {"gap": [0.1, 0.5]}}, "gap: .*valid: .first, last."),
+    ({"student": {"method": "shortcut", "gap": [0.1, 0.1]}}, "gap: .*valid for the method shortcut: twice 1/2, 1/4"),
+    ({"student": {"method": "shortcut", "gap": [0.5, 0.25]}}, "gap: .*valid for the method shortcut: twice 1/2, 1/4"),
+    ({"student": {"method": "shortcut", "gap": [0.25, 0.25]}}, "jump_input: false; valid: true with student.method"),
+    ({"student": {"doubled": 1.0}}, "doubled: 1.0; valid: a share of a batch above 0 and below 1"),
+    ({"student": {"method": "mean_flow"}}, "method: .*valid: .*shortcut"),
     ({"student": {"guidance_scales": [0.5, 2.0]}}, "guidance_scales: .*1 <= lowest"),
     ({"student": {"guidance_scales": [1.0, 2.0]}}, "scale: value 3; valid: 1 .. 2"),
 ])
@@ -192,6 +271,15 @@ def test_a_range_of_scales_needs_the_input(tiny, tiny_run, tmp_path):
     bad = {**tiny, "denoiser": {**tiny["denoiser"], "guidance_scales": [1.0, 5.0]}}
     with pytest.raises(ConfigError, match="valid with unet.guidance_input: true"):
         load_experiment(write(tmp_path / "gft.yaml", bad))
+
+
+def test_the_input_of_a_jump_is_that_of_shortcut_models_alone(tiny, tiny_run, tmp_path):
+    config = shortcut_config(tiny, tiny_run)
+    load_experiment(write(tmp_path / "good.yaml", config))
+    for bad in ({**config, "student": {**config["student"], "method": "consistency"}},
+                {**tiny, "denoiser": {**tiny["denoiser"], "unet": config["denoiser"]["unet"]}}):
+        with pytest.raises(ConfigError, match="jump_input: true; valid: false but for the stage student"):
+            load_experiment(write(tmp_path / "bad.yaml", bad))
 
 
 def test_another_process_than_the_teacher_has_is_refused(tiny, tiny_run, tmp_path):
@@ -243,7 +331,7 @@ def few_images(folder, count: int = 3) -> dict:
 
 
 def test_an_adapter_learns_at_all_scales_of_a_guidance_free_run_and_not_from_a_student(
-        guidance_free_run, student, tiny, tmp_path, monkeypatch):
+        guidance_free_run, student, shortcut_run, tiny, tmp_path, monkeypatch):
     seen = []
     losses_of = Denoising.losses
 
@@ -259,9 +347,10 @@ def test_an_adapter_learns_at_all_scales_of_a_guidance_free_run_and_not_from_a_s
     assert len([beta for beta in seen if beta is not None and len(beta) == 2 and (beta < 1).all()]) == 2
     adapter = tmp_path / "run" / "adapter.safetensors"
     draw(guidance_free_run, tmp_path / "out", PROMPT, "--guidance", "2", "--adapter", f"{adapter}:1")
-    write(tmp_path / "other.yaml", {**config, "start_from": str(student)})
-    with pytest.raises(ValueError, match="is a student of few steps.*valid: its teacher"):
-        train.main([str(tmp_path / "other.yaml"), f"run={tmp_path / 'other'}"])
+    for other in (student, shortcut_run):
+        write(tmp_path / "other.yaml", {**config, "start_from": str(other)})
+        with pytest.raises(ValueError, match="is a student of few steps.*valid: its teacher"):
+            train.main([str(tmp_path / "other.yaml"), f"run={tmp_path / other.parent.name}"])
     draw(student, tmp_path / "student", PROMPT, "--adapter", f"{adapter}:1", "--any-base")
 
 

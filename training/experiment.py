@@ -167,7 +167,12 @@ class Experiment:
             raise ValueError("denoiser.cache: true; valid with aspect buckets: false, a cache has images of one size")
 
     def _check_student(self) -> None:
-        """Raise ValueError if the stage student lacks a teacher, or the UNet the input that its guidance needs."""
+        """Raise ValueError if the stage student lacks a teacher, or the UNet the inputs that it needs."""
+        jumps = "student" in self.stages and self.student.method == "shortcut"
+        if self.denoiser.unet.jump_input != jumps and {"denoiser", "student"} & {*self.stages}:
+            raise ValueError(f"denoiser.unet.jump_input: {str(not jumps).lower()}; valid: "
+                             + ("true with student.method: shortcut" if jumps else
+                                "false but for the stage student with the method shortcut"))
         if "student" not in self.stages:
             return
         low, high = self.student.guidance_scales

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from model.blocks import GuidanceMLP, TimeMLP
+from model.blocks import ScalarMLP, TimeMLP
 from training.distributed import local_slice, slice_like, whole_tensor
 from training.polar import Iteration, orthogonalize, polar_factors
 
@@ -98,7 +98,7 @@ def matrices_and_others(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     directions, and making all equally long is mostly noise: with AdamW for it the shapes denoiser came to a loss of
     0.598 in 150 steps instead of 0.639, and a third of the work of Muon is gone.
     """
-    embedding = (nn.Embedding, TimeMLP, GuidanceMLP)
+    embedding = (nn.Embedding, TimeMLP, ScalarMLP)
     embeddings = {id(p) for m in model.modules() if isinstance(m, embedding) for p in m.parameters()}
     parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]

@@ -1,11 +1,13 @@
 """The student stage: the denoiser of another run is tuned to need few calls, with its guidance folded in.
 
-The mathematics is in `diffusion/distillation.py`. The text encoder and the latents are those of the teacher and do not
-change; only the UNet is trained, from the teacher's weights.
+The mathematics of the two methods is in `diffusion/distillation.py` and `diffusion/shortcut.py`. The text encoder and
+the latents are those of the teacher and do not change; only the UNet is trained, from the teacher's weights.
 
 Axis letters: B batch, C latent channels, H W latent size, L tokens, D context width.
 """
 from dataclasses import dataclass, field, replace
+from math import log2
+from operator import itemgetter
 from typing import Literal
 
 import torch
@@ -16,6 +18,7 @@ from diffusion.guidance_free import Scales, beta_of_uniform, check_scales
 from diffusion.loss import TimestepSampling, sample_timesteps
 from diffusion.prediction import target
 from diffusion.schedule import Schedule, per_image
+from diffusion.shortcut import Jumps, draw_jumps, jump_distance, length, two_jumps
 from files.config import ConfigError
 from files.run_folder import RunFolder
 from files.weights import load_weights, save_weights
@@ -36,16 +39,20 @@ from training.stages.pairs import PairBatch, latent_encoder
 @dataclass(frozen=True)
 class StudentStage:
     """Training of the student; its networks and its process are those of the section ``denoiser``, as the teacher has
-    them, but for ``unet.guidance_input``.
+    them, but for ``unet.guidance_input`` and ``unet.jump_input``.
 
     ``guidance_scales`` (lowest, highest) are folded in; a range needs ``unet.guidance_input``. ``gap`` (first, last) is
     the distance of the two points that are compared, as a share of the whole range of times; it falls geometrically
-    from the first to the last during the run. ``direction`` is what leads from one to the other: the
-    prediction of the teacher, or the pair of image and noise (`diffusion/distillation.py`). ``offset`` is c of the
-    distance. ``images``, ``cache`` and ``validation`` are as in ``denoiser``."""
+    from the first to the last during the run. With the ``method`` shortcut it is the length up to which a jump follows
+    the teacher, and a share ``doubled`` of a batch learns longer ones from two of half their length. ``direction`` is
+    what leads from one to the other: the prediction of the teacher, or the pair of image and noise
+    (`diffusion/distillation.py`). ``offset`` is c of the distance. ``images``, ``cache`` and ``validation`` are as in
+    ``denoiser``."""
 
+    method: Literal["consistency", "shortcut"] = "consistency"
     guidance_scales: Scales = (3.0, 3.0)
     gap: tuple[float, float] = (0.1, 0.1)
+    doubled: float = 0.5
     direction: Literal["teacher", "data"] = "teacher"
     offset: float = 0.03
     timesteps: TimestepSampling = "stratified"
@@ -59,6 +66,11 @@ class StudentStage:
         first, last = self.gap
         if not 0.0 < last <= first <= 1.0:
             raise ValueError(f"gap: {list(self.gap)}; valid: [first, last] with 0 < last <= first <= 1")
+        if self.method == "shortcut" and (first != last or self.pieces < 2 or 2.0 ** -round(log2(self.pieces)) != last):
+            raise ValueError(f"gap: {list(self.gap)}; valid for the method shortcut: twice 1/2, 1/4, 1/8 and so on, "
+                             "such as [0.0625, 0.0625]")
+        if not 0.0 < self.doubled < 1.0:
+            raise ValueError(f"doubled: {self.doubled}; valid: a share of a batch above 0 and below 1")
         if not 0.0 <= self.offset:
             raise ValueError(f"offset: {self.offset}; valid: from 0 up")
         if self.images is not None and self.images < 1:
@@ -70,6 +82,11 @@ class StudentStage:
         """The gap after this share of the run."""
         first, last = self.gap
         return first ** (1.0 - share) * last**share
+
+    @property
+    def pieces(self) -> int:
+        """How many of the longest jumps that follow the teacher make a path."""
+        return round(1.0 / self.gap[1])
 
     @property
     def reading(self) -> DenoiserStage:
@@ -113,16 +130,42 @@ class Teacher:
 
 
 def check_same(teacher: SystemConfig, student: SystemConfig, run: RunFolder) -> None:
-    """Raise ConfigError unless both have the same networks and the same process, up to ``guidance_input``."""
-    ours = replace(student.unet, guidance_input=teacher.unet.guidance_input, dropout=teacher.unet.dropout,
-                   gradient_checkpointing=teacher.unet.gradient_checkpointing)
+    """Raise ConfigError unless both have the same networks and the same process, up to the student's own inputs."""
+    ours = replace(student.unet, guidance_input=teacher.unet.guidance_input, jump_input=teacher.unet.jump_input,
+                   dropout=teacher.unet.dropout, gradient_checkpointing=teacher.unet.gradient_checkpointing)
     for name, one, other in (("unet", teacher.unet, ours), ("text_encoder", teacher.text_encoder, student.text_encoder),
                              ("schedule", teacher.schedule, student.schedule),
                              ("prediction_type", teacher.prediction_type, student.prediction_type)):
         if one != other:
             raise ConfigError(f"denoiser.{name}: {other}; valid: {one}, that of the teacher {run.path}")
-    if teacher.unet.guidance_input and not student.unet.guidance_input:
-        raise ConfigError(f"denoiser.unet.guidance_input: false; valid: true, as the teacher {run.path}")
+    for name in ("guidance_input", "jump_input"):
+        if getattr(teacher.unet, name) and not getattr(student.unet, name):
+            raise ConfigError(f"denoiser.unet.{name}: false; valid: true, as the teacher {run.path}")
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Latents x_0 and noise eps (B, C, H, W) mixed at times t (B,) and their levels (B, 1, 1, 1); context (2B, L, D)
+    and mask (2B, L) of B empty captions and of the captions; one over the guidance scale, beta (B,)."""
+
+    x_0: torch.Tensor
+    eps: torch.Tensor
+    t: torch.Tensor
+    levels: tuple[torch.Tensor, torch.Tensor]
+    context: torch.Tensor
+    mask: torch.Tensor
+    beta: torch.Tensor
+
+    @property
+    def x_t(self) -> torch.Tensor:
+        """The mixture (B, C, H, W)."""
+        return self.levels[0] * self.x_0 + self.levels[1] * self.eps
+
+    def only(self, rows: torch.Tensor) -> "Noised":
+        """Some rows of the batch, bool (B,)."""
+        both = torch.cat([rows, rows])
+        return Noised(self.x_0[rows], self.eps[rows], self.t[rows], (self.levels[0][rows], self.levels[1][rows]),
+                      self.context[both], self.mask[both], self.beta[rows])
 
 
 class Distilling:
@@ -132,24 +175,58 @@ class Distilling:
         self.config, self.teacher, self.tokenizer, self.seed, self.device = config, teacher, tokenizer, seed, device
         self.schedule, self.prediction_type = teacher.schedule, teacher.config.prediction_type
 
-    def losses(self, student: UNet, x_0: torch.Tensor, captions: list[str], t: torch.Tensor, eps: torch.Tensor,
+    def losses(self, student: UNet, x_0: torch.Tensor, captions: list[str], jumps: Jumps, eps: torch.Tensor,
                beta: torch.Tensor, gap: float) -> torch.Tensor:
-        """The loss of each image, (B,), of latents x_0 and noise eps (B, C, H, W), captions, times t and one over the
-        guidance scale, beta (B,), of points that are ``gap`` apart."""
-        x_0, t, eps, beta = (tensor.to(self.device) for tensor in (x_0, t, eps, beta))
-        context, mask = self.contexts(captions)
-        here, r = levels(self.schedule, t), earlier_times(self.schedule, t, gap)
-        x_t = here[0] * x_0 + here[1] * eps
-        direction, cond = self.teacher.predictions(x_t, t, context, mask, beta)
-        if self.config.direction == "data":
-            direction = target(x_0, eps, *here, self.prediction_type) + (direction - cond)
-        x_r = next_point(direction, x_t, here, levels(self.schedule, r), self.prediction_type)
-        of_student = beta if student.guidance is not None else None
+        """The loss of each image, (B,), of latents x_0 and noise eps (B, C, H, W), captions, one over the guidance
+        scale, beta (B,), and jumps, of which the method consistency reads the times alone and takes points that are
+        ``gap`` apart."""
+        x_0, eps, beta = (tensor.to(self.device) for tensor in (x_0, eps, beta))
+        jumps = jumps.each(lambda values: values.to(self.device))
+        images = Noised(x_0, eps, jumps.t, levels(self.schedule, jumps.t), *self.contexts(captions), beta)
+        return (self.by_shortcut(student, images, jumps) if self.config.method == "shortcut" else
+                self.by_consistency(student, images, gap))
 
-        def denoise(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return student(x, self.schedule.network_time(t), context[len(x):], mask[len(x):], beta=of_student)
+    def by_consistency(self, student: UNet, images: Noised, gap: float) -> torch.Tensor:
+        """The loss of each image, (B,): two points of a path have the same end."""
+        r = earlier_times(self.schedule, images.t, gap)
+        x_r = next_point(self.direction(images), images.x_t, images.levels, levels(self.schedule, r),
+                         self.prediction_type)
+        return consistency_loss(lambda x, t: self.called(student, images, x, t), images.x_t, images.t, x_r, r,
+                                self.schedule, self.prediction_type, self.config.offset)
 
-        return consistency_loss(denoise, x_t, t, x_r, r, self.schedule, self.prediction_type, self.config.offset)
+    def by_shortcut(self, student: UNet, images: Noised, jumps: Jumps) -> torch.Tensor:
+        """The loss of each image, (B,): a short jump follows the teacher, a long one is two of half its length."""
+        wanted, long = torch.empty_like(images.x_t), jumps.doubled
+        if not long.all():
+            wanted[~long] = self.direction(images.only(~long))
+        # without a long jump another one is made and left unused: all processes have to call a sharded network alike
+        rows = long if long.any() else torch.arange(len(long), device=long.device) == 0
+        some = images.only(rows)
+        wanted[long] = two_jumps(lambda x, t, jump: self.called(student, some, x, t, jump), some.x_t,
+                                 jumps.each(itemgetter(rows)), self.schedule, self.prediction_type)[:int(long.sum())]
+        found = self.called(student, images, images.x_t, images.t, length(images.t, jumps.end, self.schedule))
+        return jump_distance(found.to(wanted.dtype), wanted, images.x_t, images.levels, self.prediction_type,
+                             self.config.offset)
+
+    def called(self, student: UNet, images: Noised, x: torch.Tensor, t: torch.Tensor,
+               jump: torch.Tensor | None = None) -> torch.Tensor:
+        """The student's prediction (B, C, H, W) at points x at times t (B,), with the captions and the guidance of the
+        images."""
+        return student(x, self.schedule.network_time(t), images.context[len(x):], images.mask[len(x):], jump=jump,
+                       beta=images.beta if student.guidance is not None else None)
+
+    def direction(self, images: Noised) -> torch.Tensor:
+        """The prediction (B, C, H, W) that leads along the paths through x_t."""
+        guided, cond = self.teacher.predictions(images.x_t, images.t, images.context, images.mask, images.beta)
+        if self.config.direction == "teacher":
+            return guided
+        return target(images.x_0, images.eps, *images.levels, self.prediction_type) + (guided - cond)
+
+    def jumps(self, t: torch.Tensor, random: torch.Generator) -> Jumps:
+        """Jumps for a batch of times t (B,); for the method consistency nothing more is drawn."""
+        if self.config.method == "consistency":
+            return Jumps(t, t, t, torch.zeros_like(t, dtype=torch.bool))
+        return draw_jumps(t, self.config.doubled, self.config.pieces, self.schedule, random)
 
     @torch.no_grad()
     def contexts(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,11 +241,12 @@ class Distilling:
         random = generator(self.seed, "student", position)
         mean = part.of_read(read.mean)
         x_0 = Posterior(mean, part.of_read(read.logvar)).sample(part.randn(mean.shape, random))
-        t = part.of_batch(sample_timesteps(part.batch, self.config.timesteps, self.schedule, random))
+        t = sample_timesteps(part.batch, self.config.timesteps, self.schedule, random)
         eps = part.randn(mean.shape, random)
         beta = part.of_batch(beta_of_uniform(torch.rand(part.batch, generator=random), self.config.guidance_scales))
+        jumps = self.jumps(t, random).each(part.of_batch)
         gap = self.config.gap_at(position / self.config.train.steps)
-        return {"loss": self.losses(student, x_0, part.of_read(read.captions), t, eps, beta, gap).mean()}
+        return {"loss": self.losses(student, x_0, part.of_read(read.captions), jumps, eps, beta, gap).mean()}
 
     @torch.no_grad()
     def validate(self, student: UNet, read: PairBatch) -> dict[str, float]:
@@ -180,17 +258,19 @@ class Distilling:
         beta = beta_of_uniform(torch.rand(len(x_0), generator=random), self.config.guidance_scales)
         batch = self.config.train.batch
         spans = [slice(i, i + batch) for i in range(0, len(x_0), batch)]
-        found = [self.losses(student, x_0[span], read.captions[span], t[span], eps[span], beta[span],
-                             self.config.gap[1]).float().cpu() for span in spans]
+        jumps = self.jumps(t, random)
+        found = [self.losses(student, x_0[span], read.captions[span], jumps.each(itemgetter(span)), eps[span],
+                             beta[span], self.config.gap[1]).float().cpu() for span in spans]
         return {"loss": float(torch.cat(found).mean())}
 
 
 def new_student(teacher: Teacher, system: SystemConfig, seed: int, device: torch.device) -> UNet:
-    """The student with the teacher's weights; an input for guidance that the teacher lacks begins without effect."""
+    """The student with the teacher's weights; an input that the teacher lacks begins without effect."""
     torch.manual_seed(seed)
     student = UNet(system.unet)
     missing = student.load_state_dict(teacher.unet.state_dict(), strict=False)
-    assert not missing.unexpected_keys and all(name.startswith("guidance.") for name in missing.missing_keys)
+    assert not missing.unexpected_keys
+    assert all(name.startswith(("guidance.", "jump.")) for name in missing.missing_keys)
     return place_on(student, device)
 
 
