@@ -21,9 +21,9 @@ from serving.settings import EngineSettings, ServiceSettings  # noqa: E402
 from serving.visit import STARTS, Form, Visit  # noqa: E402
 
 FORM = Form(prompt="a red star", negative="", style=[], style_strength=1.0, palette="none", count=2, seed=3, steps=3,
-            guidance=3.0, sampler="default", width=32, height=32, palette_only=False, exact=False, metadata=True, start=STARTS[0],
-            image=None, strength=0.6, painted=None, across_name="steps", across_values="1,2", down_name="none",
-            down_values="")
+            guidance=3.0, sampler="default", width=32, height=32, palette_only=False, exact=False, metadata=True,
+            start=STARTS[0], image=None, strength=0.6, painted=None, across_name="steps", across_values="1,2",
+            down_name="none", down_values="")
 
 
 @pytest.fixture(scope="module")
