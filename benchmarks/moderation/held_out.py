@@ -15,8 +15,8 @@ import numpy as np
 
 from benchmarks.moderation.metrics import auc, table
 from benchmarks.moderation.prompts import name_and_path
-from safety.gate import PromptGate
 from safety import parts
+from safety.gate import PromptGate
 from safety.normalize import LONGEST, normalize
 from safety.parts import judged_texts
 from safety.policy import HEADS

@@ -36,10 +36,10 @@ class ModeratorStage:
 
     ``budget`` is the share of harmless development text of each kind that may be blocked, and ``flag_budget`` times as
     much may be flagged; ``reserve`` raises the log odds of what blocks a text of more than a few words, because limits
-    that just keep a budget on development text exceed it on other text; ``short_budget`` and ``short_flag_budget`` are the shares of texts of a few words of all kinds.
-    ``minors_budget`` is the share of harmless text about minors that the rule on minors may refuse. Words that training
-    text has at least ``known_from`` times are known: unknown ones are also read as the known ones that were probably
-    meant.
+    that just keep a budget on development text exceed it on other text; ``short_budget`` and ``short_flag_budget`` are
+    the shares of texts of a few words of all kinds. ``minors_budget`` is the share of harmless text about minors that
+    the rule on minors may refuse. Words that training text has at least ``known_from`` times are known: unknown ones
+    are also read as the known ones that were probably meant.
     """
 
     data: TextData = field(default_factory=TextData)
