@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
+from itertools import chain, compress, repeat
 from operator import add, or_
 from typing import NamedTuple, TypeVar
 
@@ -158,9 +158,8 @@ def neighbours(words: Sequence[T], together: Callable[[T, T], T]) -> Iterator[li
 
 def _windows(kind: str, words: list[str], changed: list[bool]) -> Iterator[Reading]:
     """Runs of two to four neighbours as one word, if at least one of them has ``changed``."""
-    every = zip(neighbours(words, add), neighbours(changed, or_))
-    return _readings(kind, dict.fromkeys(text for texts, bold in every for text, one in zip(texts, bold)
-                                         if one and 5 <= len(text) <= 32))
+    every = chain.from_iterable(map(compress, neighbours(words, add), neighbours(changed, or_)))
+    return _readings(kind, [text for text in dict.fromkeys(every) if 5 <= len(text) <= 32])
 
 
 def _phrases(pieces: Sequence[Piece]) -> Iterator[Reading]:
@@ -184,7 +183,8 @@ def _mixed_phrases(pieces: Sequence[Piece]) -> Iterator[Reading]:
             changed[-1] = letters >= 3
             continue
         letters = int(single)
-        forms.append(_LONG_RUN.sub(r"\1", piece.first("signs") or piece.first("wildcard") or piece.bare))
+        read = piece.found and (piece.first("signs") or piece.first("wildcard")) or piece.bare
+        forms.append(_LONG_RUN.sub(r"\1", read))
         changed.append(bool(piece.found))
     return _windows("phrase, mixed", forms[1:], changed[1:]) if any(changed) else iter(())
 
@@ -269,4 +269,4 @@ def _split_words(words: list[str], known: Mapping[str, bool]) -> Iterator[Readin
                 neighbours(lengths, max))
     return _readings("split", [text for text in dict.fromkeys(
         text for columns in every for text, one, least, most in zip(*columns)
-        if one and len(text) <= 24 and least <= 6 and 1 < most <= 16) if text.isalpha()])
+        if one and least <= 6 and 1 < most <= 16) if len(text) <= 24 and text.isalpha()])

@@ -14,7 +14,7 @@ from pathlib import Path
 from safety.audit import AuditError, AuditLog
 from safety.keywords import BLOCK, FLAG, Match
 from safety.normalize import LONGEST, Normalized, TextError, is_foreign, latin_words, normalize, with_spaces_for_signs
-from safety.parts import judged_texts
+from safety.parts import judged_texts, number_of_words
 from safety.policy import CATEGORIES, HEADS, MODES, Decision, Mode, Policy, action_in_mode, most_severe, refusal
 from safety.prompt import DEFAULT, Artefact, load_artefact
 
@@ -39,6 +39,7 @@ class Explanation:
     matches: tuple[Match, ...]
     minor: bool
     heads: tuple[Mapping[str, float], ...]
+    words: int = 0  # of the text as it was probably meant
 
 
 class PromptGate:
@@ -114,15 +115,17 @@ class PromptGate:
             matches += [match for one in read for match in lexicon.matches(one, bold=True)
                         if match.category == _SEXUAL and match not in matches]
         heads: list[Mapping[str, float]] = []
+        words = 0
         if not negative:
             judged = list(read)
             if not text.isascii():  # lookalikes may be the words of another language
                 judged.append(normalize(latin_words(text), lexicon.is_word, LONGEST, with_readings=False))
-            texts = [text for one in judged for text in judged_texts(one, self.artefact.spelling, lexicon.is_word)]
-            heads.append(_highest_scores([self.artefact.head.highest_scores(*text) for text in texts]))
+            texts = [judged_texts(one, self.artefact.spelling, lexicon.is_word) for one in judged]
+            heads.append(_highest_scores([self.artefact.head.highest_scores(*text) for some in texts for text in some]))
+            words = number_of_words(texts[0])
             if self.encoder is not None:
                 heads.append(_highest_scores([self._encoder_scores(one.plain) for one in read]))
-        return Explanation(read[0], tuple(dict.fromkeys(matches)), minor, tuple(heads))
+        return Explanation(read[0], tuple(dict.fromkeys(matches)), minor, tuple(heads), words)
 
     def _policy(self) -> Policy:
         """The policy of the file, under the prior of the gate."""
@@ -161,7 +164,7 @@ class PromptGate:
             hits = [category for category, action in rules if action == "block"]
             return refusal("rule", hits[0]) if hits else Decision("allow")
         sexual = any(match.category == _SEXUAL for match in read.matches)
-        decision = self._policy().decide(read.heads, rules, read.minor, sexual, len(read.normalized.plain.split()))
+        decision = self._policy().decide(read.heads, rules, read.minor, sexual, read.words)
         if decision.action == "allow" and strange:
             return Decision("flag", "", reason="most of it is not in English: not checked")
         letters = [len(word) == 1 for word in read.normalized.plain.split()]

@@ -51,6 +51,9 @@ class Normalized:
     readings: tuple[Reading, ...] = ()
     clauses: tuple[tuple[int, int], ...] = ()
 
+    def __hash__(self):
+        return hash(self.plain)  # a text has thousands of readings, all of which follow from it
+
 
 def fold(text: str, longest: int = LONGEST) -> tuple[str, tuple[str, ...]]:
     """(lower-case text without prompt syntax, in ASCII as far as possible; notes of the steps that changed it).

@@ -10,6 +10,9 @@ from safety.spelling import Spelling
 
 WINDOW = 120  # letters; a smaller window finds more hidden harm and blocks more harmless text
 CLAUSE = 4  # least words of a clause that is judged apart
+# Log odds by which a part must exceed what is asked of a whole text: a harmless text has many parts, each of which is
+# one more chance for a false alarm, and a few words without the rest say less.
+PART_MARGIN = 1.5
 Span = tuple[int, int]
 
 
@@ -36,6 +39,12 @@ def judged_texts(read: Normalized, spelling: Spelling, is_word: Callable[[str], 
     clauses = tuple((ends[first], ends[end]) for first, end in read.clauses)
     other = Normalized(" ".join(word for some in said for word in some), clauses=clauses)
     return [parts_of(read), parts_of(other)]
+
+
+def number_of_words(texts: list[tuple[str, list[Span]]]) -> int:
+    """The number of words of a text by what ``judged_texts`` gives for it: that of the reading with the most words,
+    because two words that are glued together are two."""
+    return max(spans[0][1] for _, spans in texts)
 
 
 def windows(words: list[str]) -> list[Span]:

@@ -14,7 +14,6 @@ after i letters of n, M the step over a zero byte and F the code of the whole, a
 so that the thousand forms of a text's unknown words are found in a few array operations. Words are aligned at their
 ends, where the power of M is the same for all. Axis letters: W words, L letters of the longest, C = 26.
 """
-import itertools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -154,13 +153,11 @@ def aligned(words: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     width = max(map(len, words))
     encoded = [word.encode() for word in words]
     letters = np.frombuffer(b"".join(word.rjust(width, b"\0") for word in encoded), np.uint8).reshape(-1, width)
-    states = np.full((len(words), width + 1), _START, np.uint32)
-    for row, word in zip(states, encoded):
-        codes = list(itertools.accumulate((word[i:i + 1] for i in range(len(word))),
-                                          lambda code, one: zlib.crc32(one, code), initial=0))
-        row[width - len(word):] = codes
-        row[width - len(word):] ^= np.uint32(_START)
-    return letters, np.array(list(map(len, words))), states
+    states = np.full((width + 1, len(words)), _START, np.uint32)
+    for state, after, column in zip(states, states[1:], letters.T):
+        stepped = state >> np.uint32(8) ^ _STEP[(state ^ column) & 255]
+        np.copyto(after, stepped, where=column > 0)  # before its first letter a word has the first state
+    return letters, np.array(list(map(len, words))), states.T
 
 
 def changed(word: str, kind: int, place: int, width: int) -> tuple[str, ...]:

@@ -1,12 +1,13 @@
 """Plain requests of a few words: their thresholds, text to learn them from, and a list that training does not see."""
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from benchmarks.moderation.holes import PLAIN_REQUESTS
 from files.config import read_yaml
-from safety.policy import HEADS, SHORT, Limits, Policy
+from safety.policy import HEADS, SHORT, Limits, Policy, log_odds
 from training.moderation.artefact import NEVER, fit_limits
 from training.moderation.config import ModeratorStage
 from training.moderation.requests import patterns, request_rows
@@ -61,6 +62,9 @@ def test_limits_of_short_and_of_long_texts_keep_their_own_budgets():
         assert 0.8 * budget <= (scores >= limits["hate"].block).mean() <= budget
         assert 0.8 * 3 * budget <= (scores >= limits["hate"].flag).mean() <= 3 * budget
         assert limits["sexual"].block == NEVER
+    higher, unchanged = fit_limits(Scored(), rows, replace(config, reserve=0.5), {"hate"})
+    assert log_odds(higher["hate"].block) == pytest.approx(log_odds(long["hate"].block) + 0.5)
+    assert higher["hate"].flag == long["hate"].flag and higher["sexual"].block == NEVER and unchanged == short
     same, other = fit_limits(Scored(), rows[1000:2000], config, {"hate"})
     assert same == other == long  # without any short text
 

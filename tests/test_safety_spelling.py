@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safety.gate import PromptGate
 from safety.keywords import Lexicon, WordFilter
 from safety.normalize import normalize
-from safety.parts import judged_texts
+from safety.parts import judged_texts, number_of_words
 from safety.policy import HEADS
 from safety.prompt import FORMAT, PromptHead, content_hash, load_artefact, ngram_ids, tensors_of
 from safety.spelling import ENDING, LONGEST_WORD, SHORTEST_EDIT, UNIT, Spelling, zeros_after
@@ -94,6 +94,14 @@ def test_clauses_follow_the_words_that_are_split():
     assert {" ".join(words[first:end]) for first, end in other[1]} == {
         other[0], "a red bird on the house", "the boat on the red house"}
     assert judged_texts(normalize("the red boat"), spelling, lambda word: False) == [("the red boat", [(0, 3)])]
+
+
+def test_words_are_counted_as_they_were_meant():
+    """Else a text with its words glued in pairs has the thresholds of texts of half as many words."""
+    spelling, text = Spelling.build(COUNTS), "redbird thehouse boat"
+    assert number_of_words(judged_texts(normalize(text), spelling, lambda word: False)) == 5
+    assert number_of_words(judged_texts(normalize(text), Spelling.build({}), lambda word: False)) == 3
+    assert number_of_words(judged_texts(normalize(""), spelling, lambda word: False)) == 0
 
 
 def test_the_gate_judges_what_was_meant(tmp_path):

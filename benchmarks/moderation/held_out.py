@@ -15,8 +15,10 @@ import numpy as np
 
 from benchmarks.moderation.metrics import auc, table
 from benchmarks.moderation.prompts import name_and_path
+from safety import parts
 from safety.gate import PromptGate
 from safety.normalize import LONGEST, normalize
+from safety.parts import judged_texts
 from safety.policy import HEADS
 from safety.prompt import DEFAULT
 from training.moderation.artefact import BLOCKING, NEVER
@@ -38,7 +40,7 @@ class Judgements:
         policy = gate.artefact.policy
 
         def margin(text: str, scores: Mapping[str, float]) -> float:
-            limits = policy.limits_for(number_of_words(text))
+            limits = policy.limits_for(number_of_words(gate, text))
             return max((_log_odds(scores[name]) - _log_odds(limits[name].block) for name in BLOCKING
                         if limits[name].block < min(1.0, NEVER)), default=-RULE)
 
@@ -47,9 +49,10 @@ class Judgements:
         self.score = np.array([[decision.scores.get(name, 1.0) for name in HEADS] for decision in found])
 
 
-def number_of_words(text: str) -> int:
-    """The number of plain words of a text, by which the gate chooses its thresholds."""
-    return len(normalize(text[:LONGEST], longest=10**6, with_readings=False).plain.split())
+def number_of_words(gate: PromptGate, text: str) -> int:
+    """The number of words of a text as the gate reads it, by which it chooses its thresholds."""
+    read = normalize(text[:LONGEST], longest=10**6, with_readings=False)
+    return parts.number_of_words(judged_texts(read, gate.artefact.spelling, gate.artefact.lexicon.is_word))
 
 
 def _log_odds(probability: float) -> float:

@@ -32,6 +32,8 @@ from training.moderation.rows import Row
 TOPICS = {"sexual": "sexual", "violence": "violence", "disturbing": "shocking", "illegal": "illegal activity",
           "hate": "hate", "self-harm": "self-harm", "harassment": "harassment"}
 PARTS = ("rules", "network", "all")
+PEERS = ("peer", *(f"I2P {name}" for name in TOPICS), "harmful captions", "harmful prompts of people", "twins, harmful",
+         "real prompts", "risky-sounding")
 
 
 class Judged:
@@ -133,13 +135,14 @@ def peer_rows(judged: Judged, options: argparse.Namespace) -> list[list[str]]:
     rows = []
     for name, answer in answers.items():
         if isinstance(answer, str):
-            rows.append([name, answer, *["-"] * (len(TOPICS) + 2)])
+            rows.append([name, answer, *["-"] * (len(PEERS) - 2)])
             continue
         hit = np.zeros(len(judged.rows))
         hit[kept] = answer
         places = [judged.places(source="i2p", topic=topic, share=50) for topic in TOPICS.values()]
-        places += [judged.places(source="overt_pairs", harmless=False), judged.places(source="real_prompts"),
-                   judged.places(source="overt_benign_edge")]
+        places += [np.array([i for i in judged.places(source=source) if judged.rows[i].harmful], int)
+                   for source in ("copro_masked", "nibbler", "overt_pairs")]
+        places += [judged.places(source="real_prompts"), judged.places(source="overt_benign_edge")]
         rows.append([name, *(f"{100 * hit[at].mean():.1f} %" if len(at) else "-" for at in places)])
     return rows
 
@@ -254,8 +257,7 @@ def report(gate: PromptGate, corpus: Corpus, options: argparse.Namespace) -> Non
             ("twins", "AUC", "ordered right", "where not longer", "blocked"), [twins(other, other.score["all"])]))
         print("\n" + table(("file", "number", "blocked", "flagged"), share_rows(other)))
     print("\n## Peers: share flagged\n\n" + table(
-        ("peer", *(f"I2P {name}" for name in TOPICS), "twins, harmful", "real prompts", "risky-sounding"),
-        peer_rows(judged, options)))
+        PEERS, peer_rows(judged, options)))
     print("\n" + obfuscation_table(gate, corpus) + "\n\n" + trap_table(gate, corpus))
     prompts = [row.text[:LONGEST] for row in judged.rows if row.source in ("i2p", "real_prompts")][:600]
     print(f"\n## Time\n\n{time_tables(gate, prompts)}")

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from files.whole import whole_file, write_text
 from safety.keywords import BLOCK, FLAG, SIGNAL, WORDS, Lexicon, Term, WordFilter
 from safety.normalize import LONGEST, normalize
-from safety.parts import judged_texts
+from safety.parts import judged_texts, number_of_words
 from safety.policy import HEADS, MINORS, SHORT, VERSION, Limits
 from safety.prompt import FORMAT, PromptHead, content_hash, tensors_of
 from safety.spelling import Spelling
@@ -177,12 +177,20 @@ def fit_limits(judge: "Judge", dev: list[Row], config: ModeratorStage,
     strictest = min(config.budget.values())
     budget = {name: config.budget.get(name, strictest) for name in long}
     wider = {name: min(0.5, share * config.flag_budget) for name, share in budget.items()}
-    usual = _limits(long, budget, wider, learned)
+    usual = {name: Limits(one.flag, raised(one.block, config.reserve))
+             for name, one in _limits(long, budget, wider, learned).items()}
     if not short.any():
         return usual, usual
     some = {"short": scores[short]}
     found = _limits(some, {"short": config.short_budget}, {"short": config.short_flag_budget}, learned)
     return usual, {name: Limits(max(LEAST, one.flag), max(LEAST, one.block)) for name, one in found.items()}
+
+
+def raised(limit: float, reserve: float) -> float:
+    """A limit whose log odds are higher by ``reserve``; one that is never reached stays as it is."""
+    if limit >= 1:
+        return limit
+    return limit / (limit + (1 - limit) * math.exp(-reserve))
 
 
 def _limits(scores: dict[str, np.ndarray], budget: dict[str, float], wider: dict[str, float],
@@ -243,16 +251,18 @@ class Judge:
         """Calibrated probabilities (B, K) of the texts of rows: the highest over all that the gate reads of each."""
         found = []
         for row in rows:
-            read = normalize(row.text[:LONGEST], longest=10**6, with_readings=False)
-            each = [list(self.head.highest_scores(*text).values())
-                    for text in judged_texts(read, self.spelling, self.words.__contains__)]
+            each = [list(self.head.highest_scores(*text).values()) for text in self._read(row)]
             found.append(np.max(each, axis=0))
         return np.array(found).reshape(-1, len(HEADS))
 
-    @staticmethod
-    def is_short(row: Row) -> bool:
+    def is_short(self, row: Row) -> bool:
         """Whether the policy has the thresholds of short texts for a row."""
-        return len(normalize(row.text[:LONGEST], longest=10**6, with_readings=False).plain.split()) <= SHORT
+        return number_of_words(self._read(row)) <= SHORT
+
+    def _read(self, row: Row) -> list[tuple[str, list[tuple[int, int]]]]:
+        """All that the network reads of the text of a row."""
+        read = normalize(row.text[:LONGEST], longest=10**6, with_readings=False)
+        return judged_texts(read, self.spelling, self.words.__contains__)
 
 
 def minors_limit(judge: Judge, rows: list[Row], minors: Lexicon, budget: float, most: float) -> float:

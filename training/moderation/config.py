@@ -35,10 +35,11 @@ class ModeratorStage:
     harmless twin (training/moderation/requests.py).
 
     ``budget`` is the share of harmless development text of each kind that may be blocked, and ``flag_budget`` times as
-    much may be flagged; ``short_budget`` and ``short_flag_budget`` are the shares of texts of a few words of all kinds.
-    ``minors_budget`` is the share of harmless text about minors that the rule on minors may refuse. Words that training
-    text has at least ``known_from`` times are known: unknown ones are also read as the known ones that were probably
-    meant.
+    much may be flagged; ``reserve`` raises the log odds of what blocks a text of more than a few words, because limits
+    that just keep a budget on development text exceed it on other text; ``short_budget`` and ``short_flag_budget`` are
+    the shares of texts of a few words of all kinds. ``minors_budget`` is the share of harmless text about minors that
+    the rule on minors may refuse. Words that training text has at least ``known_from`` times are known: unknown ones
+    are also read as the known ones that were probably meant.
     """
 
     data: TextData = field(default_factory=TextData)
@@ -61,7 +62,8 @@ class ModeratorStage:
     budget: dict[str, float] = field(default_factory=lambda: {
         "real_prompts": 0.006, "captions": 0.0008, "overt_benign_edge": 0.004, "subjects": 0.005,
         "long_harmless": 0.02, "copro_masked": 0.012, "ordinary": 0.005, "long_captions": 0.005, "scenes": 0.002})
-    short_budget: float = 0.001
+    reserve: float = 0.0
+    short_budget: float = 0.0006
     short_flag_budget: float = 0.018
     flag_budget: float = 3.0
     known_from: int = 6
@@ -81,6 +83,8 @@ class ModeratorStage:
             raise ValueError(f"forget: {self.forget}, kept: {self.kept}; valid: [0, 1), above 0 up to 100")
         if not self.budget or not all(0 < share < 1 for share in self.budget.values()):
             raise ValueError(f"budget: {self.budget}; valid: a share between 0 and 1 for at least one file")
+        if self.reserve < 0:
+            raise ValueError(f"reserve: {self.reserve}; valid: from 0 up")
         if self.flag_budget < 1 or not 0 < self.minors_budget < 1:
             raise ValueError(f"flag_budget {self.flag_budget}, minors_budget {self.minors_budget}; valid: from 1 up, "
                              "between 0 and 1")
