@@ -43,7 +43,7 @@ class LoraStage(PersonalStage):
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     trigger: str = ""
     layout: Layout = "kohya"
-    train: TrainConfig = field(default_factory=lambda: few_steps(400, 3e-4))
+    train: TrainConfig = field(default_factory=lambda: few_steps(400, 1e-3))
 
     def __post_init__(self) -> None:
         super().__post_init__()
