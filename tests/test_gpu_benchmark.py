@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 def test_dry_goes_through_all_of_it(tmp_path, tiny_config):
     """Tests (skipped without a GPU), both tables, a training that is told to stop."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "3", "--out", str(tmp_path),
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--dry", "--minutes", "20", "--out", str(tmp_path),
                            "--config", str(tiny_config), "--overrides", "denoiser.train.steps=12"], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
