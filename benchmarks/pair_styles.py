@@ -90,11 +90,11 @@ class Readers:
                 str(found.recall_1)]
 
 
-def samples(system: TextToImage, pairs: Sequence[Pair], strength: float) -> Tensor:
-    """One sample of each pair, uint8 (N, 3, H, W); sample i has seed i."""
+def drawn_in_styles(system: TextToImage, asked: Sequence[tuple[str, str]], strength: float) -> Tensor:
+    """One sample of each thing in its style, uint8 (N, 3, H, W); sample i has seed i."""
     styles, found = read_styles(DEFAULT), []
-    requests = [style_request(Request(pair.thing, seed, system.config.sampling),
-                              ChosenStyles(((styles[pair.style], strength),))) for seed, pair in enumerate(pairs)]
+    requests = [style_request(Request(thing, seed, system.config.sampling),
+                              ChosenStyles(((styles[style], strength),))) for seed, (thing, style) in enumerate(asked)]
     with torch.inference_mode():
         for start in tqdm(range(0, len(requests), BATCH), desc=f"strength {strength:g}", unit="batch"):
             latents = latents_of_requests(system, requests[start:start + BATCH], Sources())
@@ -124,8 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
           "thing |\n|---|---|---|---|---|---|")
     for name, images in (("real", real), ("real, through the autoencoder", decoded)):
         print(f"| {name} | {' | '.join(readers.row(images))} |")
+    asked = [(pair.thing, pair.style) for pair in pairs]
     for strength in options.strengths:
-        print(f"| strength {strength:g} | {' | '.join(readers.row(samples(system, pairs, strength)))} |", flush=True)
+        row = readers.row(drawn_in_styles(system, asked, strength))
+        print(f"| strength {strength:g} | {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Whether a thing that was taught is recognised on new backgrounds and beside other things, against the base.
 
-    python -m benchmarks.personal_subject weights/emoji-64 --adapter runs/personal/subject --clip runs/emoji_64_clip
+    python -m benchmarks.personal_subject weights/emoji-64 --adapter runs/personal/subject --clip weights/emoji-64
 
 Each prompt promises the subject (an emoji whose name is in no training image, benchmarks/personal_sets.py) on a
 coloured background, or in a relation to something that the base knows. Its sample is compared, in the image space of

@@ -1,6 +1,6 @@
 """Whether the strength of a style is an amount: how much of the style is measured in samples, by strength.
 
-    python -m benchmarks.figures.style_strength weights/emoji-64 --clip runs/emoji_64_clip [--out docs/images]
+    python -m benchmarks.figures.style_strength weights/emoji-64 --clip weights/emoji-64 [--out docs/images]
 
 draws the things below without a style and in each style at strengths up to 2, from the same first noise, and prints the
 share of samples that a classifier of the drawn styles takes for the style, the mean probability that it gives to it
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.pair_styles import drawn_in_styles
 from benchmarks.personal_scores import Kinds, images_of, singles
 from eval.clip_score import agreement
 from eval.interval import bootstrap_mean, bootstrap_share
@@ -23,30 +24,12 @@ from files.sheets import axes_grid, save_sheet
 from pipeline.clip_vectors import ClipVectors
 from pipeline.config import read_data_config
 from pipeline.loading import load_run
-from pipeline.styles import DEFAULT, read_styles
-from pipeline.system import TextToImage
-from sampling.draw import Sources, decode_images, latents_of_requests
-from sampling.request import Request
-from sampling.styling import ChosenStyles, style_request
 
 THINGS = ("a red apple", "a cat face", "a fire engine", "a guitar", "a grinning face", "a woman scientist", "a bus",
           "a red heart", "a star", "a banana", "a house", "a dog face", "a birthday cake", "an umbrella", "a crown",
           "a rocket")
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 SHOWN = 10  # columns of the sheet
-
-
-def drawn(system: TextToImage, style: str, strength: float, rounds: int) -> Tensor:
-    """A sample of each thing, seeds from 0, and so often again with the next seeds: uint8 (N, 3, H, W)."""
-    chosen = ChosenStyles(((read_styles(DEFAULT)[style], strength),))
-    found = []
-    for first in range(0, rounds * len(THINGS), len(THINGS)):
-        requests = [style_request(Request(thing, first + place, system.config.sampling), chosen)
-                    for place, thing in enumerate(THINGS)]
-        latents = latents_of_requests(system, requests, Sources())
-        with torch.inference_mode():
-            found.append(decode_images(system, latents, Sources()))
-    return torch.cat(found)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,11 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     hits = [one == other for one, other in zip(classifier(clip(to_unit(check))), right)]
     print(f"classifier on {len(hits)} validation images: {bootstrap_share(hits)}\n\n| style | strength | hit | "
           "probability | cosine with the thing | nearest thing |\n|---|---|---|---|---|---|")
-    rows: dict[str, Tensor] = {"no style": drawn(system, options.styles[0], 0.0, options.rounds)}
-    asked = list(THINGS) * options.rounds
+    asked = list(THINGS) * options.rounds  # with seeds that go on
+
+    def drawn(style: str, strength: float) -> Tensor:
+        return drawn_in_styles(system, [(thing, style) for thing in asked], strength)
+
+    rows: dict[str, Tensor] = {"no style": drawn(options.styles[0], 0.0)}
     for style in options.styles:
         for strength in STRENGTHS:
-            images = drawn(system, style, strength, options.rounds) if strength else rows["no style"]
+            images = drawn(style, strength) if strength else rows["no style"]
             vectors = clip(to_unit(images))
             chance = classifier.chances(vectors)[:, classifier.names.index(style)]
             found = agreement(vectors, clip.texts(asked), asked)

@@ -8,6 +8,7 @@ texture. Here it is tuned on latents with noise on them, with a deviation that d
 while the encoder and the scale of the latents stay as they are, bit for bit, so that the denoiser, its students and
 adapters still fit. Axis letters: B batch, C latent channels, H W image size.
 """
+from copy import deepcopy
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,9 +97,7 @@ def train_decoder(config: DecoderStage, context: StageContext) -> None:
     load_weights(model, start.weights("autoencoder"))
     run.record_start(start, start.weights("autoencoder").name)
     torch.manual_seed(seed)  # of the discriminator
-    decoder = Autoencoder(context.system.autoencoder).decoder
-    decoder.load_state_dict(model.decoder.state_dict())
-    decoder, model = place_on(decoder, device), freeze(place_on(model, device))
+    decoder, model = place_on(deepcopy(model.decoder), device), freeze(place_on(model, device))
     adversary = Adversary(config.adversarial, device) if config.adversarial.weight else None
     check_adversary(config.adversarial, config.train, processes)
     perceptual, perceptual_name = perceptual_distance(config.perceptual, device)
