@@ -220,8 +220,11 @@ def test_a_full_queue_answers_at_once_and_recovers(engine):
         held = Held(engine)
         async with opened(held, queue=3, batch=1) as (client, app):
             body = {"prompt": "a star"}
-            waiting = [asyncio.create_task(client.post(DRAW, json=body)) for _ in range(4)]
-            while not held.batches or len(app.state.service.waiting) < 3:  # one is drawn, three wait
+            waiting = [asyncio.create_task(client.post(DRAW, json=body))]
+            while not held.batches:  # sent together, the fourth could come before the first is taken and find no room
+                await asyncio.sleep(0.01)
+            waiting += [asyncio.create_task(client.post(DRAW, json=body)) for _ in range(3)]
+            while len(app.state.service.waiting) < 3:
                 await asyncio.sleep(0.01)
             full = await client.post(DRAW, json=body)  # without room it is answered while nothing is drawn
             assert full.status_code == 503 and int(full.headers["retry-after"]) >= 1
